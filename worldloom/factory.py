@@ -1,0 +1,250 @@
+"""Build any world model by name: presets, aliases, saved folders, checkpoints, official weights."""
+
+import importlib
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from worldloom.presets import aliases, describe_preset, load_preset, nearest, preset_names
+from worldloom.saving import load_tensors, read_checkpoint, read_saved
+
+# The models that a saved configuration may name; anything else must be allowed by the caller.
+REGISTERED = {"dreamerv3": "worldloom.models.dreamerv3.DreamerV3"}
+
+ObsShape = tuple[int, ...] | Mapping[str, tuple[int, ...]]
+ActionDim = int | Sequence[int] | Mapping[str, int]
+
+
+def create_world_model(
+    model: str | Path,
+    obs_shape: ObsShape | None = None,
+    action_dim: ActionDim | None = None,
+    discrete: bool | Mapping[str, bool] | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    allow: Sequence[str] = (),
+    **overrides: Any,
+) -> Any:
+    """Create a world model, or load one.
+
+    Args:
+        model: a preset ("dreamerv3:size12m"), an alias ("dreamer"), or a path: a folder written by
+            save_pretrained, a run folder, a .ckpt file, or official DreamerV3 weights.
+        obs_shape: shape of one observation, (3, 64, 64) for an image, (4,) for a vector, or a
+            dict of such shapes. Saved models know theirs.
+        action_dim: number of continuous actions or discrete choices; a sequence of numbers of
+            choices for multi-discrete actions. Saved models know theirs.
+        discrete: whether actions are one-hot choices; by default continuous in [-1, 1].
+        device: where the model lives.
+        allow: import paths of models outside worldloom that a saved configuration may name.
+        overrides: hyperparameters that replace the preset's own (see conf/model).
+
+    Returns:
+        A `WorldModel` that is an nn.Module.
+
+    Raises:
+        ValueError: an unknown name or hyperparameter (the nearest valid one is named), a path that
+            does not exist, a shape that no encoder takes, an impossible action_dim, or a file
+            that cannot be read.
+    """
+    if _is_path(model):
+        built = _load(Path(model), obs_shape, action_dim, discrete, allow, overrides)
+    else:
+        config = _override(load_preset(str(model)), overrides, str(model))
+        if obs_shape is None or action_dim is None:
+            raise ValueError(
+                f"create_world_model({str(model)!r}) needs obs_shape and action_dim, for example "
+                "obs_shape=(3, 64, 64), action_dim=4"
+            )
+        built = build_model(config, obs_shape, action_dim, bool_or_map(discrete))
+    return built.to(device)
+
+
+def list_models(verbose: bool = False) -> list[str] | dict[str, dict[str, Any]]:
+    """Return the names of all presets, or with `verbose` what is known of each.
+
+    Verbose entries hold "description", "parameters" (for (3, 64, 64) images and 6 continuous
+    actions), "observations", "actions" and "aliases".
+    """
+    names = preset_names()
+    if not verbose:
+        return names
+    return {name: _describe(name) for name in names}
+
+
+def build_model(
+    config: Mapping[str, Any],
+    obs_shape: ObsShape,
+    action_dim: ActionDim,
+    discrete: bool | Mapping[str, bool] = False,
+) -> nn.Module:
+    """Build the class that config["_target_"] names from what the environment knows.
+
+    The class is called as `cls(obs_shape=…, action_dim=…, discrete=…, **rest of config)`.
+    """
+    options = {k: v for k, v in config.items() if k not in ("_target_", "_partial_")}
+    cls = import_target(str(config["_target_"]))
+    parameters = inspect.signature(cls).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for name in options:
+        if name not in parameters and not takes_any:
+            raise ValueError(
+                f"{cls.__name__} has no hyperparameter {name!r}{nearest(name, parameters)}; it "
+                f"takes {', '.join(parameters)}"
+            )
+    spaces = {"obs_shape": obs_shape, "action_dim": action_dim, "discrete": discrete}
+    model = cls(**spaces, **options)
+    if not hasattr(model, "config"):
+        model.config = {"model": config["_target_"], **spaces, **options}
+    return model
+
+
+def bool_or_map(discrete: bool | Mapping[str, bool] | None) -> bool | Mapping[str, bool]:
+    """Read an unset `discrete` as continuous."""
+    return discrete if discrete is not None else False
+
+
+def _is_path(model: str | Path) -> bool:
+    """Tell paths from names: a preset's name has no separator, no suffix and no folder."""
+    if isinstance(model, Path) or "/" in model or "\\" in model:
+        return True
+    return Path(model).exists() or Path(model).suffix in (".ckpt", ".npz", ".pkl", ".safetensors")
+
+
+def _load(
+    path: Path,
+    obs_shape: ObsShape | None,
+    action_dim: ActionDim | None,
+    discrete: bool | Mapping[str, bool] | None,
+    allow: Sequence[str],
+    overrides: dict[str, Any],
+) -> nn.Module:
+    from worldloom.models.dreamerv3 import official
+
+    if not path.exists():
+        raise ValueError(f"no file or folder {str(path)!r}; check the path, or name a preset")
+    if official.is_official(path):
+        return _load_official(path, obs_shape, action_dim, discrete, overrides)
+    if overrides:
+        raise ValueError(f"{path} is a saved model; {sorted(overrides)} cannot be changed in it")
+    if path.is_file() and path.suffix == ".ckpt":
+        config, tensors = read_checkpoint(path)
+    else:
+        folder = path.parent if path.is_file() else path
+        config, tensors = read_saved(folder / "model" if (folder / "model").is_dir() else folder)
+    config = dict(config)
+    target = str(config.pop("model"))
+    if target not in REGISTERED and target not in allow:
+        raise ValueError(
+            f"{path} names the model {target!r}, which is not part of worldloom; if you trust it, "
+            f"pass allow=({target!r},)"
+        )
+    spaces = {k: config.pop(k) for k in ("obs_shape", "action_dim", "discrete")}
+    for name, given in (("obs_shape", obs_shape), ("action_dim", action_dim)):
+        if given is not None and _tuples(given) != _tuples(spaces[name]):
+            raise ValueError(f"{path} was saved with {name}={spaces[name]}, not {given}")
+    shape = spaces.pop("obs_shape")
+    shape = {k: tuple(v) for k, v in shape.items()} if isinstance(shape, dict) else tuple(shape)
+    config["_target_"] = REGISTERED.get(target, target)
+    model = build_model(config, shape, **spaces)
+    load_tensors(model, tensors, path)
+    return model
+
+
+def _load_official(
+    path: Path,
+    obs_shape: ObsShape | None,
+    action_dim: ActionDim | None,
+    discrete: bool | Mapping[str, bool] | None,
+    overrides: dict[str, Any],
+) -> nn.Module:
+    from worldloom.models.dreamerv3 import official
+
+    if obs_shape is None or action_dim is None:
+        raise ValueError(
+            f"official weights do not name their spaces; pass obs_shape and action_dim for {path}"
+        )
+    arrays = official.read_arrays(path)
+    spaces, keys = official.match_spaces(arrays, obs_shape, action_dim)
+    if discrete is not None and discrete != spaces["discrete"]:
+        raise ValueError(
+            f"discrete={discrete}, but the policy in {path} has "
+            f"{'discrete' if spaces['discrete'] else 'continuous'} actions"
+        )
+    sizes = official.sizes_of(arrays, stoch=overrides.get("stoch"))
+    config = _override(load_preset("dreamerv3:size12m"), sizes, "dreamerv3")
+    config = _override(config, overrides | {"obs_classes": spaces["obs_classes"]}, "dreamerv3")
+    model: Any = build_model(config, obs_shape, action_dim, spaces["discrete"])
+    official.load_arrays(model, arrays, keys)
+    return model
+
+
+def _override(config: dict[str, Any], overrides: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the preset with overrides merged in; an unknown one is refused by name."""
+    merged = dict(config)
+    for key, value in overrides.items():
+        if key not in config:
+            choices = [k for k in config if not k.startswith("_")]
+            raise ValueError(
+                f"{name} has no hyperparameter {key!r}{nearest(key, choices)}; it takes "
+                f"{', '.join(choices)}"
+            )
+        old = config[key]
+        if isinstance(old, dict) and key != "obs_classes":
+            if not isinstance(value, Mapping):
+                raise ValueError(f"{key} is {value!r}; expected a dict with some of {sorted(old)}")
+            shared: dict[str, Any] = {k: None for k in ("units", "depth") if k in config}
+            merged[key] = old | {
+                k: v
+                for k, v in _override({**shared, **old}, value, f"{name}'s {key}").items()
+                if k in old or k in value
+            }
+        else:
+            merged[key] = _typed(key, value, old)
+    return merged
+
+
+def _typed(key: str, value: Any, old: Any) -> Any:
+    """Check that a number replaces a number, a flag a flag, a list a list."""
+    kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,), list: (list, tuple)}
+    wanted = kinds.get(type(old))
+    if wanted and (not isinstance(value, wanted) or (bool not in wanted and value is True)):
+        raise ValueError(
+            f"hyperparameter {key!r} is {value!r}; expected {type(old).__name__} such as {old!r}"
+        )
+    return value
+
+
+def _describe(name: str) -> dict[str, Any]:
+    with torch.device("meta"):
+        model = build_model(load_preset(name), (3, 64, 64), 6)
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "description": describe_preset(name),
+        "parameters": count,
+        "observations": "vectors, images, dicts of both",
+        "actions": "continuous, discrete, multi-discrete",
+        "aliases": [alias for alias, preset in aliases().items() if preset == name],
+    }
+
+
+def import_target(target: str) -> Any:
+    """Return the object that a dotted path names."""
+    module, _, name = target.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"cannot import the model {target!r}: {error}; give the full path, such as "
+            "my_pkg.MyModel, and run where my_pkg can be imported"
+        ) from error
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _tuples(v) for k, v in value.items()}
+    return tuple(value) if isinstance(value, Sequence) else value

@@ -1,0 +1,150 @@
+"""Actor and critic learning of DreamerV3: losses on imagined and on replayed steps.
+
+Axes: N imagined trajectories, H imagined steps, K replayed steps used as starts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from worldloom.models.dreamerv3.networks import Policy
+from worldloom.nn.normalizer import Normalizer
+from worldloom.nn.returns import lambda_return
+from worldloom.nn.twohot import twohot_loss, twohot_mean
+
+
+@dataclass
+class Imagined:
+    """What the heads say of imagined states 0..H, the first being the replayed start.
+
+    actions: [N, H, A] taken at states 0..H-1; policy: its distributions at the same states.
+    reward, cont, slow_value: [N, H + 1] predictions without gradient.
+    value_logits: [N, H + 1, bins] of the critic, with gradient.
+    """
+
+    actions: Tensor
+    policy: Policy
+    reward: Tensor
+    cont: Tensor
+    value_logits: Tensor
+    slow_value: Tensor
+
+
+@dataclass
+class Normalizers:
+    """Running scales of returns, values and advantages."""
+
+    returns: Normalizer
+    values: Normalizer
+    advantages: Normalizer
+
+
+def imagination_losses(
+    imagined: Imagined,
+    norms: Normalizers,
+    *,
+    update: bool,
+    contdisc: bool,
+    horizon: float,
+    lam: float,
+    actent: float,
+    slowreg: float,
+    slowtar: bool,
+) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """Return the losses "policy" and "value" [N, H], the lambda-returns [N, H] and statistics.
+
+    Paper eqs. 6-11. The actor follows REINFORCE with advantages divided by the return range; the
+    critic predicts the returns and its own slow copy. Each step is weighted by the probability
+    that the episode reaches it. With `contdisc` the continue head contains the discount.
+    """
+    offset, scale = norms.values.stats()
+    with torch.no_grad():
+        value = twohot_mean(imagined.value_logits) * scale + offset
+        slow_value = imagined.slow_value * scale + offset
+        target = slow_value if slowtar else value
+        disc = 1.0 if contdisc else 1 - 1 / horizon
+        cont = imagined.cont
+        weight = torch.cumprod(disc * cont, 1)[:, :-1] / disc
+        last = torch.zeros_like(cont)
+        returns = lambda_return(last, 1 - cont, imagined.reward, target, disc, lam)
+        if update:
+            norms.returns.update(returns)
+        ret_offset, ret_scale = norms.returns.stats()
+        advantage = (returns - target[:, :-1]) / ret_scale
+        if update:
+            norms.advantages.update(advantage)
+        adv_offset, adv_scale = norms.advantages.stats()
+        normed_advantage = (advantage - adv_offset) / adv_scale
+        if update:
+            norms.values.update(returns)
+        offset, scale = norms.values.stats()
+        normed_target = (returns - offset) / scale
+
+    entropy = imagined.policy.entropy()
+    log_prob = imagined.policy.log_prob(imagined.actions)
+    bonus = actent * torch.stack(list(entropy.values())).sum(0)
+    logits = imagined.value_logits[:, :-1]
+    losses = {
+        "policy": -weight * (log_prob * normed_advantage + bonus),
+        "value": weight
+        * (
+            twohot_loss(logits, normed_target)
+            + slowreg * twohot_loss(logits, imagined.slow_value[:, :-1])
+        ),
+    }
+    normed = (returns - ret_offset) / ret_scale
+    stats = {
+        "adv": advantage.mean(),
+        "adv_std": advantage.std(correction=0),
+        "adv_mag": advantage.abs().mean(),
+        "rew": imagined.reward.mean(),
+        "con": cont.mean(),
+        "ret": normed.mean(),
+        "ret_min": normed.min(),
+        "ret_max": normed.max(),
+        "ret_rate": (normed.abs() >= 1).to(normed.dtype).mean(),
+        "val": value.mean(),
+        "tar": normed_target.mean(),
+        "slowval": slow_value.mean(),
+        "weight": (torch.cumprod(disc * cont, 1) / disc).mean(),
+    }
+    for key, value_ in entropy.items():
+        mean = value_.detach().mean()
+        low, high = imagined.policy.dists[key].entropy_bounds()
+        stats[f"ent/{key}"] = mean
+        stats[f"rand/{key}"] = (mean - low) / max(high - low, 1e-8)
+    return losses, returns, stats
+
+
+def replay_value_loss(
+    value_logits: Tensor,
+    slow_value: Tensor,
+    boot: Tensor,
+    reward: Tensor,
+    last: Tensor,
+    term: Tensor,
+    values: Normalizer,
+    *,
+    update: bool,
+    horizon: float,
+    lam: float,
+    slowreg: float,
+    slowtar: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return the critic's loss on replayed steps [B, K - 1] and its returns [B, K - 1].
+
+    value_logits [B, K, bins] carry gradient into the world model; boot [B, K] are the imagined
+    returns from each step, on which the replayed lambda-returns bootstrap. `slowtar` has no
+    effect on the official returns either: they bootstrap on `boot` alone.
+    """
+    with torch.no_grad():
+        last, term = last.to(boot.dtype), term.to(boot.dtype)
+        returns = lambda_return(last, term, reward.to(boot.dtype), boot, 1 - 1 / horizon, lam)
+        if update:
+            values.update(returns)
+        offset, scale = values.stats()
+        target = (returns - offset) / scale
+    logits = value_logits[:, :-1]
+    loss = twohot_loss(logits, target) + slowreg * twohot_loss(logits, slow_value[:, :-1])
+    return (1 - last[:, :-1]) * loss, returns

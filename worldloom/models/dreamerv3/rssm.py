@@ -1,0 +1,139 @@
+"""The recurrent state-space model of DreamerV3, with a block-diagonal GRU.
+
+Axes: N batch rows, G blocks, D deter, S stoch, C classes, H hidden. Inside the core the
+deterministic state is laid out by block, [G, N, D/G].
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from worldloom.nn.distributions import sample_straight_through, unimix_probs
+from worldloom.nn.layers import MLP, BlockDense, BlockLinear, Dense, Linear
+
+
+class RSSM(nn.Module):
+    """Latent dynamics: deter [N, D] follows a GRU, stoch [N, S * C] holds S one-hot variables."""
+
+    def __init__(
+        self,
+        action_width: int,
+        token_width: int,
+        *,
+        deter: int,
+        hidden: int,
+        stoch: int,
+        classes: int,
+        blocks: int,
+        dyn_layers: int,
+        img_layers: int,
+        obs_layers: int,
+        unimix: float,
+        absolute: bool,
+    ) -> None:
+        super().__init__()
+        if min(dyn_layers, obs_layers) < 1:
+            raise ValueError(
+                f"dyn_layers={dyn_layers} and obs_layers={obs_layers}; both must be at least 1"
+            )
+        self.deter, self.stoch, self.classes, self.blocks = deter, stoch, classes, blocks
+        self.unimix, self.absolute = unimix, absolute
+        self.deter_in = Dense(deter, hidden)
+        self.stoch_in = Dense(stoch * classes, hidden)
+        self.action_in = Dense(action_width, hidden)
+        shared = [3 * hidden] + [0] * (dyn_layers - 1)
+        self.hidden = nn.ModuleList(BlockDense(deter, s, deter, blocks) for s in shared)
+        self.gru = BlockLinear(deter, 3 * deter, blocks)
+        self.prior = MLP(deter, hidden, img_layers)
+        self.prior_logits = Linear(hidden if img_layers else deter, stoch * classes)
+        self.posterior = MLP(token_width + (0 if absolute else deter), hidden, obs_layers)
+        self.posterior_logits = Linear(hidden, stoch * classes)
+
+    def initial(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Return deter [N, D] and stoch [N, S * C] of zeros."""
+        zeros = self.gru.bias.new_zeros
+        return zeros(rows, self.deter), zeros(rows, self.stoch * self.classes)
+
+    def embed_action(self, action: Tensor) -> Tensor:
+        """Map action vectors [..., A] to [..., H]; large ones are scaled back to [-1, 1]."""
+        return self.action_in(action / action.abs().clamp(min=1).detach())
+
+    def core(self, deter: Tensor, stoch: Tensor, action_emb: Tensor) -> Tensor:
+        """Advance the deterministic state one step: [N, D], [N, S * C], [N, H] -> [N, D]."""
+        rows = len(deter)
+        shared = torch.cat([self.deter_in(deter), self.stoch_in(stoch), action_emb], -1)
+        old = deter.view(rows, self.blocks, -1).transpose(0, 1)
+        x = self.hidden[0](old, shared)
+        for layer in list(self.hidden)[1:]:
+            x = layer(x)
+        reset, cand, update = self.gru(x).chunk(3, -1)
+        # The reset gate acts on the candidate inside the tanh; -1 keeps the state by default.
+        cand = torch.tanh(torch.sigmoid(reset) * cand)
+        new = torch.lerp(old, cand, torch.sigmoid(update - 1))
+        return new.transpose(0, 1).reshape(rows, self.deter)
+
+    def prior_of(self, deter: Tensor) -> Tensor:
+        """Return prior logits [..., S, C] of deter [..., D]."""
+        return self._groups(self.prior_logits(self.prior(deter)))
+
+    def project_tokens(self, tokens: Tensor) -> Tensor:
+        """Return the share [..., H] of the tokens in the posterior's first layer."""
+        linear = self.posterior.first.linear
+        skip = 0 if self.absolute else self.deter
+        return F.linear(tokens, linear.weight[:, skip:], linear.bias)
+
+    def posterior_of(self, deter: Tensor, projected: Tensor) -> Tensor:
+        """Return posterior logits [N, S, C] of deter [N, D] and `project_tokens` [N, H]."""
+        first = self.posterior.first
+        if not self.absolute:
+            weight = first.linear.weight[:, : self.deter]
+            projected = torch.addmm(projected, deter, weight.t())
+        x = F.silu(first.norm(projected))
+        for layer in list(self.posterior)[1:]:
+            x = layer(x)
+        return self._groups(self.posterior_logits(x))
+
+    def sample(self, logits: Tensor) -> Tensor:
+        """Draw stoch [..., S * C] from logits [..., S, C], straight-through."""
+        return sample_straight_through(unimix_probs(logits, self.unimix)).flatten(-2).to(logits)
+
+    def imagine_step(
+        self, deter: Tensor, stoch: Tensor, action: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Predict one step without an observation; return deter, stoch and prior logits."""
+        deter = self.core(deter, stoch, self.embed_action(action))
+        logits = self.prior_of(deter)
+        return deter, self.sample(logits), logits
+
+    def observe_step(
+        self, deter: Tensor, stoch: Tensor, action: Tensor, tokens: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Advance one step and correct it by tokens [N, token_width]; return also the logits."""
+        deter = self.core(deter, stoch, self.embed_action(action))
+        logits = self.posterior_of(deter, self.project_tokens(tokens))
+        return deter, self.sample(logits), logits
+
+    def observe(
+        self, deter: Tensor, stoch: Tensor, tokens: Tensor, actions: Tensor, is_first: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Filter a sequence, starting from deter [B, D] and stoch [B, S * C].
+
+        tokens [B, T, E]; actions [B, T, A], each the one that led to the row; is_first [B, T]
+        resets state and action to zero. Returns deter [B, T, D], stoch [B, T, S * C] and
+        posterior logits [B, T, S, C]. Only the recurrence itself runs step by step.
+        """
+        keep = (~is_first).to(deter.dtype).unsqueeze(-1)
+        embedded = self.embed_action(actions * keep).unbind(1)
+        projected = self.project_tokens(tokens).unbind(1)
+        deters, stochs, logits = [], [], []
+        for mask, action, token in zip(keep.unbind(1), embedded, projected, strict=True):
+            deter = self.core(deter * mask, stoch * mask, action)
+            logit = self.posterior_of(deter, token)
+            stoch = self.sample(logit)
+            deters.append(deter)
+            stochs.append(stoch)
+            logits.append(logit)
+        return torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(logits, 1)
+
+    def _groups(self, logits: Tensor) -> Tensor:
+        return logits.unflatten(-1, (self.stoch, self.classes))

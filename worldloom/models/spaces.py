@@ -1,0 +1,182 @@
+"""What a model is told of the environment: the observations it sees, the actions it takes."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from worldloom.protocol import Obs
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ObsSpace:
+    """One observation: its shape and, if it is integer-coded, its number of classes (else 0).
+
+    Three axes make an image (channels, height, width); fewer make a vector.
+    """
+
+    shape: Shape
+    classes: int = 0
+
+    @property
+    def is_image(self) -> bool:
+        """Whether the image encoder reads it."""
+        return len(self.shape) == 3
+
+    @property
+    def width(self) -> int:
+        """Number of inputs that it gives to a vector encoder."""
+        return math.prod(self.shape) * max(1, self.classes)
+
+
+@dataclass(frozen=True)
+class ActSpace:
+    """One action: its shape and, if it is a choice, its number of classes (else 0)."""
+
+    shape: Shape
+    classes: int = 0
+
+    @property
+    def event(self) -> Shape:
+        """Shape of one action in the model: one-hot for choices."""
+        return (*self.shape, self.classes) if self.classes else self.shape
+
+    @property
+    def width(self) -> int:
+        """Number of entries in the action vector."""
+        return math.prod(self.event)
+
+
+class ObsSpaces(dict[str, ObsSpace]):
+    """The observations by key, in declared order; `single` if the user gave one bare shape."""
+
+    single: bool
+
+    def __init__(
+        self, shape: Shape | Mapping[str, Shape], classes: Mapping[str, int] | None = None
+    ) -> None:
+        self.single = not isinstance(shape, Mapping)
+        shapes = shape if isinstance(shape, Mapping) else {"obs": shape}
+        classes = dict(classes or {})
+        if unknown := set(classes) - set(shapes):
+            raise ValueError(f"obs_classes names {sorted(unknown)}; obs_shape has {list(shapes)}")
+        if not shapes:
+            raise ValueError("obs_shape is empty; give a shape or a dict with at least one key")
+        super().__init__(
+            {k: ObsSpace(_shape(k, s), int(classes.get(k, 0))) for k, s in shapes.items()}
+        )
+
+    def images(self) -> dict[str, ObsSpace]:
+        """Return the observations that are images."""
+        return {k: s for k, s in self.items() if s.is_image}
+
+    def vectors(self) -> dict[str, ObsSpace]:
+        """Return the observations that are vectors."""
+        return {k: s for k, s in self.items() if not s.is_image}
+
+    def split(self, obs: Obs, lead: int) -> dict[str, Tensor]:
+        """Check observations with `lead` batch axes and return them by key."""
+        if self.single != (not isinstance(obs, Mapping)):
+            wanted = "a tensor" if self.single else f"a dict with the keys {sorted(self)}"
+            raise ValueError(f"obs is a {type(obs).__name__}; this model takes {wanted}")
+        tensors: Any = {"obs": obs} if self.single else dict(obs)
+        if set(tensors) != set(self):
+            raise ValueError(f"obs has the keys {sorted(tensors)}; expected {sorted(self)}")
+        for key, value in tensors.items():
+            self._check(key, value, lead)
+        return tensors
+
+    def join(self, tensors: dict[str, Tensor]) -> Obs:
+        """Return observations in the form in which the user gives them."""
+        return tensors["obs"] if self.single else tensors
+
+    def _check(self, key: str, value: Tensor, lead: int) -> None:
+        name = "obs" if self.single else f"obs[{key!r}]"
+        if tuple(value.shape[lead:]) != self[key].shape or value.ndim < lead:
+            axes = ["B", "T"][:lead]
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; expected "
+                f"[{', '.join([*axes, *map(str, self[key].shape)])}]"
+            )
+        if self[key].is_image and value.dtype != torch.uint8:
+            raise ValueError(
+                f"{name} is an image of dtype {value.dtype}; expected torch.uint8 from 0 to 255"
+            )
+
+
+class ActSpaces(dict[str, ActSpace]):
+    """The actions by key; in the action vector they follow each other sorted by key."""
+
+    def __init__(
+        self,
+        action_dim: int | Sequence[int] | Mapping[str, int],
+        discrete: bool | Mapping[str, bool] = False,
+    ) -> None:
+        if isinstance(action_dim, Mapping):
+            choice = (
+                discrete if isinstance(discrete, Mapping) else dict.fromkeys(action_dim, discrete)
+            )
+            spaces = {k: _action(k, n, bool(choice.get(k, False))) for k, n in action_dim.items()}
+        elif isinstance(action_dim, Sequence) and not isinstance(action_dim, str):
+            if not discrete:
+                raise ValueError(
+                    f"action_dim={tuple(action_dim)} lists several choices, which needs "
+                    "discrete=True; for continuous actions give their number as one integer"
+                )
+            digits = len(str(len(action_dim)))
+            spaces = {
+                f"action{i:0{digits}}": _action("action_dim", n, True)
+                for i, n in enumerate(action_dim)
+            }
+        else:
+            spaces = {"action": _action("action_dim", action_dim, bool(discrete))}
+        if not spaces:
+            raise ValueError("action_dim is empty; give at least one action")
+        super().__init__(sorted(spaces.items()))
+
+    @property
+    def width(self) -> int:
+        """Length A of the action vector."""
+        return sum(space.width for space in self.values())
+
+    def split(self, action: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield each action [..., *event] of an action vector [..., A]."""
+        parts = action.split([space.width for space in self.values()], -1)
+        for (key, space), part in zip(self.items(), parts, strict=True):
+            yield key, part.unflatten(-1, space.event)
+
+    def check(self, action: Tensor, lead: tuple[str, ...]) -> None:
+        """Raise ValueError unless the action vector has the shape [*lead, A]."""
+        if action.ndim != len(lead) + 1 or action.shape[-1] != self.width:
+            raise ValueError(
+                f"action has shape {tuple(action.shape)}; expected "
+                f"[{', '.join([*lead, str(self.width)])}], discrete actions one-hot"
+            )
+
+
+def _shape(key: str, shape: Shape) -> Shape:
+    try:
+        result = tuple(int(n) for n in shape)
+    except TypeError:
+        raise ValueError(
+            f"obs_shape of {key!r} is {shape!r}; expected a tuple such as (4,) or (3, 64, 64)"
+        ) from None
+    if not 0 <= len(result) <= 3 or any(n < 1 for n in result):
+        raise ValueError(
+            f"no encoder takes observation {key!r} of shape {result}; a vector has up to 2 axes "
+            "such as (4,), an image 3 such as (3, 64, 64), all positive"
+        )
+    return result
+
+
+def _action(key: str, count: int, discrete: bool) -> ActSpace:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{key} is {count!r}; expected a positive integer number of actions")
+    if discrete and count < 2:
+        raise ValueError(f"{key} is {count}; a discrete action needs at least 2 choices")
+    return ActSpace((), count) if discrete else ActSpace((count,))

@@ -1,0 +1,1 @@
+"""Layers, distributions and returns that the models share."""

@@ -1,0 +1,176 @@
+"""Distributions over classes and real vectors, and the two places where randomness enters.
+
+`sample_classes` and `sample_normal` are the only functions of the models that draw random numbers.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sample_classes(probs: Tensor) -> Tensor:
+    """Draw class indices [...] from probabilities [..., classes].
+
+    The class with the largest p / e for exponential noise e, the Gumbel-max trick without its
+    logarithms.
+    """
+    return (probs / torch.empty_like(probs).exponential_()).argmax(-1)
+
+
+def sample_normal(mean: Tensor, stddev: Tensor) -> Tensor:
+    """Draw mean + stddev * eps with standard normal eps."""
+    return mean + stddev * torch.randn_like(mean)
+
+
+def one_hot(index: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """Encode indices [...] as one-hot vectors [..., classes] of a floating type."""
+    zeros = torch.zeros(*index.shape, classes, dtype=dtype, device=index.device)
+    return zeros.scatter_(-1, index.unsqueeze(-1), 1.0)
+
+
+def unimix_probs(logits: Tensor, unimix: float) -> Tensor:
+    """Mix softmax(logits) with a share `unimix` of the uniform distribution, in float32 or more."""
+    probs = _full(logits).softmax(-1)
+    return (1 - unimix) * probs + unimix / logits.shape[-1] if unimix else probs
+
+
+def unimix_log_probs(logits: Tensor, unimix: float) -> Tensor:
+    """Return the logarithm of `unimix_probs`."""
+    return unimix_probs(logits, unimix).log() if unimix else _full(logits).log_softmax(-1)
+
+
+def _full(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sample: Tensor, probs: Tensor) -> Tensor:
+        return sample
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        return None, grad
+
+
+def sample_straight_through(probs: Tensor) -> Tensor:
+    """Draw one-hot samples [..., classes] whose gradient is that of probs (Bengio et al. 2013)."""
+    sample = one_hot(sample_classes(probs.detach()), probs.shape[-1], probs.dtype)
+    return _StraightThrough.apply(sample, probs) if probs.requires_grad else sample
+
+
+@dataclass
+class Classes:
+    """One or several independent categorical variables; events are one-hot.
+
+    logits: [..., *shape, classes], with `dims` axes of an event (classes included).
+    """
+
+    logits: Tensor
+    dims: int
+
+    def mode(self) -> Tensor:
+        """Return the likeliest event, one-hot."""
+        classes = self.logits.shape[-1]
+        return one_hot(self.logits.argmax(-1), classes, self.logits.dtype)
+
+    def sample(self) -> Tensor:
+        """Draw an event, one-hot."""
+        index = sample_classes(self.logits.softmax(-1))
+        return one_hot(index, self.logits.shape[-1], self.logits.dtype)
+
+    def log_prob(self, event: Tensor) -> Tensor:
+        """Return the log-probability [...] of a one-hot event."""
+        return (self.logits.log_softmax(-1) * event).sum(self._axes)
+
+    def entropy(self) -> Tensor:
+        """Return the entropy [...], summed over the variables."""
+        logp = self.logits.log_softmax(-1)
+        return -(logp.exp() * logp).sum(self._axes)
+
+    def entropy_bounds(self) -> tuple[float, float]:
+        """Return the least and greatest possible entropy of one event."""
+        variables = math.prod(self.logits.shape[-self.dims : -1])
+        return 0.0, variables * math.log(self.logits.shape[-1])
+
+    @property
+    def _axes(self) -> tuple[int, ...]:
+        return tuple(range(-self.dims, 0))
+
+
+@dataclass
+class BoundedNormal:
+    """A diagonal normal with mean in (-1, 1) and deviation between two bounds.
+
+    Log-probability and entropy are those of the plain normal (no tanh correction), as in the
+    official DreamerV3. mean, stddev: [..., *shape], with `dims` axes of an event.
+    """
+
+    mean: Tensor
+    stddev: Tensor
+    dims: int
+    minstd: float
+    maxstd: float
+
+    @classmethod
+    def from_raw(
+        cls, mean: Tensor, stddev: Tensor, dims: int, minstd: float, maxstd: float
+    ) -> "BoundedNormal":
+        """Squash raw network outputs: tanh for the mean, a shifted sigmoid for the deviation."""
+        spread = (maxstd - minstd) * torch.sigmoid(stddev + 2.0) + minstd
+        return cls(torch.tanh(mean), spread, dims, minstd, maxstd)
+
+    def mode(self) -> Tensor:
+        """Return the mean."""
+        return self.mean
+
+    def sample(self) -> Tensor:
+        """Draw an event; it may leave [-1, 1]."""
+        return sample_normal(self.mean, self.stddev)
+
+    def log_prob(self, event: Tensor) -> Tensor:
+        """Return the log-density [...] of an event."""
+        z = (event - self.mean) / self.stddev
+        return (-0.5 * z * z - self.stddev.log() - 0.5 * math.log(2 * math.pi)).sum(self._axes)
+
+    def entropy(self) -> Tensor:
+        """Return the entropy [...], summed over the dimensions."""
+        return (self.stddev.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(self._axes)
+
+    def entropy_bounds(self) -> tuple[float, float]:
+        """Return the entropies at the two bounds of the deviation."""
+        count = math.prod(self.mean.shape[-self.dims :])
+        base = 0.5 * math.log(2 * math.pi * math.e)
+        return count * (math.log(self.minstd) + base), count * (math.log(self.maxstd) + base)
+
+    @property
+    def _axes(self) -> tuple[int, ...]:
+        return tuple(range(-self.dims, 0))
+
+
+def kl_divergence(p_logits: Tensor, q_logits: Tensor, unimix: float) -> tuple[Tensor, Tensor]:
+    """Return KL(sg(p) || q) and KL(p || sg(q)) for mixed categoricals, summed over the groups.
+
+    p_logits, q_logits: [..., stoch, classes]; each result [...]. The values are equal; the first
+    trains q, the second p (KL balancing, DreamerV2 eq. 2; split as in DreamerV3 eq. 4).
+    """
+    p = unimix_probs(p_logits, unimix)
+    log_p, log_q = unimix_log_probs(p_logits, unimix), unimix_log_probs(q_logits, unimix)
+    train_q = (p.detach() * (log_p.detach() - log_q)).sum((-2, -1))
+    train_p = (p * (log_p - log_q.detach())).sum((-2, -1))
+    return train_q, train_p
+
+
+def class_entropy(logits: Tensor, unimix: float) -> Tensor:
+    """Return the entropy [...] of mixed categoricals [..., stoch, classes], summed over groups."""
+    probs = unimix_probs(logits, unimix)
+    return -(probs * probs.log()).sum((-2, -1))
+
+
+def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the elementwise cross entropy of soft targets in [0, 1]."""
+    return F.binary_cross_entropy_with_logits(logits, target, reduction="none")

@@ -1,0 +1,148 @@
+"""Linear, block-diagonal and convolutional layers with RMS norm and SiLU.
+
+The layers and their initial values are those of the official DreamerV3 code; weights keep torch's
+layout (out, in) except for `BlockLinear`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def init_kernel(weight: Tensor, fan_in: int, scale: float = 1.0) -> None:
+    """Fill with a normal truncated at two deviations, of variance scale^2 / fan_in."""
+    # 1.1368 restores the unit variance that truncation at two deviations takes away.
+    with torch.no_grad():
+        nn.init.trunc_normal_(weight, a=-2.0, b=2.0)
+        weight.mul_(1.1368 * scale / math.sqrt(fan_in))
+
+
+def rms_norm(x: Tensor, scale: Tensor, dims: int | tuple[int, ...] = -1) -> Tensor:
+    """Divide by the root mean square over `dims` and multiply by `scale`, in float32 or better."""
+    full = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    inverse = torch.rsqrt(full.square().mean(dims, keepdim=True) + 1e-4)
+    return (full * inverse * scale).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis (Zhang & Sennrich 2019), eps 1e-4, no shift."""
+
+    def __init__(self, units: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(units))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., units]."""
+        return rms_norm(x, self.scale)
+
+
+class Linear(nn.Linear):
+    """A linear layer with truncated-normal kernel (times `outscale`) and zero bias."""
+
+    def __init__(self, inputs: int, outputs: int, outscale: float = 1.0) -> None:
+        self.outscale = outscale
+        super().__init__(inputs, outputs)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial values."""
+        init_kernel(self.weight, self.in_features, self.outscale)
+        nn.init.zeros_(self.bias)
+
+
+class Dense(nn.Module):
+    """Linear, RMS norm, SiLU."""
+
+    def __init__(self, inputs: int, units: int) -> None:
+        super().__init__()
+        self.linear = Linear(inputs, units)
+        self.norm = RMSNorm(units)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., inputs] to [..., units]."""
+        return F.silu(self.norm(self.linear(x)))
+
+
+class MLP(nn.Sequential):
+    """A stack of `Dense` layers."""
+
+    def __init__(self, inputs: int, units: int, layers: int) -> None:
+        super().__init__(*[Dense(units if i else inputs, units) for i in range(layers)])
+
+    @property
+    def first(self) -> Dense:
+        """The layer that reads the input."""
+        layer = self[0]
+        assert isinstance(layer, Dense)
+        return layer
+
+
+class BlockLinear(nn.Module):
+    """A linear layer whose kernel is block-diagonal: slice g of the input meets kernel g only.
+
+    weight: [blocks, inputs / blocks, outputs / blocks]. It works on inputs laid out by block,
+    [blocks, N, inputs / blocks], which is what a batched matrix product wants.
+    """
+
+    def __init__(self, inputs: int, outputs: int, blocks: int) -> None:
+        super().__init__()
+        if inputs % blocks or outputs % blocks:
+            raise ValueError(
+                f"a block-diagonal layer got {inputs} inputs, {outputs} outputs and {blocks} "
+                "blocks; blocks must divide both: change blocks or the layer sizes"
+            )
+        self.blocks = blocks
+        self.weight = nn.Parameter(torch.empty(blocks, inputs // blocks, outputs // blocks))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        init_kernel(self.weight, inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [blocks, N, inputs / blocks] to [blocks, N, outputs / blocks]."""
+        return torch.baddbmm(self.bias.view(self.blocks, 1, -1), x, self.weight)
+
+
+class BlockDense(nn.Module):
+    """Block-diagonal linear, RMS norm over all units of all blocks, SiLU.
+
+    Every block sees its own slice of the first input and the whole of a second, shared input.
+    """
+
+    def __init__(self, inputs: int, shared: int, units: int, blocks: int) -> None:
+        super().__init__()
+        self.own = inputs // blocks
+        self.linear = BlockLinear(inputs + blocks * shared, units, blocks)
+        self.norm = RMSNorm(units)
+
+    def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
+        """Map [blocks, N, inputs / blocks] and [N, shared] to [blocks, N, units / blocks]."""
+        if shared is None:
+            y = self.linear(x)
+        else:
+            # Two products instead of one on a concatenation: the shared input is never copied
+            # once per block.
+            blocks, rows = x.shape[:2]
+            weight = self.linear.weight
+            y = torch.baddbmm(self.linear.bias.view(blocks, 1, -1), x, weight[:, : self.own])
+            y = torch.baddbmm(y, shared.expand(blocks, rows, -1), weight[:, self.own :])
+        return F.silu(rms_norm(y, self.norm.scale.view(len(y), 1, -1), (0, 2)))
+
+
+class Conv(nn.Conv2d):
+    """A stride-1 convolution that keeps the size, on channels-last images [N, H, W, C]."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel must be odd to keep the image's size, got {kernel}")
+        super().__init__(inputs, outputs, kernel, padding=kernel // 2)
+
+    def reset_parameters(self) -> None:
+        """Draw the initial values."""
+        init_kernel(self.weight, self.weight[0].numel())
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, H, W, inputs] to [N, H, W, outputs]."""
+        # The permuted view has torch's channels_last strides, so nothing is copied.
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

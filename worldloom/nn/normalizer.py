@@ -1,0 +1,62 @@
+"""Running scales of returns, values and advantages."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalizer(nn.Module):
+    """Track an offset and a scale of a stream of numbers by exponential averages.
+
+    impl "perc": offset and width of the range between two percentiles (DreamerV3, eqs. 6-7);
+    "meanstd": mean and standard deviation; "none": 0 and 1. `rate` is the share of the newest
+    value; the scale is at least `limit`. Without `debias` the averages start from zero.
+    """
+
+    def __init__(
+        self,
+        impl: str = "perc",
+        rate: float = 0.01,
+        limit: float = 1e-8,
+        perclo: float = 5.0,
+        perchi: float = 95.0,
+        debias: bool = True,
+    ) -> None:
+        super().__init__()
+        if impl not in ("perc", "meanstd", "none"):
+            raise ValueError(f"unknown normalizer {impl!r}; choose perc, meanstd or none")
+        self.impl, self.rate, self.limit = impl, rate, limit
+        self.perclo, self.perchi, self.debias = perclo, perchi, debias
+        # perc: lo and hi; meanstd: mean and mean square.
+        self.register_buffer("first", torch.zeros(()))
+        self.register_buffer("second", torch.zeros(()))
+        self.register_buffer("corr", torch.zeros(()))
+        self.first: Tensor
+        self.second: Tensor
+        self.corr: Tensor
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take in new values of any shape."""
+        if self.impl == "none":
+            return
+        x = x.detach().flatten().to(self.first.dtype)
+        if self.impl == "perc":
+            levels = x.new_tensor([self.perclo, self.perchi]) / 100
+            first, second = x.quantile(levels).unbind()
+        else:
+            first, second = x.mean(), x.square().mean()
+        self.first.lerp_(first, self.rate)
+        self.second.lerp_(second, self.rate)
+        self.corr.lerp_(torch.ones_like(self.corr), self.rate)
+
+    def stats(self) -> tuple[Tensor, Tensor]:
+        """Return offset and scale (scalars)."""
+        if self.impl == "none":
+            return torch.zeros_like(self.first), torch.ones_like(self.first)
+        first, second = self.first.clone(), self.second.clone()
+        if self.debias:
+            corr = self.corr.clamp(min=self.rate)
+            first, second = first / corr, second / corr
+        if self.impl == "perc":
+            return first, (second - first).clamp(min=self.limit)
+        return first, (second - first.square()).clamp(min=0).sqrt().clamp(min=self.limit)

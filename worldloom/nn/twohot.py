@@ -1,0 +1,53 @@
+"""Real numbers as distributions over fixed bins (DreamerV3, eqs. 8-10).
+
+The bins are spaced exponentially in the space of the number itself, so one head covers rewards of
+any scale, and its gradients do not depend on that scale.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from worldloom.nn.symlog import symexp
+
+
+@functools.lru_cache
+def symexp_bins(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return `count` bins from symexp(-20) to symexp(20), mirrored exactly around zero."""
+    if count < 2:
+        raise ValueError(f"symexp bins need a count of at least 2, got {count}")
+    half = torch.linspace(-20, 0, (count + 1) // 2, dtype=torch.float64)
+    half = symexp(half).to(dtype)
+    mirror = -half.flip(0)
+    return torch.cat([half, mirror[1:] if count % 2 else mirror]).to(device)
+
+
+def twohot_mean(logits: Tensor) -> Tensor:
+    """Return the expected value [...] of logits [..., bins]; exactly zero for uniform logits."""
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    bins = symexp_bins(logits.shape[-1], logits.dtype, logits.device)
+    mass = logits.softmax(-1) * bins
+    # Mirrored bins are added first, so that they cancel exactly: a plain sum over values of up to
+    # 5e8 leaves rounding noise that an untrained critic would report as value.
+    half = mass.shape[-1] // 2
+    pairs = (mass[..., :half] + mass[..., -half:].flip(-1)).flip(-1).sum(-1)
+    return pairs + mass[..., half] if mass.shape[-1] % 2 else pairs
+
+
+def twohot_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy [...] of logits [..., bins] with the two-hot code of target [...].
+
+    The target spreads its mass over the two nearest bins by linear distance; beyond the ends it
+    goes to the end bin. No gradient reaches the target.
+    """
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    target = target.detach().to(logits.dtype)
+    bins = symexp_bins(logits.shape[-1], logits.dtype, logits.device)
+    count = torch.searchsorted(bins, target.contiguous(), right=True)
+    below, above = (count - 1).clamp(min=0), count.clamp(max=len(bins) - 1)
+    low, high = bins[below], bins[above]
+    share = torch.where(below == above, 0.0, (target - low) / (high - low).clamp(min=1e-30))
+    at_low = logits.gather(-1, below.unsqueeze(-1)).squeeze(-1)
+    at_high = logits.gather(-1, above.unsqueeze(-1)).squeeze(-1)
+    return logits.logsumexp(-1) - (1 - share) * at_low - share * at_high

@@ -1,0 +1,95 @@
+"""Presets: one YAML file each under conf/model, read by the factory and by the command alike."""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+
+def config_dir() -> Path:
+    """Return the folder of configurations: in the wheel, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise FileNotFoundError(f"no conf/ in or beside {package}; the installation is incomplete")
+
+
+def preset_names() -> list[str]:
+    """Return all presets by their public names, such as "dreamerv3:size12m", by size."""
+    files = [f for f in _model_files() if f.stem not in aliases()]
+    return [_public(f.stem) for f in sorted(files, key=_size)]
+
+
+def aliases() -> dict[str, str]:
+    """Return the aliases, {alias: preset}: files that hold nothing but another preset."""
+    found = {}
+    for file in _model_files():
+        config = OmegaConf.load(file)
+        assert isinstance(config, DictConfig)
+        if list(config) == ["defaults"]:
+            found[file.stem] = _public(str(config.defaults[0]))
+    return found
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """Return a preset's configuration by public name, file name or alias.
+
+    Raises:
+        ValueError: no such preset; names the nearest ones.
+    """
+    known = {_public(f.stem): f for f in _model_files()}
+    key = _public(name.lower())
+    if key not in known:
+        raise ValueError(
+            f"unknown model {name!r}{nearest(name, [*known])}; presets: "
+            f"{', '.join(preset_names())}; aliases: "
+            + ", ".join(f"{a} -> {p}" for a, p in aliases().items())
+            + "; or the path of a saved model"
+        )
+    config = _compose(known[key])
+    result = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(result, dict)
+    return {str(k): v for k, v in result.items()}
+
+
+def describe_preset(name: str) -> str:
+    """Return the first comment line of a preset's file."""
+    known = {_public(f.stem): f for f in _model_files()}
+    return known[name].read_text().splitlines()[0].removeprefix("# ")
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the closest of the choices, or nothing."""
+    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _model_files() -> list[Path]:
+    files = (config_dir() / "model").glob("*.yaml")
+    return [f for f in sorted(files) if not f.stem.endswith("_base") and f.stem != "custom"]
+
+
+def _public(stem: str) -> str:
+    return stem.replace("_", ":", 1)
+
+
+def _size(file: Path) -> tuple[str, float]:
+    family, _, size = file.stem.partition("_")
+    number = "".join(c for c in size if c.isdigit() or c == ".")
+    return family, float(number) if number else 0.0
+
+
+def _compose(file: Path) -> DictConfig:
+    """Merge a file with its defaults, as Hydra does within one group."""
+    config = OmegaConf.load(file)
+    assert isinstance(config, DictConfig)
+    merged: Any = OmegaConf.create()
+    entries = config.pop("defaults", [])
+    for entry in entries:
+        if entry != "_self_":
+            merged = OmegaConf.merge(merged, _compose(file.parent / f"{entry}.yaml"))
+    merged = OmegaConf.merge(merged, config)
+    return merged

@@ -1,0 +1,97 @@
+"""Models on disk: model.safetensors and config.yaml, and nothing that can run code."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+FORMAT = 1
+WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+
+
+def save_model(model: nn.Module, folder: str | Path) -> None:
+    """Write a model whose `config` tells how to build it: {"model": name or path, **arguments}.
+
+    Each file is written under a temporary name and then renamed, so a crash leaves no half file.
+    """
+    config: Any = getattr(model, "config", None)
+    if not isinstance(config, dict) or "model" not in config:
+        raise ValueError(
+            f"{type(model).__name__} has no config that tells how to build it; create it with "
+            "create_world_model or set model.config = {'model': 'my_pkg.MyModel', **arguments}"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    save_file(tensors, folder / f".{WEIGHTS}")
+    text = OmegaConf.to_yaml(OmegaConf.create({"format": FORMAT, **_plain(config)}))
+    (folder / f".{CONFIG}").write_text(text)
+    for name in (WEIGHTS, CONFIG):
+        os.replace(folder / f".{name}", folder / name)
+
+
+def read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the config and the tensors of a saved model.
+
+    Raises:
+        ValueError: a file is missing, damaged or of a newer format.
+    """
+    for name in (WEIGHTS, CONFIG):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"{folder} holds no {name}; expected a folder written by save_pretrained, a run "
+                "folder, a .ckpt file or official weights"
+            )
+    try:
+        config: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
+        tensors = load_file(folder / WEIGHTS)
+    except Exception as error:
+        raise ValueError(f"the model in {folder} cannot be read: {error}") from None
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f"{folder / CONFIG} is not a saved worldloom model of format {FORMAT}")
+    del config["format"]
+    return config, tensors
+
+
+def read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the model's config and tensors out of a run's checkpoint, without running code."""
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        config = checkpoint["hyper_parameters"]["model"]
+        state = checkpoint["state_dict"]
+    except Exception as error:
+        raise ValueError(f"{file} is not a readable worldloom checkpoint: {error}") from None
+    prefix = "model."
+    return config, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], source: Path) -> None:
+    """Copy tensors into the model; name the first that is missing, unknown or misshapen."""
+    state = model.state_dict()
+    if missing := [name for name in state if name not in tensors]:
+        raise ValueError(
+            f"{source} lacks {len(missing)} tensors of the model, first {missing[0]!r}"
+        )
+    if unknown := [name for name in tensors if name not in state]:
+        raise ValueError(f"{source} has {len(unknown)} unknown tensors, first {unknown[0]!r}")
+    for name, value in tensors.items():
+        if value.shape != state[name].shape:
+            raise ValueError(
+                f"tensor {name!r} in {source} has shape {tuple(value.shape)}, expected "
+                f"{tuple(state[name].shape)}"
+            )
+    model.load_state_dict(tensors)
+
+
+def _plain(value: Any) -> Any:
+    """Turn tuples into lists and mappings into dicts, as YAML knows them."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(v) for v in value]
+    return value
