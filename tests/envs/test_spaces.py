@@ -1,0 +1,263 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.vector.utils import batch_space, create_empty_array
+
+import worldloom.envs.vector
+from worldloom.envs.spaces import ActionSpec, ObsSpec, flatten, is_channels_last
+
+
+def image(*shape):
+    return spaces.Box(0, 255, shape, np.uint8)
+
+
+def test_envs_import_no_torch():
+    # Torch would cost every worker process two seconds. The package around envs is left out here:
+    # what it imports is its own affair.
+    code = f"""
+import sys, types
+package = sys.modules["worldloom"] = types.ModuleType("worldloom")
+package.__path__ = [{str(Path(worldloom.envs.vector.__file__).parents[1])!r}]
+import worldloom.envs.gymnasium, worldloom.envs.vector
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- observations --------------------------------------------------------------------------------
+
+
+def test_channels_last_images_become_channels_first():
+    spec = ObsSpec.from_space(image(32, 48, 3))
+    obs = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
+    encoded = spec.encode(obs)
+    assert spec.shape == (3, 32, 48) and spec.dtypes == "uint8"
+    assert encoded.shape == (2, 3, 32, 48) and encoded.dtype == np.uint8
+    assert (encoded[1, 2] == obs[1, :, :, 2]).all()
+    assert encoded.flags.c_contiguous
+
+
+def test_channels_first_images_stay():
+    spec = ObsSpec.from_space(image(4, 64, 64))
+    obs = np.random.default_rng(0).integers(0, 256, (2, 4, 64, 64), np.uint8)
+    assert spec.shape == (4, 64, 64)
+    assert (spec.encode(obs) == obs).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "last"),
+    [
+        ((64, 64, 1), True),
+        ((64, 64, 12), True),
+        ((3, 64, 64), False),
+        ((16, 64, 16), False),
+        ((1, 16, 16), False),
+        ((64, 64, 13), False),
+    ],
+)
+def test_which_images_are_channels_last(shape, last):
+    assert is_channels_last(shape) is last
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_boxes_become_float_vectors(shape):
+    spec = ObsSpec.from_space(spaces.Box(-1, 1, shape, np.float64))
+    obs = np.arange(2 * np.prod(shape, dtype=int), dtype=np.float64).reshape(2, *shape) / 3
+    encoded = spec.encode(obs)
+    assert spec.shape == (np.prod(shape, dtype=int),) and spec.dtypes == "float32"
+    assert encoded.dtype == np.float32
+    assert (encoded == obs.reshape(2, -1).astype(np.float32)).all()
+
+
+def test_uint8_vectors_become_floats_of_the_same_value():
+    spec = ObsSpec.from_space(image(128))  # Atari's memory
+    assert spec.dtypes == "float32"
+    assert (spec.encode(np.full((2, 128), 200, np.uint8)) == 200.0).all()
+
+
+def test_discrete_is_one_hot_from_its_start():
+    spec = ObsSpec.from_space(spaces.Discrete(3, start=-1))
+    assert spec.shape == (3,)
+    assert (spec.encode(np.array([-1, 1])) == [[1, 0, 0], [0, 0, 1]]).all()
+
+
+def test_multi_discrete_is_one_hot_per_entry():
+    space = spaces.MultiDiscrete(np.array([[2, 3], [1, 2]]), start=np.array([[0, 5], [0, 0]]))
+    spec = ObsSpec.from_space(space)
+    encoded = spec.encode(np.array([[[1, 5], [0, 1]], [[0, 7], [0, 0]]]))
+    assert spec.shape == (8,) and encoded.dtype == np.float32
+    assert (encoded == [[0, 1, 1, 0, 0, 1, 0, 1], [1, 0, 0, 0, 1, 1, 1, 0]]).all()
+
+
+def test_multi_binary_is_a_vector():
+    spec = ObsSpec.from_space(spaces.MultiBinary((2, 2)))
+    encoded = spec.encode(np.array([[[1, 0], [1, 1]]], np.int8))
+    assert spec.shape == (4,) and encoded.dtype == np.float32
+    assert (encoded == [[1, 0, 1, 1]]).all()
+
+
+def test_dicts_become_flat_dicts():
+    arm = spaces.Dict({"joints": spaces.Box(-1, 1, (2,)), "mode": spaces.Discrete(2)})
+    space = spaces.Dict({"camera": image(16, 16, 3), "arm": arm})
+    spec = ObsSpec.from_space(space)
+    assert spec.shape == {"arm/joints": (2,), "arm/mode": (2,), "camera": (3, 16, 16)}
+    assert spec.dtypes == {"arm/joints": "float32", "arm/mode": "float32", "camera": "uint8"}
+    encoded = spec.encode(create_empty_array(space, n=5))
+    assert {key: value.shape for key, value in encoded.items()} == {
+        "arm/joints": (5, 2),
+        "arm/mode": (5, 2),
+        "camera": (5, 3, 16, 16),
+    }
+
+
+def test_a_dict_of_one_stays_a_dict():
+    spec = ObsSpec.from_space(spaces.Dict({"x": spaces.Box(-1, 1, (2,))}))
+    assert spec.shape == {"x": (2,)}
+    assert set(spec.encode({"x": np.zeros((3, 2))})) == {"x"}
+
+
+def test_flatten_joins_keys():
+    assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a/b": 1, "a/c/d": 2, "e": 3}
+    assert flatten(7) == {"": 7}
+
+
+@pytest.mark.parametrize("space", [spaces.Text(5), spaces.Sequence(spaces.Discrete(2)), "CartPole"])
+def test_unreadable_spaces_are_refused(space):
+    with pytest.raises(ValueError, match=r"The observation has the space .*expected Box, Discrete"):
+        ObsSpec.from_space(space)
+    with pytest.raises(ValueError, match="'arm/note' has the space"):
+        ObsSpec.from_space({"arm": {"note": space}})
+
+
+def test_tuples_are_refused():
+    with pytest.raises(ValueError, match=r"has the space Tuple"):
+        ObsSpec.from_space(spaces.Tuple([spaces.Discrete(2)]))
+
+
+def test_empty_dicts_are_refused():
+    with pytest.raises(ValueError, match="is empty"):
+        ObsSpec.from_space(spaces.Dict({}))
+
+
+def test_float_images_are_refused():
+    with pytest.raises(ValueError, match=r"\(64, 64, 3\) and dtype float32.*three axes of uint8"):
+        ObsSpec.from_space(spaces.Box(0, 1, (64, 64, 3)))
+
+
+def test_stacked_images_are_refused():
+    with pytest.raises(ValueError, match="stack frames along their channels"):
+        ObsSpec.from_space(image(4, 64, 64, 3))
+
+
+def test_images_need_sides_divisible_by_16():
+    with pytest.raises(ValueError, match=r"'camera' is an image of 96x100 pixels.*env\.size=64"):
+        ObsSpec.from_space(spaces.Dict({"camera": image(96, 100, 3)}))
+
+
+def test_images_without_recognisable_channels_are_refused():
+    with pytest.raises(ValueError, match="no axis of it looks like channels"):
+        ObsSpec.from_space(image(64, 64, 32))
+
+
+# ---- actions -------------------------------------------------------------------------------------
+
+
+def test_discrete_actions_respect_the_start():
+    spec = ActionSpec.from_space(spaces.Discrete(3, start=5))
+    assert (spec.action_dim, spec.discrete, spec.width) == (3, True, 3)
+    assert (spec.decode(np.array([[0, 0, 1], [0.4, 0.3, 0.3]], np.float32)) == [7, 5]).all()
+
+
+def test_multi_discrete_actions_choose_in_each_group():
+    spec = ActionSpec.from_space(spaces.MultiDiscrete([2, 3], start=[0, 10]))
+    assert (spec.action_dim, spec.discrete, spec.width) == ((2, 3), True, 5)
+    decoded = spec.decode(np.array([[0, 1, 0, 1, 0], [1, 0, 0, 0, 1]], np.float32))
+    assert (decoded == [[1, 11], [0, 12]]).all()
+
+
+def test_multi_binary_actions_are_pairs():
+    spec = ActionSpec.from_space(spaces.MultiBinary(2))
+    assert (spec.action_dim, spec.width) == ((2, 2), 4)
+    assert (spec.decode(np.array([[0, 1, 1, 0]], np.float32)) == [[1, 0]]).all()
+
+
+def test_continuous_actions_are_clipped_and_stretched():
+    spec = ActionSpec.from_space(spaces.Box(np.array([0, -4]), np.array([2, 4]), dtype=np.float32))
+    assert (spec.action_dim, spec.discrete, spec.width) == (2, False, 2)
+    decoded = spec.decode(np.array([[-1, 0.5], [3, -2]], np.float32))
+    assert decoded.dtype == np.float32
+    assert (decoded == [[0, 2], [2, -4]]).all()
+
+
+def test_actions_in_the_unit_box_come_out_unchanged():
+    spec = ActionSpec.from_space(spaces.Box(-1, 1, (1000,)))
+    actions = np.random.default_rng(0).uniform(-1, 1, (1, 1000)).astype(np.float32)
+    assert (spec.decode(actions) == actions).all()
+
+
+SPACES = [
+    spaces.Discrete(4, start=2),
+    spaces.MultiDiscrete(np.array([[2, 3], [4, 1]])),
+    spaces.MultiBinary((2, 3)),
+    spaces.Box(np.float32([[-3], [0.1]]), np.float32([[7], [0.3]])),
+]
+
+
+@pytest.mark.parametrize("space", SPACES, ids=str)
+def test_random_actions_decode_into_the_space(space):
+    spec = ActionSpec.from_space(space)
+    actions = spec.sample(np.random.default_rng(0), 50)
+    decoded = spec.decode(actions)
+    assert actions.shape == (50, spec.width) and actions.dtype == np.float32
+    assert decoded in batch_space(space, 50)
+    assert all(one in space for one in decoded)
+    assert (actions == spec.sample(np.random.default_rng(0), 50)).all()
+    assert (actions != spec.sample(np.random.default_rng(1), 50)).any()
+
+
+def test_random_actions_are_uniform():
+    # 3000 draws of probability 1/3: standard deviation 0.0086, so 0.05 is almost six of them.
+    groups = ActionSpec.from_space(spaces.MultiDiscrete([3, 3], start=[1, 0]))
+    means = groups.sample(np.random.default_rng(0), 3000).mean(0)
+    np.testing.assert_allclose(means, 1 / 3, atol=0.05)
+    # The mean of 3000 draws from [-1, 1] has standard deviation 0.0105.
+    box = ActionSpec.from_space(spaces.Box(5, 9, (2,))).sample(np.random.default_rng(0), 3000)
+    np.testing.assert_allclose(box.mean(0), 0, atol=0.06)
+    assert box.min() < -0.99 and box.max() > 0.99
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        spaces.Dict({"a": spaces.Discrete(2)}),
+        spaces.Tuple([spaces.Discrete(2)]),
+        spaces.Box(0, 9, (2,), np.int64),
+    ],
+    ids=str,
+)
+def test_unsupported_actions_are_refused(space):
+    with pytest.raises(ValueError, match=r"is not supported; expected Discrete, MultiDiscrete"):
+        ActionSpec.from_space(space)
+
+
+def test_unbounded_actions_are_refused():
+    with pytest.raises(ValueError, match=r"infinite bounds.*finite low and high"):
+        ActionSpec.from_space(spaces.Box(-np.inf, 1, (2,)))
+
+
+def test_actions_of_a_wrong_shape_are_refused():
+    spec = ActionSpec.from_space(spaces.Discrete(3))
+    with pytest.raises(ValueError, match=r"shape \(4,\); expected \[N, 3\]"):
+        spec.decode(np.zeros(4, np.float32))
+    with pytest.raises(ValueError, match=r"shape \(4, 1\); expected \[N, 3\]"):
+        spec.decode(np.zeros((4, 1), np.float32))
+
+
+def test_actions_that_are_no_numbers_are_refused():
+    spec = ActionSpec.from_space(spaces.Box(-1, 1, (1,)))
+    with pytest.raises(ValueError, match=r"contain NaN or infinity.*diverged"):
+        spec.decode(np.array([[np.nan]], np.float32))

@@ -1,0 +1,154 @@
+from functools import partial
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium import spaces
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+from worldloom.envs.gymnasium import make_env
+from worldloom.envs.spaces import ActionSpec, ObsSpec
+from worldloom.envs.vector import Rows, make_vector_env
+
+catch = partial(make_env, "worldloom/Catch-v0", size=16)
+
+
+class Scripted(gym.Env):
+    """Observe (episode, step); reward = action * step; episode lengths repeat `lengths`.
+
+    A positive length terminates, a negative one truncates.
+    """
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,))
+    action_space = spaces.Box(0, 10, (1,))
+
+    def __init__(self, lengths):
+        self.lengths, self.episode = lengths, -1
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.count = self.episode + 1, 0
+        return self._obs(), {"success": False}
+
+    def step(self, action):
+        self.count += 1
+        length = self.lengths[self.episode % len(self.lengths)]
+        end = self.count == abs(length)
+        info = {"success": length > 0} if end else {}
+        return (
+            self._obs(),
+            float(action[0] * self.count),
+            end and length > 0,
+            end and length < 0,
+            info,
+        )
+
+    def _obs(self):
+        return np.array([self.episode, self.count], np.float32)
+
+
+def rows_of(env):
+    obs_spec = ObsSpec.from_space(env.single_observation_space)
+    return Rows(env, obs_spec, ActionSpec.from_space(env.single_action_space))
+
+
+def scripted_rows(*lengths):
+    scripts = iter(lengths)
+    return rows_of(make_vector_env(lambda: Scripted(next(scripts)), num_envs=len(lengths)))
+
+
+def test_zero_workers_step_in_this_process():
+    env = make_vector_env(catch, num_envs=3)
+    assert isinstance(env, SyncVectorEnv) and env.num_envs == 3
+    assert env.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
+
+
+def test_workers_give_the_same_rows_from_processes_of_their_own():
+    here, there = make_vector_env(catch, 2), make_vector_env(catch, 2, workers=1)
+    try:
+        assert isinstance(there, AsyncVectorEnv)
+        assert there.context in ("forkserver", "spawn") and there.max_concurrency == 1
+        a, b = rows_of(here), rows_of(there)
+        rng = np.random.default_rng(0)
+        a.reset(3)
+        b.reset(3)
+        for _ in range(25):
+            actions = a.action_spec.sample(rng, 2)
+            assert a.step(actions) == b.step(actions)
+            for name in ("obs", "rewards", "is_first", "is_last", "is_terminal"):
+                assert (getattr(a, name) == getattr(b, name)).all()
+    finally:
+        there.close()
+
+
+def test_rows_are_the_episodes_with_their_resets():
+    rows = scripted_rows([2, -3], [3])
+    rows.reset(seed=0)
+    # The environments take actions in [0, 10], so a model's -0.8 is 1 and its 0.6 is 8.
+    seen, ended = [], []
+    for _ in range(8):
+        seen.append((rows.obs, rows.rewards, rows.is_first, rows.is_last, rows.is_terminal))
+        ended.append(rows.step(np.array([[-0.8], [0.6]], np.float32)))
+    obs, rewards, is_first, is_last, is_terminal = (np.stack(x, 1) for x in zip(*seen, strict=True))
+    assert obs[0].tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2], [1, 3], [2, 0]]
+    assert obs[1].tolist() == [[0, 0], [0, 1], [0, 2], [0, 3], [1, 0], [1, 1], [1, 2], [1, 3]]
+    np.testing.assert_allclose(rewards, [[0, 1, 2, 0, 1, 2, 3, 0], [0, 8, 16, 24, 0, 8, 16, 24]])
+    assert rewards.dtype == np.float32
+    assert np.argwhere(is_first).tolist() == [[0, 0], [0, 3], [0, 7], [1, 0], [1, 4]]
+    assert np.argwhere(is_last).tolist() == [[0, 2], [0, 6], [1, 3], [1, 7]]
+    assert np.argwhere(is_terminal).tolist() == [[0, 2], [1, 3], [1, 7]]
+    # An episode is told in the step that makes its last row, hence one tick before that row.
+    long = {"return": pytest.approx(48.0), "length": 3, "success": 1.0}
+    assert [[i for i, _ in tick] for tick in ended] == [[], [0], [1], [], [], [0], [1], []]
+    assert ended[1] == [(0, {"return": pytest.approx(3.0), "length": 2, "success": 1.0})]
+    assert ended[2] == ended[6] == [(1, long)]
+    assert ended[5] == [(0, {"return": pytest.approx(6.0), "length": 3, "success": 0.0})]
+
+
+def test_success_is_left_out_where_the_environment_does_not_tell():
+    rows = rows_of(make_vector_env(lambda: gym.make("CartPole-v1", max_episode_steps=3)))
+    rows.reset(seed=0)
+    ended = [rows.step(np.array([[1, 0]], np.float32)) for _ in range(3)]
+    assert ended == [[], [], [(0, {"return": 3.0, "length": 3})]]
+
+
+def test_seeds_differ_between_environments_and_reproduce():
+    rows = rows_of(make_vector_env(lambda: gym.make("CartPole-v1"), 2))
+    rows.reset(seed=5)
+    first = rows.obs
+    assert (first[0] != first[1]).all()
+    rows.reset(seed=5)
+    assert (rows.obs == first).all()
+
+
+def test_environments_instead_of_functions_are_refused():
+    with pytest.raises(TypeError, match=r"make_env is <.*CartPole.*expected a function that makes"):
+        make_vector_env(gym.make("CartPole-v1"))
+
+
+def test_numbers_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match=r"num_envs=0 and workers=0"):
+        make_vector_env(catch, num_envs=0)
+    with pytest.raises(ValueError, match=r"num_envs=1 and workers=-1"):
+        make_vector_env(catch, workers=-1)
+
+
+def test_one_environment_for_all_is_refused():
+    env = Scripted([3])
+    with pytest.raises(ValueError, match=r"returned the same .* more than once for num_envs=2"):
+        make_vector_env(lambda: env, num_envs=2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_is_no_environment_is_refused(workers):
+    old = type("OldEnv", (type("Env", (), {"__module__": "gym.core"}),), {})
+    with pytest.raises(TypeError, match=r"OldEnv, an environment of the old gym; expected a gymn"):
+        make_vector_env(old, workers=workers)
+    with pytest.raises(TypeError, match=r"returned a builtins\.NoneType; expected a gymnasium.Env"):
+        make_vector_env(lambda: None, workers=workers)
+
+
+def test_other_autoreset_modes_are_refused():
+    env = SyncVectorEnv([catch], autoreset_mode=AutoresetMode.SAME_STEP)
+    with pytest.raises(ValueError, match=r"SAME_STEP; expected AutoresetMode.NEXT_STEP"):
+        rows_of(env)

@@ -1,0 +1,181 @@
+"""Any gymnasium id as an environment that models can learn: pixels, sizes, action repeat.
+
+Letters used in shapes: H, W height and width, C channels.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from PIL import Image
+
+import worldloom.envs.catch  # noqa: F401  (registers worldloom/Catch-v0)
+from worldloom.envs.spaces import flatten, is_channels_last, is_image
+
+# What a missing package calls itself in error messages -> our extra that installs it. Box2D's
+# complaint about pygame names both, so pygame comes first.
+EXTRAS = {"pygame": "pixels", "box2d": "box2d", "mujoco": "mujoco", "ale_py": "atari"}
+
+
+def make_env(
+    id: str,
+    *,
+    size: int | None = None,
+    pixels: bool = False,
+    repeat: int = 1,
+    time_limit: int | None = None,
+    **kwargs: Any,
+) -> gym.Env:
+    """Make the environment that is registered under a gymnasium id.
+
+    size: side in pixels to which images are resized; a multiple of 16.
+    pixels: observe the rendered picture, [size, size, 3] (64 if no size is given), and nothing
+        else. Without it no renderer is touched.
+    repeat: do each action so many times; their rewards are summed.
+    time_limit: steps of the simulator (not of `repeat`) after which an episode is truncated,
+        instead of the limit that is registered with the id.
+    kwargs: go to the environment.
+    """
+    if repeat < 1:
+        raise ValueError(f"repeat is {repeat}; expected at least 1; set env.repeat=1 for none")
+    if pixels:
+        kwargs["render_mode"] = "rgb_array"
+        if sys.platform.startswith("linux"):
+            # MuJoCo picks its renderer when it is imported, and only this one needs no display.
+            os.environ.setdefault("MUJOCO_GL", "egl")
+    if time_limit is not None:
+        kwargs["max_episode_steps"] = time_limit
+    with _naming_the_extra(id):
+        _check_registered(id)
+        env = gym.make(id, **kwargs)
+    if repeat > 1:
+        env = ActionRepeat(env, repeat)
+    if pixels:
+        return RenderedObservation(env, size or 64)
+    return env if size is None else ResizedImages(env, size)
+
+
+class ActionRepeat(gym.Wrapper):
+    """Do every action several times, or until the episode ends, and sum the rewards."""
+
+    def __init__(self, env: gym.Env, repeat: int) -> None:
+        super().__init__(env)
+        self.repeat = repeat
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Return the last observation and info, and the sum of the rewards."""
+        total = 0.0
+        for _ in range(self.repeat):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info
+
+
+class RenderedObservation(gym.ObservationWrapper):
+    """Observe the rendered picture, [size, size, 3] uint8, instead of the observation."""
+
+    def __init__(self, env: gym.Env, size: int) -> None:
+        super().__init__(env)
+        self.size = size
+        self.observation_space = spaces.Box(0, 255, (size, size, 3), np.uint8)
+
+    def observation(self, observation: Any) -> np.ndarray:
+        """Render the environment; its own observation is dropped."""
+        name = str(self.unwrapped)
+        with _naming_the_extra(name):
+            frame: Any = self.env.render()
+        if not isinstance(frame, np.ndarray) or frame.shape[2:] != (3,):
+            raise TypeError(
+                f"{name} rendered {getattr(frame, 'shape', type(frame).__name__)}; expected an "
+                "RGB picture [H, W, 3]; set env.pixels=false if it cannot render 'rgb_array'"
+            )
+        return resize_image(frame, self.size)
+
+
+class ResizedImages(gym.ObservationWrapper):
+    """Resize every image of the observations; other arrays stay as they are."""
+
+    def __init__(self, env: gym.Env, size: int) -> None:
+        super().__init__(env)
+        self.size = size
+        if not any(is_image(space) for space in flatten(env.observation_space).values()):
+            raise ValueError(
+                f"size={size} was given, but {env.unwrapped} observes no image but "
+                f"{env.observation_space}; expected images (3-D uint8); set env.pixels=true to "
+                "observe what it renders, or leave env.size out"
+            )
+        self.observation_space = self._resized_space(env.observation_space)
+
+    def observation(self, observation: Any) -> Any:
+        """Resize the images of one observation."""
+        return self._resized(self.env.observation_space, observation)
+
+    def _resized_space(self, space: spaces.Space) -> spaces.Space:
+        if isinstance(space, spaces.Dict):
+            return spaces.Dict({key: self._resized_space(value) for key, value in space.items()})
+        if not is_image(space):
+            return space
+        shape = space.shape or ()
+        last = is_channels_last(shape)
+        new = (self.size, self.size, shape[2]) if last else (shape[0], self.size, self.size)
+        return spaces.Box(0, 255, new, np.uint8)
+
+    def _resized(self, space: spaces.Space, obs: Any) -> Any:
+        if isinstance(space, spaces.Dict):
+            return {key: self._resized(value, obs[key]) for key, value in space.items()}
+        if not is_image(space):
+            return obs
+        if is_channels_last(space.shape or ()):
+            return resize_image(obs, self.size)
+        return np.moveaxis(resize_image(np.moveaxis(obs, 0, -1), self.size), -1, 0)
+
+
+def resize_image(image: np.ndarray, size: int) -> np.ndarray:
+    """Resize [H, W, C] uint8 to [size, size, C] by averaging areas (repeating pixels if larger)."""
+    if image.shape[:2] == (size, size):
+        return image
+    # Channel by channel: Pillow knows no 9 channels, and would weigh colours by a fourth one.
+    planes = [Image.fromarray(plane) for plane in np.moveaxis(image, -1, 0)]
+    box = Image.Resampling.BOX
+    return np.stack([np.asarray(plane.resize((size, size), box)) for plane in planes], axis=-1)
+
+
+def _check_registered(id: str) -> None:
+    if id.startswith("ALE/"):
+        importlib.import_module("ale_py")  # gymnasium knows these ids only after this import
+    module, _, name = id.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    try:
+        gym.spec(name)
+    except gym.error.Error as error:
+        names = {known.lower(): known for known in gym.registry}
+        near = [names[name] for name in difflib.get_close_matches(name.lower(), names, cutoff=0.4)]
+        raise ValueError(
+            f"There is no environment '{id}' ({error}); expected an id that gymnasium knows, "
+            f"such as {', '.join(near or sorted(names.values())[:3])}; set env.id to one, or to "
+            "'module:id' if importing a module registers yours"
+        ) from error
+
+
+@contextmanager
+def _naming_the_extra(name: str) -> Iterator[None]:
+    """Turn the error of a missing package into one that says which of our extras has it."""
+    try:
+        yield
+    except (gym.error.DependencyNotInstalled, ImportError) as error:
+        complaint = str(error).lower()
+        extra = next((EXTRAS[word] for word in EXTRAS if word in complaint), None)
+        remedy = f"pip install 'worldloom[{extra}]'" if extra else "install what the message names"
+        raise ImportError(
+            f"{name} needs a package that cannot be imported ({error}); {remedy}"
+        ) from error

@@ -1,0 +1,131 @@
+"""Several copies of an environment at once, as the rows that a replay stores.
+
+Letters used in shapes: N environments, A = width of a model's action.
+"""
+
+import multiprocessing
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from worldloom.envs.spaces import ActionSpec, Obs, ObsSpec
+
+MakeEnv = Callable[[], gym.Env]
+
+
+def make_vector_env(make_env: MakeEnv, num_envs: int = 1, workers: int = 0) -> VectorEnv:
+    """Make N copies of an environment that are stepped together.
+
+    make_env: any function without arguments that returns a new gymnasium environment.
+    workers: 0 steps the copies one after the other in this process. More give each copy a process
+        of its own, so many of which run at a time; worth it when a step takes over 0.5 ms.
+
+    The step after an end ignores its action and returns the next episode's first observation
+    (gymnasium's NEXT_STEP autoreset); `Rows` turns that into rows.
+    """
+    if not callable(make_env):
+        raise TypeError(
+            f"make_env is {make_env!r}; expected a function that makes an environment; wrap what "
+            "you have: make_vector_env(lambda: gymnasium.make('CartPole-v1'))"
+        )
+    if num_envs < 1 or workers < 0:
+        raise ValueError(
+            f"Got num_envs={num_envs} and workers={workers}; expected at least one environment "
+            "and no negative number of workers; set env.num_envs=1 and env.workers=0"
+        )
+    make_checked = partial(_make_checked, make_env)
+    if workers:
+        # Forked workers hang if this process has rendered before, so they start clean.
+        clean = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        # Only gymnasium >= 1.4 can have fewer running than there are, so others are not asked to.
+        limit: dict[str, Any] = {"max_concurrency": workers} if workers < num_envs else {}
+        return AsyncVectorEnv(
+            [make_checked] * num_envs,
+            context=clean,
+            autoreset_mode=AutoresetMode.NEXT_STEP,
+            **limit,
+        )
+    env = SyncVectorEnv([make_checked] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
+    if len({id(copy.unwrapped) for copy in env.envs}) < num_envs:
+        raise ValueError(
+            f"make_env returned the same {env.envs[0]} more than once for num_envs={num_envs}; "
+            "expected a new environment from each call; create it inside the function"
+        )
+    return env
+
+
+def _make_checked(make_env: MakeEnv) -> gym.Env:
+    env: Any = make_env()
+    if isinstance(env, gym.Env):
+        return env
+    kind = f"{type(env).__module__}.{type(env).__qualname__}"
+    old = any(base.__module__.split(".")[0] == "gym" for base in type(env).__mro__)
+    raise TypeError(
+        f"make_env returned a {kind}{', an environment of the old gym' if old else ''}; expected "
+        "a gymnasium.Env, whose reset returns (obs, info) and whose step returns (obs, reward, "
+        "terminated, truncated, info); derive it from gymnasium.Env"
+    )
+
+
+class Rows:
+    """A vector environment as a stream of rows, one per environment and tick.
+
+    After `reset` and after each `step` these describe the present row of every environment:
+
+    obs: [N, *obs_shape], or a dict of such, as models see them.
+    rewards: [N] float32; what arrived with obs; 0 in an episode's first row.
+    is_first, is_last, is_terminal: [N] bool.
+    """
+
+    obs: Obs
+    rewards: np.ndarray
+    is_first: np.ndarray
+    is_last: np.ndarray
+    is_terminal: np.ndarray
+
+    def __init__(self, env: VectorEnv, obs_spec: ObsSpec, action_spec: ActionSpec) -> None:
+        mode = env.metadata.get("autoreset_mode")
+        if mode != AutoresetMode.NEXT_STEP:
+            raise ValueError(
+                f"{env} has autoreset mode {mode}; expected AutoresetMode.NEXT_STEP; make it with "
+                "worldloom.envs.vector.make_vector_env"
+            )
+        self.env, self.obs_spec, self.action_spec = env, obs_spec, action_spec
+        self.num_envs = env.num_envs
+
+    def reset(self, seed: int | None = None) -> None:
+        """Start a new episode in every environment; environment i gets seed + i."""
+        obs, _ = self.env.reset(seed=seed)
+        self.obs = self.obs_spec.encode(obs)
+        self.rewards = np.zeros(self.num_envs, np.float32)
+        self.is_first = np.ones(self.num_envs, bool)
+        self.is_last = np.zeros(self.num_envs, bool)
+        self.is_terminal = np.zeros(self.num_envs, bool)
+        self._returns = np.zeros(self.num_envs)
+        self._lengths = np.zeros(self.num_envs, np.int64)
+
+    def step(self, actions: np.ndarray) -> list[tuple[int, dict[str, float]]]:
+        """Act with model actions [N, A] and move on to the next rows.
+
+        Where the present row is an episode's last, the action is ignored and the next row is a
+        new episode's first. Returns (environment, {"return", "length", "success" if the
+        environment's info has it}) for the episodes that ended.
+        """
+        obs, rewards, terminated, truncated, infos = self.env.step(self.action_spec.decode(actions))
+        self.obs = self.obs_spec.encode(obs)
+        self.rewards = rewards.astype(np.float32)
+        self.is_first = self.is_last
+        self.is_last, self.is_terminal = terminated | truncated, terminated
+        self._returns = np.where(self.is_first, 0.0, self._returns + rewards)
+        self._lengths = np.where(self.is_first, 0, self._lengths + 1)
+        return [(int(i), self._summary(int(i), infos)) for i in np.flatnonzero(self.is_last)]
+
+    def _summary(self, index: int, infos: dict[str, Any]) -> dict[str, float]:
+        episode = {"return": float(self._returns[index]), "length": int(self._lengths[index])}
+        if "success" in infos and infos["_success"][index]:
+            episode["success"] = float(infos["success"][index])
+        return episode
