@@ -1,0 +1,174 @@
+"""What happens beside training: metrics, checkpoints, evaluation, a look at the imagination."""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+from worldloom.training.module import WorldModelModule
+
+
+class MetricsWriter(Callback):
+    """Send train/…, episode/…, fps/… and replay/… to the loggers every `log_every` updates.
+
+    The x-axis is environment steps in online runs and updates in offline ones.
+    """
+
+    def __init__(self) -> None:
+        self._mark = (0.0, 0, 0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clocks."""
+        self._mark = (time.monotonic(), *_counts(trainer, pl_module))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Flush when the interval is over."""
+        assert isinstance(pl_module, WorldModelModule)
+        if pl_module.updates % pl_module.log_every == 0:
+            self.flush(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Flush what is left."""
+        self.flush(trainer, pl_module)
+
+    def flush(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write everything since the last flush."""
+        assert isinstance(pl_module, WorldModelModule)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        episodes = _drain(data.collector)
+        for episode in episodes:
+            step = int(episode.pop("env_steps"))
+            log(trainer, {f"episode/{name}": value for name, value in episode.items()}, step)
+        now = time.monotonic()
+        then, steps, updates = self._mark
+        self._mark = (now, *_counts(trainer, pl_module))
+        seconds = max(now - then, 1e-9)
+        metrics = {f"train/{k}": v for k, v in pl_module.metrics.flush().items()}
+        metrics["train/updates"] = pl_module.updates
+        metrics["fps/env"] = (self._mark[1] - steps) / seconds
+        replayed = (self._mark[2] - updates) * data.batch_size * data.sequence_length
+        metrics["fps/train"] = replayed / seconds
+        metrics["replay/size"] = len(data.buffer)
+        metrics["replay/ratio"] = data.replay_ratio
+        log(trainer, metrics, x_axis(trainer, pl_module))
+
+
+class Checkpoints(Callback):
+    """Save the run at its start, every so many minutes, at its end and when it breaks off.
+
+    A checkpoint is written under a temporary name, flushed to the disk and then renamed.
+    """
+
+    def __init__(self, folder: str | Path, minutes: float = 10.0) -> None:
+        self.file = Path(folder) / "last.ckpt"
+        self.minutes = minutes
+        self._saved = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the untrained run: a folder always has a checkpoint."""
+        self.save(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save when it is time."""
+        if time.monotonic() - self._saved > 60 * self.minutes:
+            self.save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the finished run."""
+        self.save(trainer)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Save what was learned before an interruption; numbers that broke are not worth it."""
+        if trainer.training and not isinstance(exception, FloatingPointError):
+            self.save(trainer)
+
+    def save(self, trainer: Trainer) -> None:
+        """Write the checkpoint."""
+        self._saved = time.monotonic()
+        temporary = self.file.with_suffix(".tmp")
+        trainer.save_checkpoint(temporary, weights_only=False)
+        if not trainer.is_global_zero:
+            return
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, self.file)
+
+
+class Evaluation(Callback):
+    """Score the agent every so many environment steps, and log eval/return and eval/length."""
+
+    def __init__(
+        self, evaluate: Callable[[int], dict[str, float]], every: int, episodes: int
+    ) -> None:
+        self.evaluate, self.every, self.episodes = evaluate, every, episodes
+        self._next = every
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Evaluate when it is time."""
+        steps = x_axis(trainer, pl_module)
+        if not self.every or steps < self._next:
+            return
+        self._next = steps - steps % self.every + self.every
+        log(trainer, self.evaluate(self.episodes), steps)
+
+
+class OpenLoop(Callback):
+    """Show what the model imagines: truth, prediction and error of one replayed sequence."""
+
+    def __init__(self, every: int = 1000, context: int = 5) -> None:
+        self.every, self.context = every, context
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Draw a picture when it is time."""
+        from worldloom.training.pictures import open_loop
+
+        assert isinstance(pl_module, WorldModelModule)
+        if not self.every or pl_module.updates % self.every:
+            return
+        with torch.random.fork_rng(devices=[]):  # looking must not change what is learned
+            pictures = open_loop(pl_module.model, batch, self.context)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_picture"):
+                for name, picture in pictures.items():
+                    logger.log_picture(f"imagination/{name}", picture, x_axis(trainer, pl_module))
+
+
+def _drain(collector: Any) -> list[dict[str, float]]:
+    """Take the finished episodes out of the collector."""
+    if collector is None:
+        return []
+    episodes = list(collector.finished)
+    collector.finished.clear()
+    return episodes
+
+
+def x_axis(trainer: Trainer, module: LightningModule) -> int:
+    """Return the position on the x-axis: environment steps, or updates if nothing is collected."""
+    steps, updates = _counts(trainer, module)
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    return updates if data.collector is None else steps
+
+
+def log(trainer: Trainer, metrics: dict[str, Any], step: int) -> None:
+    """Send metrics to every logger."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=step)
+
+
+def _counts(trainer: Trainer, module: LightningModule) -> tuple[int, int]:
+    assert isinstance(module, WorldModelModule)
+    return trainer.datamodule.env_steps, module.updates  # type: ignore[attr-defined]

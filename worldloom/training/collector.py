@@ -1,0 +1,128 @@
+"""Collecting experience: act in the environments and add every row to the replay.
+
+Letters used in shapes: N environments, A = width of an action.
+"""
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from worldloom.acting import Actor, Memory
+from worldloom.envs.spaces import ActionSpec, Obs, ObsSpec
+from worldloom.envs.vector import Rows
+from worldloom.protocol import LatentState
+
+
+class Buffer(Protocol):
+    """What a collector needs of a replay."""
+
+    def add(
+        self,
+        obs: Obs,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        is_first: np.ndarray,
+        is_last: np.ndarray,
+        is_terminal: np.ndarray,
+        latents: dict[str, Tensor] | None = None,
+    ) -> Any:
+        """Add one row per environment; every array is [N, ...]."""
+        ...
+
+
+class Collector:
+    """Step N environments with an actor and add one row per environment and tick to a buffer.
+
+    random_steps: act at random until so many environment steps are done.
+    env_steps: steps that the environments have made, all of them together; resets do not count.
+    episodes: episodes that have ended; last_return: the return of the newest, None before it.
+    finished: their {"return", "length", "env_steps", "success" if the environment's info has it};
+        whoever logs them empties the list.
+    """
+
+    def __init__(
+        self,
+        env: VectorEnv,
+        actor: Actor,
+        buffer: Buffer,
+        *,
+        obs_spec: ObsSpec,
+        action_spec: ActionSpec,
+        seed: int = 0,
+        random_steps: int = 0,
+    ) -> None:
+        self.rows = Rows(env, obs_spec, action_spec)
+        self.actor, self.buffer = actor, buffer
+        self.random_steps = random_steps
+        self.num_envs = self.rows.num_envs
+        self.env_steps = 0
+        self.episodes = 0
+        self.last_return: float | None = None
+        self.finished: list[dict[str, float]] = []
+        self._rng = np.random.default_rng(seed)
+        self._memory: Memory | None = None
+        self._running = False
+
+    def step(self) -> None:
+        """Add the present rows to the buffer and step all environments once."""
+        if not self._running:
+            self.rows.reset(seed=int(self._rng.integers(2**31)))
+            self._memory, self._running = None, True
+        rows = self.rows
+        self._memory = self._act()
+        actions = self._memory.action.cpu().numpy()
+        actions = np.where(rows.is_last[:, None], np.float32(0.0), actions)
+        self.buffer.add(
+            rows.obs,
+            actions,
+            rows.rewards,
+            rows.is_first,
+            rows.is_last,
+            rows.is_terminal,
+            latents=self._latents(self._memory.state),
+        )
+        # After a last row the environment only resets; that is no step.
+        self.env_steps += int(np.count_nonzero(~rows.is_last))
+        for _, episode in rows.step(actions):
+            self.episodes += 1
+            self.last_return = episode["return"]
+            self.finished.append({**episode, "env_steps": self.env_steps})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return counters, random state and unlogged episodes, as plain data.
+
+        What goes on inside the environments cannot be saved. After `load_state_dict` they start
+        new episodes; the interrupted ones stay in the replay without a last row and are neither
+        counted nor logged.
+        """
+        return {
+            "env_steps": self.env_steps,
+            "episodes": self.episodes,
+            "finished": [dict(episode) for episode in self.finished],
+            "rng": self._rng.bit_generator.state,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state, with new episodes in all environments."""
+        self.env_steps = state["env_steps"]
+        self.episodes = state["episodes"]
+        self.finished = [dict(episode) for episode in state["finished"]]
+        self._rng.bit_generator.state = state["rng"]
+        self._running = False
+
+    def _act(self) -> Memory:
+        rows = self.rows
+        if self.env_steps >= self.random_steps:
+            return self.actor(rows.obs, rows.is_first, self._memory)[1]
+        # The latent state follows random actions too: the actor takes over in mid-episode.
+        state = self.actor.observe(rows.obs, rows.is_first, self._memory)
+        actions = rows.action_spec.sample(self._rng, self.num_envs)
+        return Memory(state, torch.as_tensor(actions, device=self.actor.device))
+
+    @torch.no_grad()
+    def _latents(self, state: LatentState) -> dict[str, Tensor] | None:
+        model: Any = self.actor.model
+        return model.latents_of(state) if getattr(model, "latents", None) else None

@@ -1,0 +1,79 @@
+"""Settings of a run that belong to no model and no environment, checked when they are made."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass
+class TrainingConfig:
+    """How long and how hard to train; the `training` section of the configuration.
+
+    Attributes:
+        total_steps: environment steps of the whole run (optimiser updates if offline).
+        batch_size: sequences per update.
+        sequence_length: steps per sequence that are trained on.
+        learning_rate: of the optimiser.
+        grad_clip: global gradient norm to clip to; None for no such clipping.
+        train_ratio: replayed steps per environment step; updates per environment step are
+            train_ratio / (batch_size * sequence_length).
+        prefill: environment steps before the first update; None for one batch of them.
+        random_steps: environment steps with random actions at the start.
+        log_every: updates between two points of train/… curves.
+    """
+
+    total_steps: int = 1_000_000
+    batch_size: int = 16
+    sequence_length: int = 64
+    learning_rate: float = 4e-5
+    grad_clip: float | None = None
+    train_ratio: float = 32.0
+    prefill: int | None = None
+    random_steps: int = 0
+    log_every: int = 100
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value that no run can have."""
+        for name in ("total_steps", "batch_size", "learning_rate", "train_ratio", "log_every"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        _require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "at least 2")
+        _require(self.random_steps >= 0, "random_steps", self.random_steps, "at least 0")
+        if self.grad_clip is not None:
+            _require(self.grad_clip > 0, "grad_clip", self.grad_clip, "above 0, or null for none")
+        if self.prefill is not None:
+            _require(self.prefill >= 1, "prefill", self.prefill, "at least 1, or null for a batch")
+
+
+@dataclass
+class EvaluationConfig:
+    """How the agent is scored, in environments of its own; the `evaluation` section.
+
+    Attributes:
+        episodes: episodes of the evaluation at the end of a run.
+        every: environment steps between evaluations during the run; 0 for none.
+        episodes_during: episodes of each of those.
+        num_envs: environments side by side.
+        deterministic: the policy's mode instead of samples.
+        seed: of the evaluation environments; training seeds never reach it.
+    """
+
+    episodes: int = 20
+    every: int = 0
+    episodes_during: int = 5
+    num_envs: int = 5
+    deterministic: bool = True
+    seed: int = 1_000_003
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value that no evaluation can have."""
+        for name in ("episodes", "episodes_during", "num_envs"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.every >= 0, "every", self.every, "at least 0")
+
+
+def field_names(cls: type) -> list[str]:
+    """Return the names of a settings class."""
+    return [f.name for f in fields(cls)]
+
+
+def _require(ok: bool, name: str, value: object, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name} is {value}; expected {wanted}")

@@ -1,0 +1,83 @@
+"""Show how far a run is: a bar in a terminal, a line every 20 seconds elsewhere."""
+
+import sys
+import threading
+import time
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from tqdm import tqdm
+
+BEAT = 20.0
+
+
+class Progress(Callback):
+    """Show env steps, updates, steps/s, the last return and the time left.
+
+    The lines come from a thread of their own, so that they also appear while one long update or
+    the collection before the first one is under way.
+    """
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self._bar: tqdm | None = None
+        self._mark = (0.0, 0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the bar or the lines."""
+        if not trainer.is_global_zero:
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        position = self._position(data)
+        self._mark = (time.monotonic(), position)
+        self._done.clear()
+        if sys.stderr.isatty():
+            unit = " step" if data.collector is not None else " update"
+            self._bar = tqdm(
+                total=data.total_steps, initial=position, unit=unit, dynamic_ncols=True
+            )
+        threading.Thread(target=self._beat, args=(data,), daemon=True).start()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Stop, also after an error."""
+        self._done.set()
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _beat(self, data: Any) -> None:
+        while not self._done.wait(0.5 if self._bar is not None else BEAT):
+            if self._bar is not None:
+                self._bar.n = self._position(data)
+                self._bar.set_postfix_str(self._postfix(data), refresh=True)
+            else:
+                print(self.line(data), flush=True)
+
+    def line(self, data: Any) -> str:
+        """Return the heartbeat line."""
+        then, start = self._mark
+        position = self._position(data)
+        rate = (position - start) / max(time.monotonic() - then, 1e-9)
+        left = (data.total_steps - position) / rate if rate else float("inf")
+        unit = "env steps" if data.collector is not None else "updates"
+        parts = [f"{unit} {position:,}/{data.total_steps:,}", self._postfix(data)]
+        parts.append(f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s")
+        parts.append(f"{_duration(left)} left")
+        return " | ".join(parts)
+
+    def _postfix(self, data: Any) -> str:
+        last = getattr(data.collector, "last_return", None)
+        result = "none yet" if last is None else f"{last:.4g}"
+        return f"updates {data.updates:,} | last return {result}"
+
+    @staticmethod
+    def _position(data: Any) -> int:
+        return data.env_steps if data.collector is not None else data.updates
+
+
+def _duration(seconds: float) -> str:
+    if seconds == float("inf"):
+        return "unknown time"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

@@ -1,0 +1,188 @@
+"""What a row of the replay holds, and how the arrays that a user gives become rows.
+
+Letters: E streams, N steps of an episode, A action_dim. `lead` stands for leading axes of rows,
+such as [E] for one row of every stream or [N + 1] for those of an episode.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = np.ndarray | Tensor
+ArrayObs = Array | Mapping[str, Array]
+Arrays = dict[str, np.ndarray]
+Fields = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape and dtype of one row
+
+FLAGS = ("is_first", "is_last", "is_terminal")
+
+
+class RowFormat:
+    """The fields of a row, in the order and the dtypes in which they are stored.
+
+    fields: {name: (shape, dtype)} of everything in a row, names written as a message shows them.
+    obs_names: field of each key of dict observations, or None for a single array.
+    latent_names: field of each latent that is kept.
+    """
+
+    def __init__(
+        self,
+        obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]],
+        action_dim: int,
+        latents: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        obs_dtypes: Any,
+    ) -> None:
+        self.obs_names = _names("obs", obs_shape) if isinstance(obs_shape, Mapping) else None
+        self.latent_names = _names("latents", latents)
+        self.fields: Fields = {
+            **_obs_fields(obs_shape, obs_dtypes),
+            "actions": ((action_dim,), np.dtype(np.float32)),
+            "rewards": ((), np.dtype(np.float32)),
+            **{name: ((), np.dtype(bool)) for name in FLAGS},
+            "episode": ((), np.dtype(np.int64)),  # number of the first row of this row's episode
+        }
+        for name, (shape, dtype) in latents.items():
+            stored_as = torch.empty(0, dtype=dtype).numpy().dtype
+            self.fields[self.latent_names[name]] = (tuple(shape), stored_as)
+
+    def named(self, obs: ArrayObs) -> dict[str, Array]:
+        """Return observations by the names of their fields."""
+        if self.obs_names is None and not isinstance(obs, Mapping):
+            return {"obs": obs}
+        want = "a single array" if self.obs_names is None else sorted(self.obs_names)
+        got = sorted(obs) if isinstance(obs, Mapping) else "a single array"
+        if self.obs_names is None or not isinstance(obs, Mapping) or got != want:
+            raise ValueError(f"obs is {got} but obs_shape says {want}; give exactly these keys")
+        return {name: obs[key] for key, name in self.obs_names.items()}
+
+    def convert(self, name: str, value: Array, lead: tuple[int, ...], where: str) -> np.ndarray:
+        """Convert what a user gave for a field to [*lead, *shape], or say what is wrong with it.
+
+        where: names a row in messages, with {} for its index.
+        """
+        shape, dtype = self.fields[name]
+        array = to_numpy(value)
+        if name == "actions" and array.shape == lead and array.dtype.kind in "iu":
+            raise ValueError(
+                f"actions are integers of shape {array.shape} but one-hot rows are stored; give "
+                f"np.eye({shape[0]}, dtype=np.float32)[actions]"
+            )
+        _require_shape(name, array, lead, shape)
+        if dtype == np.uint8 and array.dtype != np.uint8:
+            raise TypeError(
+                f"{name} is {array.dtype} but this replay stores uint8 images; give pixels as "
+                f"uint8 from 0 to 255, or set obs_dtypes to float32"
+            )
+        with np.errstate(over="ignore"):  # an overflow becomes inf, which is reported below
+            array = array.astype(dtype, copy=False)
+        if dtype.kind == "f" and not np.isfinite(array).all():
+            at = tuple(np.argwhere(~np.isfinite(array))[0])
+            raise ValueError(
+                f"{name} of {where.format(at[0])} holds {array[at]}; only finite numbers can be "
+                f"trained on, so mend the environment or the data it comes from"
+            )
+        return array
+
+    def convert_latents(self, latents: Mapping[str, Array] | None, lead: tuple[int, ...]) -> Arrays:
+        """Convert latents to their fields; None gives zeros, where every episode starts."""
+        if latents is not None and set(latents) != set(self.latent_names):
+            raise ValueError(
+                f"latents are {sorted(latents)} but this replay was made to keep "
+                f"{sorted(self.latent_names)}; give exactly these"
+            )
+        values = {}
+        for key, name in self.latent_names.items():
+            shape, dtype = self.fields[name]
+            array = np.zeros((*lead, *shape)) if latents is None else to_numpy(latents[key])
+            _require_shape(name, array, lead, shape)
+            # A straight-through one-hot may lie an ulp below 1, which uint8 would cut to 0.
+            array = np.rint(array) if dtype.kind == "u" else array
+            values[name] = array.astype(dtype, copy=False)
+        return values
+
+
+def to_numpy(value: Array) -> np.ndarray:
+    """Return an array or tensor as an array, of float32 for bfloat16, which numpy lacks."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+    return np.asarray(value)
+
+
+def has_final_observation(rows: int, steps: int) -> bool:
+    """Tell whether `rows` observations of `steps` actions include what the last action led to."""
+    if rows not in (steps, steps + 1):
+        raise ValueError(
+            f"obs has {rows} rows for {steps} actions; give {steps + 1}, the last one being "
+            f"the observation after the last action"
+        )
+    return rows > steps
+
+
+def has_terminated(steps: int, dones: Any, terminations: Any, truncations: Any) -> bool:
+    """Check the flags [N] of an episode's steps; tell whether it ended by terminating."""
+    if dones is not None and not (terminations is None and truncations is None):
+        raise ValueError("dones came with terminations or truncations; give dones or the other two")
+    if steps == 0:
+        raise ValueError("the episode has no actions; give at least one step")
+    given = {"dones": dones, "terminations": terminations, "truncations": truncations}
+    flags = {name: to_numpy(x).astype(bool) for name, x in given.items() if x is not None}
+    for name, flag in flags.items():
+        _require_shape(name, flag, (steps,), ())
+        if flag[:-1].any():
+            at = int(flag.argmax())
+            raise ValueError(
+                f"{name} is true at index {at} of {steps} steps, before the end of the arrays; "
+                f"split them after it and give each episode to add_episode by itself"
+            )
+    return any(bool(flag[-1]) for name, flag in flags.items() if name != "truncations")
+
+
+def require_range(actions: np.ndarray) -> None:
+    """Refuse actions [N, A] outside [-1, 1]."""
+    worst = actions.flat[np.abs(actions).argmax()]
+    if abs(worst) > 1 + 1e-6:  # what rescaling in float32 may round to
+        raise ValueError(
+            f"actions hold {worst} but must lie in [-1, 1]; rescale them from the bounds of the "
+            f"action space"
+        )
+
+
+def require_borders(begins: np.ndarray, values: Arrays) -> None:
+    """Check the flags of one row per stream; begins [E]: this row must be an episode's first."""
+    orphans = values["is_terminal"] & ~values["is_last"]
+    for wrong, what in (
+        (begins & ~values["is_first"], "begins without is_first; set it in the row of each reset"),
+        (orphans, "is_terminal but not is_last; a terminal row is also an episode's last"),
+    ):
+        if wrong.any():
+            raise ValueError(f"the row of env {wrong.argmax()} {what}")
+
+
+def _names(what: str, keys: Iterable[str]) -> dict[str, str]:
+    """Field names by key, written as a message should show them."""
+    return {key: f"{what}['{key}']" for key in keys}
+
+
+def _obs_fields(obs_shape: Any, obs_dtypes: Any) -> Fields:
+    shapes = obs_shape if isinstance(obs_shape, Mapping) else {None: obs_shape}
+    fields = {}
+    for key, shape in shapes.items():
+        dtype = obs_dtypes.get(key) if isinstance(obs_dtypes, Mapping) else obs_dtypes
+        if dtype is None:
+            dtype = np.uint8 if len(shape) == 3 else np.float32
+        name = "obs" if key is None else f"obs['{key}']"
+        fields[name] = (tuple(int(n) for n in shape), np.dtype(dtype))
+    return fields
+
+
+def _require_shape(
+    name: str, array: np.ndarray, lead: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    if array.shape != (*lead, *shape):
+        raise ValueError(
+            f"{name} has shape {array.shape} but {(*lead, *shape)} is needed: {lead[0]} rows, each "
+            f"of shape {shape}"
+        )
