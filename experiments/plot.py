@@ -1,0 +1,51 @@
+"""Collect the curves of finished runs: python experiments/plot.py FOLDER RUN…
+
+Writes FOLDER/curves.csv (run, seed, step, name, value of episode/return and eval/return) and
+FOLDER/curves.png.
+"""
+
+import csv
+import sys
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+from omegaconf import OmegaConf
+
+NAMES = ("episode/return", "eval/return")
+
+
+def read_run(run: Path) -> list[dict[str, str]]:
+    config = OmegaConf.load(run / "config.yaml")
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [
+        {"seed": str(config.seed), "step": row["step"], "name": name, "value": row[name]}
+        for row in rows
+        for name in NAMES
+        if row.get(name)
+    ]
+
+
+def main() -> None:
+    folder, runs = Path(sys.argv[1]), [Path(arg) for arg in sys.argv[2:]]
+    folder.mkdir(parents=True, exist_ok=True)
+    curves = {run: read_run(run) for run in runs}
+    with (folder / "curves.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["seed", "step", "name", "value"])
+        writer.writeheader()
+        for rows in curves.values():
+            writer.writerows(rows)
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for axis, name in zip(axes, NAMES, strict=True):
+        for rows in curves.values():
+            points = [(int(r["step"]), float(r["value"])) for r in rows if r["name"] == name]
+            axis.plot(*zip(*points, strict=True), label=f"seed {rows[0]['seed']}", alpha=0.8)
+        axis.set(title=name, xlabel="environment steps")
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(folder / "curves.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""The table's arithmetic and the count of operations; never how long anything takes."""
+
+import sys
+from statistics import median
+
+import pytest
+import torch
+from torch import nn
+
+from worldloom.bench import BenchConfig, count_flops, main, measure, random_batch
+from worldloom.factory import create_world_model
+from worldloom.nn.layers import BlockDense, BlockLinear, Conv, Dense
+
+TINY = {
+    "deter": 16,
+    "hidden": 8,
+    "stoch": 4,
+    "classes": 4,
+    "blocks": 2,
+    "units": 8,
+    "depth": 2,
+    "imag_length": 2,
+}
+SMALL = {"batch": 2, "length": 3, "repeats": 2, "matrix": 64}
+
+
+def run(monkeypatch, *words):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["bench", *words])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it for the rest of its process
+    try:
+        main()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def words(**settings):
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+# ---- counting -----------------------------------------------------------------------------------
+
+
+def train(layer: nn.Module, *inputs: torch.Tensor) -> int:
+    """Operations of a forward and a backward pass that wants gradients of inputs and weights."""
+    given = [x.requires_grad_() for x in inputs]
+    return count_flops(lambda: layer(*given).sum().backward())
+
+
+# A product [n, k] x [k, m] is n * m * k multiplications and as many additions. Backward does as
+# much for the gradient of its input, and again for that of its weight.
+
+
+def test_dense_by_hand():
+    assert train(Dense(5, 7), torch.randn(3, 5)) == 3 * 2 * (3 * 5 * 7)
+    assert train(Dense(5, 7), torch.randn(2, 3, 5)) == 3 * 2 * (2 * 3 * 5 * 7)
+
+
+def test_no_gradient_of_the_input_is_not_counted():
+    layer = Dense(5, 7)
+    assert count_flops(lambda: layer(torch.randn(3, 5)).sum().backward()) == 2 * 2 * (3 * 5 * 7)
+    with torch.no_grad():
+        assert count_flops(lambda: layer(torch.randn(2, 3, 5))) == 2 * (2 * 3 * 5 * 7)
+
+
+def test_block_linear_by_hand():
+    # 4 blocks, each [3, 2] x [2, 5].
+    assert train(BlockLinear(8, 20, 4), torch.randn(4, 3, 2)) == 3 * 2 * 4 * (3 * 2 * 5)
+
+
+def test_block_dense_with_a_shared_input_by_hand():
+    # 4 blocks, each [3, 2] x [2, 5] on its own input and [3, 6] x [6, 5] on the shared one.
+    work = train(BlockDense(8, 6, 20, 4), torch.randn(4, 3, 2), torch.randn(3, 6))
+    assert work == 3 * 2 * 4 * (3 * 2 * 5 + 3 * 6 * 5)
+
+
+def test_convolution_by_hand():
+    # Each of 2 * 4 * 6 outputs in 7 channels reads 3 x 3 x 5 inputs; padding is counted as data.
+    work = train(Conv(5, 7, 3), torch.randn(2, 4, 6, 5))
+    assert work == 3 * 2 * (2 * 4 * 6) * 7 * (3 * 3 * 5)
+
+
+def test_work_is_linear_in_the_batch():
+    small, large = (measure(BenchConfig(**SMALL | {"batch": n}), **TINY).flops for n in (1, 3))
+    assert large == 3 * small
+
+
+# ---- measuring ----------------------------------------------------------------------------------
+
+
+def test_share_is_floor_by_median():
+    config = BenchConfig(**SMALL)
+    result = measure(config, **TINY)
+    seconds = result.seconds
+    assert list(seconds) == ["update", "compute_loss", "backward", "optimizer"]
+    assert [len(times) for times in seconds.values()] == [2] * 4
+    assert len(result.rates) == 6
+    for whole, *parts in zip(*seconds.values(), strict=True):
+        assert whole == sum(parts)
+        assert min(parts) > 0
+    assert result.floor == result.flops / median(result.rates)
+    assert result.share == result.floor / median(seconds["update"])
+    assert 5e7 < result.peak_bytes < 1e12  # torch alone takes more than 50 MB
+
+
+@pytest.mark.parametrize("context", [True, False])
+def test_batch_has_context_where_the_model_keeps_latents(context):
+    config = BenchConfig(batch=2, length=3, obs=5, actions="3,4", discrete=True)
+    model = create_world_model(config.model, (5,), (3, 4), True, replay_context=context, **TINY)
+    batch = random_batch(model, config)
+    assert batch["obs"].shape == (2, 3 + context, 5)
+    assert batch["actions"].shape == (2, 3 + context, 7)
+    assert batch["actions"].sum(-1).unique().tolist() == [2]
+    assert ("context" in batch) == context
+    model.compute_loss(batch)
+    if context:
+        assert batch["latents"]["deter"].shape == (2, 3, 16)
+
+
+def test_images():
+    result = measure(BenchConfig(**SMALL | {"obs": "3,16,16", "repeats": 1}), **TINY)
+    vectors = measure(BenchConfig(**SMALL | {"repeats": 1}), **TINY)
+    assert result.flops > vectors.flops
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def test_table_is_consistent(monkeypatch, capsys):
+    own = {f"model.{key}": value for key, value in TINY.items()}
+    run(monkeypatch, *words(**SMALL, obs=5, threads=1), *words(**own))
+    settings, head, *lines = capsys.readouterr().out.splitlines()
+    assert settings.startswith("model=dreamerv3:size1m batch=2 length=3 obs=(5,) actions=6 ")
+    assert settings.endswith(" model.imag_length=2")
+    assert " threads=1 " in settings
+    assert head.split() == ["median", "min", "max"]
+    table = {}
+    for line in lines:
+        numbers = [float(x.replace(",", "")) for x in line[32:].split()]
+        table[line[:24].strip()] = (line[24:32].strip(), numbers)
+    assert {name: (unit, len(numbers)) for name, (unit, numbers) in table.items()} == {
+        "update": ("ms", 3),
+        "compute_loss": ("ms", 3),
+        "backward": ("ms", 3),
+        "optimizer": ("ms", 3),
+        "work of an update": ("GFLOP", 1),
+        "matrix product": ("GFLOP/s", 3),
+        "floor = work / rate": ("ms", 1),
+        "share = floor / update": ("%", 1),
+        "peak memory": ("MB", 1),
+    }
+    for _, numbers in table.values():
+        if len(numbers) == 3:
+            assert numbers[1] <= numbers[0] <= numbers[2]
+    first = {name: numbers[0] for name, (_, numbers) in table.items()}
+    # Three digits after the point: each number may be half of the last one off.
+    half = 0.0005
+    rate, floor = first["matrix product"], first["floor = work / rate"]
+    assert abs(floor * rate / 1e3 - first["work of an update"]) <= (
+        half * (1 + (floor + rate + 1) / 1e3)
+    )
+    share, update = first["share = floor / update"], first["update"]
+    assert abs(share * update / 1e2 - floor) <= half * (1 + (share + update + 1) / 1e2)
+
+
+def test_help(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as done:
+        run(monkeypatch, "--help")
+    assert not done.value.code
+    out = capsys.readouterr().out
+    assert all(f"[{name}=" in out for name in vars(BenchConfig()))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["lenght=8"], "unknown key 'lenght'; did you mean 'length'?"),
+        (["batch=many"], "Value 'many' of type 'str' could not be converted to Integer"),
+        (["batch=0"], "batch is 0; expected whole numbers of at least 1"),
+        (["obs=3,-64,64"], "obs is '3,-64,64'; expected whole numbers of at least 1"),
+        (["actions=six"], "actions is 'six'; expected whole numbers"),
+        (["obs=3,17,17"], "17"),
+        (["model=dreamerv3:size2m"], "unknown model 'dreamerv3:size2m'; did you mean"),
+        (["model.detter=8"], "no hyperparameter 'detter'; did you mean 'deter'?"),
+        (["device=tpu"], "device is 'tpu'; this machine offers cpu"),
+    ],
+)
+def test_mistakes_end_with_one_line(monkeypatch, capsys, given, message):
+    with pytest.raises(SystemExit) as done:
+        run(monkeypatch, *given)
+    assert done.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
