@@ -77,7 +77,7 @@ def steps(agent: Agent, model: DreamerV3, recording: Recording) -> dict[str, Ten
     deter, stoch = tensor(core["deter"], dtype), agent.flat(core["stoch"], dtype)
     ours = {
         "core/actemb": action,  # the vector before the first layer
-        "core/deter": rssm.core(deter, stoch, rssm.embed_action(action)),
+        "core/deter": rssm.core(deter, stoch, rssm.embed_action(action), rssm.kernels()),
         "prior/logit": rssm.prior_of(tensor(recording.arrays["in/feat/deter"], dtype)),
     }
     deter, stoch = tensor(rollout["deter"], dtype), agent.flat(rollout["stoch"], dtype)

@@ -114,17 +114,21 @@ class BlockDense(nn.Module):
         self.linear = BlockLinear(inputs + blocks * shared, units, blocks)
         self.norm = RMSNorm(units)
 
-    def forward(self, x: Tensor, shared: Tensor | None = None) -> Tensor:
+    def kernels(self) -> tuple[Tensor, Tensor]:
+        """Return the parts of the kernel for the own and for the shared input.
+
+        A loop over time takes them once: each slice's backward pass fills a whole kernel with
+        zeros.
+        """
+        return self.linear.weight[:, : self.own], self.linear.weight[:, self.own :]
+
+    def forward(self, x: Tensor, shared: Tensor, kernels: tuple[Tensor, Tensor]) -> Tensor:
         """Map [blocks, N, inputs / blocks] and [N, shared] to [blocks, N, units / blocks]."""
-        if shared is None:
-            y = self.linear(x)
-        else:
-            # Two products instead of one on a concatenation: the shared input is never copied
-            # once per block.
-            blocks, rows = x.shape[:2]
-            weight = self.linear.weight
-            y = torch.baddbmm(self.linear.bias.view(blocks, 1, -1), x, weight[:, : self.own])
-            y = torch.baddbmm(y, shared.expand(blocks, rows, -1), weight[:, self.own :])
+        # Two products instead of one on a concatenation: the shared input is never copied once
+        # per block.
+        blocks, rows = x.shape[:2]
+        y = torch.baddbmm(self.linear.bias.view(blocks, 1, -1), x, kernels[0])
+        y = torch.baddbmm(y, shared.expand(blocks, rows, -1), kernels[1])
         return F.silu(rms_norm(y, self.norm.scale.view(len(y), 1, -1), (0, 2)))
 
 

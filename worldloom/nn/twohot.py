@@ -35,11 +35,12 @@ def twohot_mean(logits: Tensor) -> Tensor:
     return pairs + mass[..., half] if mass.shape[-1] % 2 else pairs
 
 
-def twohot_loss(logits: Tensor, target: Tensor) -> Tensor:
+def twohot_loss(logits: Tensor, target: Tensor, log_total: Tensor | None = None) -> Tensor:
     """Cross entropy [...] of logits [..., bins] with the two-hot code of target [...].
 
     The target spreads its mass over the two nearest bins by linear distance; beyond the ends it
-    goes to the end bin. No gradient reaches the target.
+    goes to the end bin. No gradient reaches the target. `log_total` may pass in
+    logits.logsumexp(-1), where several targets share the logits.
     """
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     target = target.detach().to(logits.dtype)
@@ -50,4 +51,5 @@ def twohot_loss(logits: Tensor, target: Tensor) -> Tensor:
     share = torch.where(below == above, 0.0, (target - low) / (high - low).clamp(min=1e-30))
     at_low = logits.gather(-1, below.unsqueeze(-1)).squeeze(-1)
     at_high = logits.gather(-1, above.unsqueeze(-1)).squeeze(-1)
-    return logits.logsumexp(-1) - (1 - share) * at_low - share * at_high
+    log_total = logits.logsumexp(-1) if log_total is None else log_total
+    return log_total - (1 - share) * at_low - share * at_high

@@ -84,14 +84,10 @@ def imagination_losses(
     entropy = imagined.policy.entropy()
     log_prob = imagined.policy.log_prob(imagined.actions)
     bonus = actent * torch.stack(list(entropy.values())).sum(0)
-    logits = imagined.value_logits[:, :-1]
+    logits, slow = imagined.value_logits[:, :-1], imagined.slow_value[:, :-1]
     losses = {
         "policy": -weight * (log_prob * normed_advantage + bonus),
-        "value": weight
-        * (
-            twohot_loss(logits, normed_target)
-            + slowreg * twohot_loss(logits, imagined.slow_value[:, :-1])
-        ),
+        "value": weight * _value_loss(logits, normed_target, slow, slowreg),
     }
     normed = (returns - ret_offset) / ret_scale
     stats = {
@@ -145,6 +141,12 @@ def replay_value_loss(
             values.update(returns)
         offset, scale = values.stats()
         target = (returns - offset) / scale
-    logits = value_logits[:, :-1]
-    loss = twohot_loss(logits, target) + slowreg * twohot_loss(logits, slow_value[:, :-1])
+    loss = _value_loss(value_logits[:, :-1], target, slow_value[:, :-1], slowreg)
     return (1 - last[:, :-1]) * loss, returns
+
+
+def _value_loss(logits: Tensor, target: Tensor, slow_value: Tensor, slowreg: float) -> Tensor:
+    """Pull the critic towards its target and towards its slow copy (paper, eq. 11)."""
+    total = logits.float().logsumexp(-1) if logits.dtype == torch.bfloat16 else logits.logsumexp(-1)
+    loss = twohot_loss(logits, target, total)
+    return loss + slowreg * twohot_loss(logits, slow_value, total)

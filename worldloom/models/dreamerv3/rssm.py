@@ -4,12 +4,22 @@ Axes: N batch rows, G blocks, D deter, S stoch, C classes, H hidden. Inside the 
 deterministic state is laid out by block, [G, N, D/G].
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldloom.nn.distributions import sample_straight_through, unimix_probs
 from worldloom.nn.layers import MLP, BlockDense, BlockLinear, Dense, Linear
+
+
+class Kernels(NamedTuple):
+    """Parts of kernels, taken once per loop over time."""
+
+    hidden: list[tuple[Tensor, Tensor]]
+    posterior: Tensor
+    tokens: Tensor
 
 
 class RSSM(nn.Module):
@@ -58,14 +68,21 @@ class RSSM(nn.Module):
         """Map action vectors [..., A] to [..., H]; large ones are scaled back to [-1, 1]."""
         return self.action_in(action / action.abs().clamp(min=1).detach())
 
-    def core(self, deter: Tensor, stoch: Tensor, action_emb: Tensor) -> Tensor:
+    def kernels(self) -> Kernels:
+        """Cut the kernels that read two inputs into their parts."""
+        weight = self.posterior.first.linear.weight
+        skip = 0 if self.absolute else self.deter
+        return Kernels([b.kernels() for b in self._hidden()], weight[:, :skip], weight[:, skip:])
+
+    def core(self, deter: Tensor, stoch: Tensor, action_emb: Tensor, kernels: Kernels) -> Tensor:
         """Advance the deterministic state one step: [N, D], [N, S * C], [N, H] -> [N, D]."""
         rows = len(deter)
         shared = torch.cat([self.deter_in(deter), self.stoch_in(stoch), action_emb], -1)
         old = deter.view(rows, self.blocks, -1).transpose(0, 1)
-        x = self.hidden[0](old, shared)
-        for layer in list(self.hidden)[1:]:
-            x = layer(x)
+        x = old
+        for layer, parts in zip(self._hidden(), kernels.hidden, strict=True):
+            x = layer(x, shared, parts)
+            shared = shared[:, :0]  # only the first layer reads it
         reset, cand, update = self.gru(x).chunk(3, -1)
         # The reset gate acts on the candidate inside the tanh; -1 keeps the state by default.
         cand = torch.tanh(torch.sigmoid(reset) * cand)
@@ -76,19 +93,15 @@ class RSSM(nn.Module):
         """Return prior logits [..., S, C] of deter [..., D]."""
         return self._groups(self.prior_logits(self.prior(deter)))
 
-    def project_tokens(self, tokens: Tensor) -> Tensor:
+    def project_tokens(self, tokens: Tensor, kernels: Kernels) -> Tensor:
         """Return the share [..., H] of the tokens in the posterior's first layer."""
-        linear = self.posterior.first.linear
-        skip = 0 if self.absolute else self.deter
-        return F.linear(tokens, linear.weight[:, skip:], linear.bias)
+        return F.linear(tokens, kernels.tokens, self.posterior.first.linear.bias)
 
-    def posterior_of(self, deter: Tensor, projected: Tensor) -> Tensor:
+    def posterior_of(self, deter: Tensor, projected: Tensor, kernels: Kernels) -> Tensor:
         """Return posterior logits [N, S, C] of deter [N, D] and `project_tokens` [N, H]."""
-        first = self.posterior.first
         if not self.absolute:
-            weight = first.linear.weight[:, : self.deter]
-            projected = torch.addmm(projected, deter, weight.t())
-        x = F.silu(first.norm(projected))
+            projected = torch.addmm(projected, deter, kernels.posterior.t())
+        x = F.silu(self.posterior.first.norm(projected))
         for layer in list(self.posterior)[1:]:
             x = layer(x)
         return self._groups(self.posterior_logits(x))
@@ -101,7 +114,7 @@ class RSSM(nn.Module):
         self, deter: Tensor, stoch: Tensor, action: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Predict one step without an observation; return deter, stoch and prior logits."""
-        deter = self.core(deter, stoch, self.embed_action(action))
+        deter = self.core(deter, stoch, self.embed_action(action), self.kernels())
         logits = self.prior_of(deter)
         return deter, self.sample(logits), logits
 
@@ -109,8 +122,9 @@ class RSSM(nn.Module):
         self, deter: Tensor, stoch: Tensor, action: Tensor, tokens: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Advance one step and correct it by tokens [N, token_width]; return also the logits."""
-        deter = self.core(deter, stoch, self.embed_action(action))
-        logits = self.posterior_of(deter, self.project_tokens(tokens))
+        kernels = self.kernels()
+        deter = self.core(deter, stoch, self.embed_action(action), kernels)
+        logits = self.posterior_of(deter, self.project_tokens(tokens, kernels), kernels)
         return deter, self.sample(logits), logits
 
     def observe(
@@ -124,16 +138,20 @@ class RSSM(nn.Module):
         """
         keep = (~is_first).to(deter.dtype).unsqueeze(-1)
         embedded = self.embed_action(actions * keep).unbind(1)
-        projected = self.project_tokens(tokens).unbind(1)
+        kernels = self.kernels()
+        projected = self.project_tokens(tokens, kernels).unbind(1)
         deters, stochs, logits = [], [], []
         for mask, action, token in zip(keep.unbind(1), embedded, projected, strict=True):
-            deter = self.core(deter * mask, stoch * mask, action)
-            logit = self.posterior_of(deter, token)
+            deter = self.core(deter * mask, stoch * mask, action, kernels)
+            logit = self.posterior_of(deter, token, kernels)
             stoch = self.sample(logit)
             deters.append(deter)
             stochs.append(stoch)
             logits.append(logit)
         return torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(logits, 1)
+
+    def _hidden(self) -> list[BlockDense]:
+        return [layer for layer in self.hidden if isinstance(layer, BlockDense)]
 
     def _groups(self, logits: Tensor) -> Tensor:
         return logits.unflatten(-1, (self.stoch, self.classes))
