@@ -5,7 +5,6 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -124,10 +123,17 @@ class Evaluator:
     def __init__(self, task: Task, actor: Actor, settings: Mapping[str, Any]) -> None:
         self.task, self.actor, self.settings = task, actor, settings
 
-    def __call__(self, episodes: int) -> dict[str, float]:
+    def during(self) -> dict[str, float]:
+        """Score an unfinished run, with other seeds than the final evaluation."""
+        return self(self.settings["episodes_during"], self.settings["seed"] + 1_000_000)
+
+    def __call__(self, episodes: int, seed: int | None = None) -> dict[str, float]:
         """Return eval/return (mean), eval/return_std, eval/length and eval/success if there is."""
         num_envs = min(self.settings["num_envs"], episodes)
         env = self.task.vector_env(num_envs)
+        model: Any = self.actor.model
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
         try:
             results = evaluate(
                 self.actor,
@@ -135,10 +141,12 @@ class Evaluator:
                 self.task.obs,
                 self.task.actions,
                 episodes,
-                self.settings["seed"],
+                self.settings["seed"] if seed is None else seed,
                 self.settings["deterministic"],
             )
         finally:
+            for module, mode in modes:
+                module.training = mode
             env.close()
         names = sorted({name for result in results for name in result})
         scores = {
@@ -147,13 +155,6 @@ class Evaluator:
         }
         scores["eval/return_std"] = float(np.std([r["return"] for r in results]))
         return scores
-
-
-def newest_model(run: Path) -> Path:
-    """Return what to load from a run folder: its saved model, or else its last checkpoint."""
-    if (run / "model" / "model.safetensors").is_file():
-        return run / "model"
-    return run / "checkpoints" / "last.ckpt"
 
 
 def use_threads(threads: int | None) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from worldloom.presets import config_dir, nearest
+from worldloom.presets import aliases, config_dir, load_preset, nearest, preset_names
 from worldloom.training.config import EvaluationConfig, TrainingConfig, field_names
 
 SECTIONS = {"training": TrainingConfig, "evaluation": EvaluationConfig}
@@ -32,6 +34,10 @@ USER_ERRORS = (
 )
 
 
+class _Stop(BaseException):
+    """Carries a user's mistake past Hydra, which adds a line of its own to every Exception."""
+
+
 def register_schemas() -> None:
     """Make the types of the sections known to Hydra."""
     store = ConfigStore.instance()
@@ -41,29 +47,73 @@ def register_schemas() -> None:
 
 def validate(cfg: DictConfig) -> None:
     """Raise ValueError for an unknown or impossible setting, before anything is built."""
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        example = "my_pkg.MyClass" if missing[0].endswith("_target_") else "…"
+        raise ValueError(f"{', '.join(missing)} is not set; add {missing[0]}={example}")
     for name, cls in SECTIONS.items():
         for key in cfg[name]:
             if key not in (known := field_names(cls)):
-                raise ValueError(f"unknown key '{name}.{key}'{nearest(str(key), known)}")
+                hint = nearest(str(key), known) or f"; {name} has {', '.join(known)}"
+                raise ValueError(f"unknown key '{name}.{key}'{hint}")
         values: Any = OmegaConf.to_container(cfg[name], resolve=True)
         try:
             cls(**values)
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
+    _check_model(cfg)
+    _require_integer("seed", cfg.seed, 0, "an integer from 0 to 4294967295", limit=2**32)
+    if cfg.threads is not None:
+        _require_integer("threads", cfg.threads, 1, "at least 1, or null for all cores")
+
+
+def _check_model(cfg: DictConfig) -> None:
+    """Hold the model section to its preset, whose types Hydra does not know."""
+    from worldloom.factory import override_preset
+
+    choice = HydraConfig.get().runtime.choices.get("model") if HydraConfig.initialized() else None
+    names = [str(name).replace(":", "_") for name in (*preset_names(), *aliases())]
+    if choice in names:
+        values: Any = OmegaConf.to_container(cfg.model, resolve=True)
+        override_preset(load_preset(choice), values, choice)
+
+
+def _require_integer(
+    name: str, value: Any, least: int, wanted: str, limit: int | None = None
+) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool)
+    if not ok or value < least or (limit is not None and value >= limit):
+        raise ValueError(f"{name} is {value!r}; expected {wanted}")
 
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
     """Print a user's mistake as one line and exit with 1; HYDRA_FULL_ERROR=1 shows everything."""
-    full = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+    before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra hands errors on instead of printing them
     try:
         yield
-    except USER_ERRORS as error:
-        if full:
-            raise
+    except (_Stop, *USER_ERRORS) as stopped:
+        error = stopped.__cause__ if isinstance(stopped, _Stop) else stopped
+        assert error is not None
+        if before not in (None, "", "0"):
+            raise error from error.__cause__
         print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+@contextmanager
+def job_errors() -> Iterator[None]:
+    """Let a user's mistake end a single run; of a sweep it ends one job, as Hydra does it."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        raise _Stop from error
 
 
 def explain(error: BaseException) -> str:
@@ -81,7 +131,7 @@ def explain(error: BaseException) -> str:
 
 
 def _unknown_key(key: str) -> str:
-    parent, _, name = key.rpartition(".")
+    parent = key.rpartition(".")[0]
     try:
         node: Any = OmegaConf.select(_composed_groups(), parent) if parent else _composed_groups()
     except USER_ERRORS:
@@ -98,7 +148,8 @@ def _unknown_key(key: str) -> str:
 
 def _unknown_option(path: str) -> str:
     group, _, name = path.rpartition("/")
-    options = sorted(f.stem for f in (config_dir() / group).glob("*.yaml"))
+    files = sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
+    options = [file for file in files if not file.endswith("_base")]
     if not options:
         groups = sorted(folder.name for folder in config_dir().iterdir() if folder.is_dir())
         return f"unknown group '{group}'; groups: {', '.join(groups)}"
@@ -108,7 +159,8 @@ def _unknown_option(path: str) -> str:
 
 def _composed_groups() -> DictConfig:
     """Compose the configuration from the group choices on the command line alone."""
-    choices = [a for a in sys.argv[1:] if re.fullmatch(r"[\w/]+=[\w.:-]+", a)]
+    given = [re.fullmatch(r"([\w/]+)=[\w.:-]+", argument) for argument in sys.argv[1:]]
+    choices = [match[0] for match in given if match and (config_dir() / match[1]).is_dir()]
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
         return compose(config_name="config", overrides=choices)

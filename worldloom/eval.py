@@ -16,17 +16,21 @@ USAGE = """usage: python -m worldloom.eval checkpoint=<run folder> [episodes=20]
 Scores the run's saved model in its own environment, which comes from the run's config.yaml."""
 
 
-def evaluate_run(run: Path, settings: dict[str, Any], env: dict[str, Any]) -> dict[str, float]:
+def evaluate_run(path: Path, settings: dict[str, Any], env: dict[str, Any]) -> dict[str, float]:
     """Load a run's model and environment and return the mean scores.
+
+    path: the run's folder, or the model folder or a checkpoint in it.
 
     Raises:
         ValueError: the folder is no run, or its model cannot be read.
     """
     import lightning
 
-    from worldloom.assembly import Evaluator, Task, newest_model
+    from worldloom.assembly import Evaluator, Task
     from worldloom.factory import create_world_model
 
+    run = path.parent if path.name == "model" else path
+    run = path.parent.parent if path.suffix == ".ckpt" else run
     if not (run / "config.yaml").is_file():
         raise ValueError(
             f"{run} holds no config.yaml; expected a folder that python -m worldloom.run wrote, "
@@ -39,7 +43,7 @@ def evaluate_run(run: Path, settings: dict[str, Any], env: dict[str, Any]) -> di
     task = Task.from_config(config["env"] | env)
     # The user names this run on the command line, as when it was trained: its own model is allowed.
     target = config["model"]["_target_"]
-    model = create_world_model(newest_model(run), allow=(target,)).eval()
+    model = create_world_model(path, allow=(target,)).eval()
     actor = task.build_actor(model, config["planner"])
     return Evaluator(task, actor, settings)(settings["episodes"])
 
@@ -52,6 +56,8 @@ def main() -> None:
     with readable_errors():
         given: Any = OmegaConf.to_container(OmegaConf.from_cli(sys.argv[1:]))
         env = given.pop("env", {})
+        if not isinstance(env, dict):
+            raise ValueError(f"env is {env!r}; expected env.KEY=VALUE, such as env.id=CartPole-v1")
         if "checkpoint" not in given:
             raise ValueError("no run was named; add checkpoint=<run folder>")
         run = Path(str(given.pop("checkpoint"))).expanduser()
@@ -61,8 +67,6 @@ def main() -> None:
                 raise ValueError(f"unknown key '{key}'{nearest(key, defaults)}")
         settings: Any = OmegaConf.to_container(OmegaConf.merge(defaults, given))
         EvaluationConfig(**settings)
-        run = run.parent if run.name == "model" else run
-        run = run.parent.parent if run.suffix == ".ckpt" else run
         scores = evaluate_run(run, settings, env)
     choice = "policy mode" if settings["deterministic"] else "sampled actions"
     success = f", success {scores['eval/success']:.2f}" if "eval/success" in scores else ""

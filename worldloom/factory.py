@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from worldloom.presets import aliases, describe_preset, load_preset, nearest, preset_names
-from worldloom.saving import load_tensors, read_checkpoint, read_saved
+from worldloom.saving import config_of, load_tensors, read_checkpoint, read_saved
 
 # The models that a saved configuration may name; anything else must be allowed by the caller.
 REGISTERED = {"dreamerv3": "worldloom.models.dreamerv3.DreamerV3"}
+
+# Hyperparameters that count something there must be one of.
+SIZES = ("units", "depth", "deter", "hidden", "stoch", "classes", "blocks", "imag_length", "kernel")
 
 ObsShape = tuple[int, ...] | Mapping[str, tuple[int, ...]]
 ActionDim = int | Sequence[int] | Mapping[str, int]
@@ -54,7 +57,7 @@ def create_world_model(
     if _is_path(model):
         built = _load(Path(model), obs_shape, action_dim, discrete, allow, overrides)
     else:
-        config = _override(load_preset(str(model)), overrides, str(model))
+        config = override_preset(load_preset(str(model)), overrides, str(model))
         if obs_shape is None or action_dim is None:
             raise ValueError(
                 f"create_world_model({str(model)!r}) needs obs_shape and action_dim, for example "
@@ -96,10 +99,14 @@ def build_model(
                 f"{cls.__name__} has no hyperparameter {name!r}{nearest(name, parameters)}; it "
                 f"takes {', '.join(parameters)}"
             )
-    spaces = {"obs_shape": obs_shape, "action_dim": action_dim, "discrete": discrete}
+    spaces = {
+        "obs_shape": _plain(obs_shape),
+        "action_dim": _plain(action_dim),
+        "discrete": discrete,
+    }
     model = cls(**spaces, **options)
-    if not hasattr(model, "config"):
-        model.config = {"model": config["_target_"], **spaces, **options}
+    if config_of(model) is None:
+        model.build_config = {"model": config["_target_"], **spaces, **options}
     return model
 
 
@@ -112,6 +119,8 @@ def _is_path(model: str | Path) -> bool:
     """Tell paths from names: a preset's name has no separator, no suffix and no folder."""
     if isinstance(model, Path) or "/" in model or "\\" in model:
         return True
+    if model in preset_names() or model in aliases():
+        return False  # whatever folder happens to lie here under that name
     return Path(model).exists() or Path(model).suffix in (".ckpt", ".npz", ".pkl", ".safetensors")
 
 
@@ -131,11 +140,11 @@ def _load(
         return _load_official(path, obs_shape, action_dim, discrete, overrides)
     if overrides:
         raise ValueError(f"{path} is a saved model; {sorted(overrides)} cannot be changed in it")
-    if path.is_file() and path.suffix == ".ckpt":
-        config, tensors = read_checkpoint(path)
-    else:
-        folder = path.parent if path.is_file() else path
-        config, tensors = read_saved(folder / "model" if (folder / "model").is_dir() else folder)
+    source = _saved_in(path)
+    config, tensors = (read_checkpoint if source.suffix == ".ckpt" else read_saved)(source)
+    needed = ("model", "obs_shape", "action_dim", "discrete")
+    if not isinstance(config, dict) or any(key not in config for key in needed):
+        raise ValueError(f"{path} does not say how to build its model; expected {needed} in it")
     config = dict(config)
     target = str(config.pop("model"))
     if target not in REGISTERED and target not in allow:
@@ -144,15 +153,22 @@ def _load(
             f"pass allow=({target!r},)"
         )
     spaces = {k: config.pop(k) for k in ("obs_shape", "action_dim", "discrete")}
-    for name, given in (("obs_shape", obs_shape), ("action_dim", action_dim)):
-        if given is not None and _tuples(given) != _tuples(spaces[name]):
+    asked = {"obs_shape": obs_shape, "action_dim": action_dim, "discrete": discrete}
+    for name, given in asked.items():
+        if given is not None and _plain(given) != _plain(spaces[name]):
             raise ValueError(f"{path} was saved with {name}={spaces[name]}, not {given}")
-    shape = spaces.pop("obs_shape")
-    shape = {k: tuple(v) for k, v in shape.items()} if isinstance(shape, dict) else tuple(shape)
     config["_target_"] = REGISTERED.get(target, target)
-    model = build_model(config, shape, **spaces)
+    model = build_model(config, **spaces)
     load_tensors(model, tensors, path)
     return model
+
+
+def _saved_in(path: Path) -> Path:
+    """Return the saved model that a path means: a run's final one, or else its last checkpoint."""
+    if path.is_file():
+        return path if path.suffix == ".ckpt" else path.parent
+    inside = (path / "model", path / "checkpoints" / "last.ckpt")
+    return next((found for found in inside if found.exists()), path)
 
 
 def _load_official(
@@ -176,15 +192,18 @@ def _load_official(
             f"{'discrete' if spaces['discrete'] else 'continuous'} actions"
         )
     sizes = official.sizes_of(arrays, stoch=overrides.get("stoch"))
-    config = _override(load_preset("dreamerv3:size12m"), sizes, "dreamerv3")
-    config = _override(config, overrides | {"obs_classes": spaces["obs_classes"]}, "dreamerv3")
+    config = override_preset(load_preset("dreamerv3:size12m"), sizes, "dreamerv3")
+    overrides = overrides | {"obs_classes": spaces["obs_classes"]}
+    config = override_preset(config, overrides, "dreamerv3")
     model: Any = build_model(config, obs_shape, action_dim, spaces["discrete"])
     official.load_arrays(model, arrays, keys)
     return model
 
 
-def _override(config: dict[str, Any], overrides: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the preset with overrides merged in; an unknown one is refused by name."""
+def override_preset(
+    config: dict[str, Any], overrides: Mapping[str, Any], name: str
+) -> dict[str, Any]:
+    """Return the preset with overrides merged in; an unknown or mistyped one is refused by name."""
     merged = dict(config)
     for key, value in overrides.items():
         if key not in config:
@@ -197,12 +216,9 @@ def _override(config: dict[str, Any], overrides: Mapping[str, Any], name: str) -
         if isinstance(old, dict) and key != "obs_classes":
             if not isinstance(value, Mapping):
                 raise ValueError(f"{key} is {value!r}; expected a dict with some of {sorted(old)}")
-            shared: dict[str, Any] = {k: None for k in ("units", "depth") if k in config}
-            merged[key] = old | {
-                k: v
-                for k, v in _override({**shared, **old}, value, f"{name}'s {key}").items()
-                if k in old or k in value
-            }
+            shared: dict[str, Any] = {k: config[k] for k in ("units", "depth") if k in config}
+            part = override_preset({**shared, **old}, value, f"{name}'s {key}")
+            merged[key] = {k: v for k, v in part.items() if k in old or k in value}
         else:
             merged[key] = _typed(key, value, old)
     return merged
@@ -216,6 +232,8 @@ def _typed(key: str, value: Any, old: Any) -> Any:
         raise ValueError(
             f"hyperparameter {key!r} is {value!r}; expected {type(old).__name__} such as {old!r}"
         )
+    if key in SIZES and value < 1:
+        raise ValueError(f"hyperparameter {key!r} is {value!r}; expected at least 1")
     return value
 
 
@@ -239,12 +257,15 @@ def import_target(target: str) -> Any:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"cannot import the model {target!r}: {error}; give the full path, such as "
-            "my_pkg.MyModel, and run where my_pkg can be imported"
+            f"cannot import {target!r}: {error}; give the full path, such as my_pkg.MyModel, and "
+            "run where my_pkg can be imported"
         ) from error
 
 
-def _tuples(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """Turn lists into tuples, and NumPy's integers, as in `env.action_space.n`, into Python's."""
     if isinstance(value, Mapping):
-        return {k: _tuples(v) for k, v in value.items()}
-    return tuple(value) if isinstance(value, Sequence) else value
+        return {k: _plain(v) for k, v in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -8,7 +8,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from worldloom.cli import readable_errors, register_schemas, validate
+from worldloom.cli import job_errors, readable_errors, register_schemas, validate
 from worldloom.presets import config_dir
 
 register_schemas()
@@ -20,6 +20,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from hydra.utils import instantiate
 
     from worldloom.assembly import Evaluator, Task, build_data, quiet, use_threads
+    from worldloom.saving import load_tensors, read_saved, save_model
     from worldloom.training.callbacks import Evaluation, log
     from worldloom.training.module import WorldModelModule
 
@@ -37,7 +38,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     optimizer = instantiate(cfg.optimizer)
     module = WorldModelModule(model, optimizer, log_every=cfg.training.log_every, config=plain)
     evaluator = Evaluator(task, actor, plain["evaluation"])
-    during = Evaluation(evaluator, cfg.evaluation.every, cfg.evaluation.episodes_during)
+    best = folder / "model" if cfg.evaluation.keep_best else None
+    during = Evaluation(evaluator.during, cfg.evaluation.every, best)
     trainer = instantiate(
         cfg.trainer,
         logger=[instantiate(logger) for logger in cfg.logger.values() if logger],
@@ -45,28 +47,33 @@ def train(cfg: DictConfig) -> dict[str, float]:
     )
     print(task.describe(model), f"everything lies in {folder}", sep="\n", flush=True)
 
+    for logger in trainer.loggers:
+        logger.log_hyperparams(plain)
     start = time.monotonic()
     trainer.fit(module, data)
     if trainer.interrupted:
         raise KeyboardInterrupt
+    if during.best is not None:
+        load_tensors(model, read_saved(folder / "model")[1], folder)
+    else:
+        save_model(model, folder / "model")
     scores = evaluator(cfg.evaluation.episodes)
     log(trainer, scores, data.env_steps)
     for logger in trainer.loggers:
-        logger.log_hyperparams(plain, scores)
+        logger.log_hyperparams(plain, scores, data.env_steps)
         logger.finalize("success")
-    if hasattr(model, "save_pretrained") or getattr(model, "config", None):
-        from worldloom.saving import save_model
-
-        save_model(model, folder / "model")
-    report(cfg, scores, time.monotonic() - start)
+    report(cfg, scores, during.best, time.monotonic() - start)
     return scores
 
 
-def report(cfg: DictConfig, scores: dict[str, float], seconds: float) -> None:
+def report(
+    cfg: DictConfig, scores: dict[str, float], best: dict[str, float] | None, seconds: float
+) -> None:
     """Print what came out, and what to do with it."""
     mean, std = scores["eval/return"], scores["eval/return_std"]
+    which = f" of the best model, from env step {best['step']:,}" if best else ""
     print(
-        f"\nfinal return {mean:.1f} ± {std:.1f} ({cfg.evaluation.episodes} episodes), "
+        f"\nfinal return {mean:.1f} ± {std:.1f} ({cfg.evaluation.episodes} episodes){which}\n"
         f"trained in {seconds / 60:.1f} minutes\n"
         f"everything:  {cfg.folder}\n"
         f"watch it:    tensorboard --logdir {cfg.folder}\n"
@@ -78,9 +85,10 @@ def report(cfg: DictConfig, scores: dict[str, float], seconds: float) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
 def _hydra_main(cfg: DictConfig) -> float:
-    validate(cfg)
-    logging.captureWarnings(True)
-    return train(cfg)["eval/return"]
+    with job_errors():
+        validate(cfg)
+        logging.captureWarnings(True)
+        return train(cfg)["eval/return"]
 
 
 def main() -> None:

@@ -14,13 +14,25 @@ FORMAT = 1
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 
 
+def config_of(model: nn.Module) -> dict[str, Any] | None:
+    """Return what tells how to build a model, {"model": name or path, **arguments}, if known.
+
+    It is the model's own `config`, or `build_config`, which the factory sets where a model has none
+    or uses that name for something else.
+    """
+    for config in (getattr(model, "config", None), getattr(model, "build_config", None)):
+        if isinstance(config, dict) and "model" in config:
+            return config
+    return None
+
+
 def save_model(model: nn.Module, folder: str | Path) -> None:
-    """Write a model whose `config` tells how to build it: {"model": name or path, **arguments}.
+    """Write a model's tensors, and how to build it (see `config_of`).
 
     Each file is written under a temporary name and then renamed, so a crash leaves no half file.
     """
-    config: Any = getattr(model, "config", None)
-    if not isinstance(config, dict) or "model" not in config:
+    config = config_of(model)
+    if config is None:
         raise ValueError(
             f"{type(model).__name__} has no config that tells how to build it; create it with "
             "create_world_model or set model.config = {'model': 'my_pkg.MyModel', **arguments}"
@@ -28,6 +40,12 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    stored: set[int] = set()
+    for name, tensor in tensors.items():
+        # The format refuses tensors that share memory, such as tied weights.
+        memory = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if memory in stored else tensor
+        stored.add(memory)
     save_file(tensors, folder / f".{WEIGHTS}")
     text = OmegaConf.to_yaml(OmegaConf.create({"format": FORMAT, **_plain(config)}))
     (folder / f".{CONFIG}").write_text(text)
@@ -85,7 +103,9 @@ def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], source: Pat
                 f"tensor {name!r} in {source} has shape {tuple(value.shape)}, expected "
                 f"{tuple(state[name].shape)}"
             )
-    model.load_state_dict(tensors)
+    same = all(value.dtype == state[name].dtype for name, value in tensors.items())
+    # A model saved in another precision comes back in it, bit for bit.
+    model.load_state_dict(tensors, assign=not same)
 
 
 def _plain(value: Any) -> Any:

@@ -49,7 +49,9 @@ LEFT_OUT: dict[str, list[str]] = {}  # {file and precision: arrays that no test 
 
 def agent_folders() -> list[str]:
     """Name the folders that hold an agent, whatever they are called."""
-    return sorted(f.parent.name for f in ROOT.glob("*/config.json") if (f.parent / "params.npz").is_file())
+    return sorted(
+        f.parent.name for f in ROOT.glob("*/config.json") if (f.parent / "params.npz").is_file()
+    )
 
 
 def load(*parts: str) -> dict[str, np.ndarray]:

@@ -144,9 +144,7 @@ def heads(agent: Agent, model: DreamerV3, recording: Recording) -> dict[str, Ten
     return ours
 
 
-def decoder(
-    agent: Agent, model: DreamerV3, recording: Recording, batch: dict
-) -> dict[str, Tensor]:
+def decoder(agent: Agent, model: DreamerV3, recording: Recording, batch: dict) -> dict[str, Tensor]:
     """Reconstructions from given features, and their losses against the batch."""
     dtype = recording.dtype
     feat = recording.group("in/feat")

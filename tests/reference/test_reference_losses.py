@@ -183,7 +183,9 @@ def term_gradients(agent: Agent, model: DreamerV3, batch: Batch) -> dict[str, Te
         )
         by_name = dict(zip(params, grads, strict=True))
         for module in {name.split("/")[0] for name in params}:
-            mine = {k: g for k, g in by_name.items() if k.startswith(module + "/") and g is not None}
+            mine = {
+                k: g for k, g in by_name.items() if k.startswith(module + "/") and g is not None
+            }
             size = norm(mine) if mine else torch.zeros(())
             ours[f"termgradnorm/{agent.key_loss(term)}/{module}"] = size
     return ours

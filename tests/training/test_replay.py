@@ -427,7 +427,9 @@ def test_too_little_data():
     with pytest.raises(ValueError, match=message):
         buffer.sample(1, 5)
     buffer.add_episode(**episode(2))
-    message = "longest stored episode has 3 rows but a sequence needs 5; lower training.sequence_length"
+    message = (
+        "longest stored episode has 3 rows but a sequence needs 5; lower training.sequence_length"
+    )
     with pytest.raises(ValueError, match=message):
         buffer.sample(1, 5, across_episodes=False)
     small = ReplayBuffer(8, num_envs=2)

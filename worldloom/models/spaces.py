@@ -1,6 +1,7 @@
 """What a model is told of the environment: the observations it sees, the actions it takes."""
 
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,6 +63,8 @@ class ObsSpaces(dict[str, ObsSpace]):
     ) -> None:
         self.single = not isinstance(shape, Mapping)
         shapes = shape if isinstance(shape, Mapping) else {"obs": shape}
+        if not isinstance(classes or {}, Mapping):
+            raise ValueError(f"obs_classes is {classes!r}; expected {{key: number of classes}}")
         classes = dict(classes or {})
         if unknown := set(classes) - set(shapes):
             raise ValueError(f"obs_classes names {sorted(unknown)}; obs_shape has {list(shapes)}")
@@ -161,7 +164,7 @@ class ActSpaces(dict[str, ActSpace]):
 
 def _shape(key: str, shape: Shape) -> Shape:
     try:
-        result = tuple(int(n) for n in shape)
+        result = tuple(operator.index(n) for n in shape)
     except TypeError:
         raise ValueError(
             f"obs_shape of {key!r} is {shape!r}; expected a tuple such as (4,) or (3, 64, 64)"

@@ -15,10 +15,12 @@ from torch import Tensor
 def sample_classes(probs: Tensor) -> Tensor:
     """Draw class indices [...] from probabilities [..., classes].
 
-    The class with the largest p / e for exponential noise e, the Gumbel-max trick without its
-    logarithms.
+    By inversion: one uniform number per variable, where the Gumbel-max trick takes one per class
+    (ten times the time at 16 classes on a CPU).
     """
-    return (probs / torch.empty_like(probs).exponential_()).argmax(-1)
+    cumulative = probs.cumsum(-1)
+    level = torch.rand_like(cumulative[..., -1:]) * cumulative[..., -1:]
+    return (cumulative <= level).sum(-1).clamp_(max=probs.shape[-1] - 1)
 
 
 def sample_normal(mean: Tensor, stddev: Tensor) -> Tensor:

@@ -27,12 +27,12 @@ def twohot_mean(logits: Tensor) -> Tensor:
     """Return the expected value [...] of logits [..., bins]; exactly zero for uniform logits."""
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     bins = symexp_bins(logits.shape[-1], logits.dtype, logits.device)
-    mass = logits.softmax(-1) * bins
-    # Mirrored bins are added first, so that they cancel exactly: a plain sum over values of up to
-    # 5e8 leaves rounding noise that an untrained critic would report as value.
-    half = mass.shape[-1] // 2
-    pairs = (mass[..., :half] + mass[..., -half:].flip(-1)).flip(-1).sum(-1)
-    return pairs + mass[..., half] if mass.shape[-1] % 2 else pairs
+    probs = logits.softmax(-1)
+    # Each pair of mirrored bins counts by the difference of its probabilities, so equal ones cancel
+    # exactly: a plain sum over bins of up to 5e8 leaves rounding noise that an untrained critic
+    # would report as value. The centre of an odd number of bins is zero.
+    half = probs.shape[-1] // 2
+    return (probs[..., -half:] - probs[..., :half].flip(-1)) @ bins[-half:]
 
 
 def twohot_loss(logits: Tensor, target: Tensor, log_total: Tensor | None = None) -> Tensor:

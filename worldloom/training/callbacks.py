@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from worldloom.saving import save_model
 from worldloom.training.module import WorldModelModule
 
 
@@ -45,6 +46,8 @@ class MetricsWriter(Callback):
         for episode in episodes:
             step = int(episode.pop("env_steps"))
             log(trainer, {f"episode/{name}": value for name, value in episode.items()}, step)
+        if not pl_module.metrics.count:
+            return
         now = time.monotonic()
         then, steps, updates = self._mark
         self._mark = (now, *_counts(trainer, pl_module))
@@ -105,12 +108,19 @@ class Checkpoints(Callback):
 
 
 class Evaluation(Callback):
-    """Score the agent every so many environment steps, and log eval/return and eval/length."""
+    """Score the agent every so many environment steps, and keep the model that scored best.
+
+    evaluate: returns the scores, eval/return among them.
+    every: environment steps between evaluations; 0 for none. One more follows at the end.
+    folder: where the best model is saved; None to keep none.
+    best: {"step", "return"} of that model, or None before the first evaluation.
+    """
 
     def __init__(
-        self, evaluate: Callable[[int], dict[str, float]], every: int, episodes: int
+        self, evaluate: Callable[[], dict[str, float]], every: int, folder: Path | None = None
     ) -> None:
-        self.evaluate, self.every, self.episodes = evaluate, every, episodes
+        self.evaluate, self.every, self.folder = evaluate, every, folder
+        self.best: dict[str, float] | None = None
         self._next = every
 
     def on_train_batch_end(
@@ -121,7 +131,29 @@ class Evaluation(Callback):
         if not self.every or steps < self._next:
             return
         self._next = steps - steps % self.every + self.every
-        log(trainer, self.evaluate(self.episodes), steps)
+        self._score(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the last model its chance."""
+        if self.every:
+            self._score(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best score and when the next evaluation is due."""
+        return {"best": self.best, "next": self._next}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.best, self._next = state_dict["best"], state_dict["next"]
+
+    def _score(self, trainer: Trainer, module: LightningModule) -> None:
+        step, scores = x_axis(trainer, module), self.evaluate()
+        log(trainer, scores, step)
+        assert isinstance(module, WorldModelModule)
+        # Of equal scores the later counts: it has seen more.
+        if self.folder and (self.best is None or scores["eval/return"] >= self.best["return"]):
+            save_model(module.model, self.folder)
+            self.best = {"step": step, "return": scores["eval/return"]}
 
 
 class OpenLoop(Callback):

@@ -49,7 +49,9 @@ class EvaluationConfig:
     Attributes:
         episodes: episodes of the evaluation at the end of a run.
         every: environment steps between evaluations during the run; 0 for none.
-        episodes_during: episodes of each of those.
+        episodes_during: episodes of each of those, with seeds of their own.
+        keep_best: whether the run's final model is the one that scored best during the run, where
+            it was scored; otherwise it is the last.
         num_envs: environments side by side.
         deterministic: the policy's mode instead of samples.
         seed: of the evaluation environments; training seeds never reach it.
@@ -57,8 +59,9 @@ class EvaluationConfig:
 
     episodes: int = 20
     every: int = 0
-    episodes_during: int = 5
-    num_envs: int = 5
+    episodes_during: int = 10
+    keep_best: bool = True
+    num_envs: int = 10
     deterministic: bool = True
     seed: int = 1_000_003
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import textwrap
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from omegaconf import OmegaConf
 from PIL import Image
 from tensorboard.compat.proto.summary_pb2 import Summary
 
@@ -18,6 +20,19 @@ class TensorBoard(TensorBoardLogger):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(str(folder), name="", version="", default_hp_metric=False)
+
+    @rank_zero_only
+    def log_hyperparams(
+        self,
+        params: dict[str, Any] | Namespace,
+        metrics: dict[str, Any] | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Add the settings as text at the start, and beside the final metrics at the end."""
+        if metrics is None:
+            text = OmegaConf.to_yaml(OmegaConf.create(dict(params)))
+            self.experiment.add_text("config", textwrap.indent(text, "    "))  # Markdown for code
+        super().log_hyperparams(params, metrics, step)
 
     @rank_zero_only
     def log_picture(self, name: str, picture: np.ndarray, step: int) -> None:

@@ -7,6 +7,8 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from worldloom.saving import config_of
+
 
 class WorldModelModule(LightningModule):
     """Wrap a world model and an optimiser.
@@ -36,7 +38,8 @@ class WorldModelModule(LightningModule):
         self.updates = 0
         self.metrics = Metrics()
         # Read by create_world_model("….ckpt"); plain data, so that loading it runs no code.
-        self.save_hyperparameters({"model": getattr(model, "config", None), "run": config or {}})
+        settings = {"model": config_of(model), "run": config or {}}
+        self.save_hyperparameters(settings, logger=False)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Compute the loss of one batch; the losses and statistics are kept for the next flush."""
@@ -50,11 +53,18 @@ class WorldModelModule(LightningModule):
             out["latents"] = batch["latents"]
         return out
 
-    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        """Count the update, move slow targets, and hand the batch its new latents back."""
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step the optimiser, count the update and move slow targets.
+
+        Not in `on_train_batch_end`: callbacks, which log and save, have theirs before the module's.
+        """
+        super().optimizer_step(*args, **kwargs)
         self.updates += 1
         if hasattr(self.model, "after_update"):
             self.model.after_update()  # type: ignore[operator]
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        """Hand the batch its new latents back."""
         # Under DDP the model saw a copy of the batch; the replay looks at this one.
         if isinstance(outputs, dict) and "latents" in outputs:
             batch["latents"] = outputs["latents"]

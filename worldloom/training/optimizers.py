@@ -37,8 +37,8 @@ class LaProp(torch.optim.Optimizer):
             )
         if anneal and anneal <= warmup:
             raise ValueError(f"anneal={anneal}; expected 0 for none, or more than warmup={warmup}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas={tuple(betas)}; both must be at least 0 and below 1")
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={tuple(betas)}; expected two, both at least 0 and below 1")
         defaults = dict(
             lr=lr,
             betas=tuple(betas),
@@ -59,24 +59,29 @@ class LaProp(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._step_group(group, params)
+            # Parameters that have had equally many gradients, mostly all of them, step together.
+            together: dict[int, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    together.setdefault(self._count(p), []).append(p)
+            for count, params in together.items():
+                self._step_together(group, params, count)
         return loss
 
-    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        for p in params:
-            if not self.state[p]:
-                self.state[p]["step"] = torch.zeros(())
-                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
-                self.state[p]["exp_avg"] = torch.zeros_like(p)
+    def _count(self, p: Tensor) -> int:
+        """Count a gradient of a parameter, the number of which its schedule and averages go by."""
+        state = self.state[p]
+        if not state:
+            state["step"] = 0
+            state["exp_avg_sq"] = torch.zeros_like(p)
+            state["exp_avg"] = torch.zeros_like(p)
+        state["step"] += 1
+        return state["step"]
+
+    def _step_together(self, group: dict[str, Any], params: list[Tensor], count: int) -> None:
         states = [self.state[p] for p in params]
         squares = [s["exp_avg_sq"] for s in states]
         moments = [s["exp_avg"] for s in states]
-        steps = [s["step"] for s in states]
-        torch._foreach_add_(steps, 1.0)
-        # All parameters of a group step together, so one host-side counter serves the schedule.
-        count = int(steps[0])
         beta1, beta2 = group["betas"]
         grads = [p.grad for p in params if p.grad is not None]
         update = _clip(grads, params, group["agc"], group["pmin"])
@@ -99,8 +104,8 @@ class LaProp(torch.optim.Optimizer):
 def _scheduled(lr: float, done: int, warmup: int, anneal: int) -> float:
     """Return the learning rate after `done` steps.
 
-    The warm-up is in float32 and in this order, for the official rate loses digits in the subtraction: early in
-    the warm-up it is off by 1e-5 of itself.
+    The warm-up is in float32 and in this order, for the official rate loses digits in the
+    subtraction: early in the warm-up it is off by 1e-5 of itself.
     """
     if done >= warmup:
         progress = min(1.0, (done - warmup) / (anneal - warmup)) if anneal else 0.0

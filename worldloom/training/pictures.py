@@ -44,7 +44,8 @@ def open_loop(model: Any, batch: dict[str, Any], context: int) -> dict[str, np.n
         real = truth[key] if isinstance(truth, dict) else truth
         name = f"open_loop/{key}" if key else "open_loop"
         draw = _film if real.ndim == 4 else _curves
-        pictures[name] = draw(real.float().cpu().numpy(), guess.float().cpu().numpy(), context)
+        guess = guess.float().nan_to_num()  # a model that diverges must not stop the run here
+        pictures[name] = draw(real.float().cpu().numpy(), guess.cpu().numpy(), context)
     return pictures
 
 

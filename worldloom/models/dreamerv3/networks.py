@@ -183,7 +183,7 @@ class Decoder(nn.Module):
         self.vectors = spaces.vectors()
         self.mlp = MLP(stoch + deter, units, layers if self.vectors else 0)
         self.vec = nn.ModuleDict(
-            {_module_name(k): Linear(units, s.width) for k, s in self.vectors.items()}
+            {module_name(k): Linear(units, s.width) for k, s in self.vectors.items()}
         )
         images = spaces.images()
         kw = dict(units=units, depth=depth, mults=mults, kernel=kernel, bspace=bspace)
@@ -201,7 +201,7 @@ class Decoder(nn.Module):
             x = self.mlp(torch.cat([stoch, deter], -1))
             for key, space in self.vectors.items():
                 event = (*space.shape, space.classes) if space.classes else space.shape
-                outs[key] = self.vec[_module_name(key)](x).reshape(*lead, *event)
+                outs[key] = self.vec[module_name(key)](x).reshape(*lead, *event)
         if self.image is not None:
             images = self.image(deter.flatten(0, -2), stoch.flatten(0, -2))
             outs |= {k: v.unflatten(0, lead) for k, v in images.items()}
@@ -228,9 +228,13 @@ class Decoder(nn.Module):
         return out * 255 if space.is_image else symexp(out)
 
 
-def _module_name(key: str) -> str:
-    """Make any key a legal module name: torch forbids dots in them."""
-    return key.replace(".", "\N{MIDDLE DOT}")
+_RESERVED = frozenset(dir(nn.ModuleDict()))
+
+
+def module_name(key: str) -> str:
+    """Make any key a legal module name: torch forbids dots and names such as "keys" or "type"."""
+    name = key.replace(".", "\N{MIDDLE DOT}")
+    return name + "\N{MIDDLE DOT}" if name in _RESERVED else name
 
 
 class Head(nn.Module):
@@ -307,7 +311,7 @@ class Actor(nn.Module):
         self.mlp = MLP(inputs, units, layers)
         self.out = nn.ModuleDict(
             {
-                _module_name(k): ActionOutput(units, s.shape, s.classes, outscale)
+                module_name(k): ActionOutput(units, s.shape, s.classes, outscale)
                 for k, s in spaces.items()
             }
         )
@@ -317,7 +321,7 @@ class Actor(nn.Module):
         x = self.mlp(features)
         dists: dict[str, Classes | BoundedNormal] = {}
         for key, space in self.spaces.items():
-            raw = self.out[_module_name(key)](x)
+            raw = self.out[module_name(key)](x)
             dims = len(space.event)
             if space.classes:
                 dists[key] = Classes(raw[0], dims)

@@ -9,7 +9,7 @@ import math
 import pickle
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from worldloom.models.dreamerv3.model import DreamerV3
+from worldloom.models.dreamerv3.networks import module_name
 
 # Our names, then theirs; {0} and {1} are the groups of the pattern.
 _NAMES = [
@@ -69,11 +70,11 @@ def official_names(model: DreamerV3, keys: Mapping[str, str] | None = None) -> d
 
 def _official_name(model: DreamerV3, name: str, keys: dict[str, str]) -> str | None:
     if match := re.fullmatch(r"decoder\.vec\.(.+)\.(weight|bias)", name):
-        key = match[1].replace("\N{MIDDLE DOT}", ".")
+        key = _key_of(match[1], model.obs_spaces)
         out = "logits" if model.obs_spaces[key].classes else "pred"
         return f"dec/vec/{keys.get(key, key)}/{out}/{_part(match[2])}"
     if match := re.fullmatch(r"actor\.out\.(.+)\.layers\.(\w+)\.(weight|bias)", name):
-        key = match[1].replace("\N{MIDDLE DOT}", ".")
+        key = _key_of(match[1], model.act_spaces)
         return f"pol/head/{keys.get(key, key)}/{match[2]}/{_part(match[3])}"
     if match := re.fullmatch(r"decoder\.image\.stages\.(\d+)\.(conv|norm)\.(\w+)", name):
         assert model.decoder.image is not None
@@ -88,6 +89,10 @@ def _official_name(model: DreamerV3, name: str, keys: dict[str, str]) -> str | N
             groups = [_HEADS.get(g, _part(g)) for g in match.groups()]
             return theirs.format(*groups)
     return None
+
+
+def _key_of(name: str, keys: Iterable[str]) -> str:
+    return next(key for key in keys if module_name(key) == name)
 
 
 def _part(name: str) -> str:

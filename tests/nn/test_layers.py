@@ -1,0 +1,157 @@
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from worldloom.nn.layers import (
+    MLP,
+    BlockDense,
+    BlockLinear,
+    Conv,
+    Dense,
+    Linear,
+    RMSNorm,
+    init_kernel,
+    rms_norm,
+)
+
+F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def shuffled(module):
+    """Give every tensor random values, so that none is left at a neutral one."""
+    module.double()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_()
+    return module
+
+
+# ---- norm ----------------------------------------------------------------------------------------
+
+
+def test_rms_norm_is_torchs():
+    x, scale = torch.randn(4, 6, dtype=F64), torch.randn(6, dtype=F64)
+    expected = F.rms_norm(x, (6,), weight=scale, eps=1e-4)
+    torch.testing.assert_close(rms_norm(x, scale), expected)
+
+
+def test_rms_norm_ignores_the_size_of_its_input_and_survives_zero():
+    x = torch.randn(4, 6, dtype=F64)
+    scale = torch.ones(6, dtype=F64)
+    # eps = 1e-4 beside a mean square of about 1e10 leaves a relative error of 1e-14 / 2.
+    torch.testing.assert_close(rms_norm(1e5 * x, scale), rms_norm(1e7 * x, scale))
+    assert (rms_norm(torch.zeros(2, 6), torch.ones(6)) == 0).all()
+
+
+def test_half_precision_is_normalised_in_float32():
+    x = torch.randn(4, 512).bfloat16()
+    norm = RMSNorm(512)
+    assert norm(x).dtype == torch.bfloat16
+    assert torch.equal(norm(x), norm(x.float()).bfloat16())
+
+
+# ---- dense ---------------------------------------------------------------------------------------
+
+
+def test_dense_is_linear_then_norm_then_silu():
+    layer = shuffled(Dense(5, 7))
+    x = torch.randn(3, 2, 5, dtype=F64)
+    y = x @ layer.linear.weight.T + layer.linear.bias
+    expected = F.silu(F.rms_norm(y, (7,), weight=layer.norm.scale, eps=1e-4))
+    torch.testing.assert_close(layer(x), expected)
+    stack = shuffled(MLP(5, 7, 3))
+    assert len(stack) == 3 and stack(x).shape == (3, 2, 7)
+    torch.testing.assert_close(stack(x), stack[2](stack[1](stack[0](x))))
+
+
+@pytest.mark.parametrize(("outscale", "fan_in"), [(1.0, 400), (0.1, 400), (0.0, 400)])
+def test_kernels_start_with_the_variance_they_promise(outscale, fan_in):
+    layer = Linear(fan_in, 300, outscale)
+    assert (layer.bias == 0).all()
+    std = outscale / math.sqrt(fan_in)
+    count = layer.weight.numel()
+    assert layer.weight.std().item() == pytest.approx(std, rel=5 / math.sqrt(count))
+    assert layer.weight.mean().abs().item() <= 5 * std / math.sqrt(count)
+    # Cut off at two deviations of the uncut normal.
+    assert layer.weight.abs().max().item() <= 2 * 1.1368 * std * (1 + 1e-6)
+
+
+def test_the_fan_of_a_block_layer_is_its_whole_input():
+    layer = BlockLinear(512, 512, 8)
+    assert layer.weight.std().item() == pytest.approx(1 / math.sqrt(512), rel=0.05)
+    kernel = torch.empty(40, 30, 5, 5)
+    init_kernel(kernel, kernel[0].numel())
+    assert kernel.std().item() == pytest.approx(1 / math.sqrt(30 * 25), rel=0.05)
+
+
+# ---- blocks --------------------------------------------------------------------------------------
+
+
+def by_block(x, blocks):
+    return x.unflatten(-1, (blocks, -1)).transpose(0, 1)
+
+
+def flat(y):
+    return y.transpose(0, 1).flatten(1)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_a_block_layer_is_a_dense_one_with_a_block_diagonal_kernel(blocks):
+    layer = shuffled(BlockLinear(12, 8, blocks))
+    x = torch.randn(5, 12, dtype=F64)
+    dense = torch.block_diag(*layer.weight)  # [12, 8]
+    torch.testing.assert_close(flat(layer(by_block(x, blocks))), x @ dense + layer.bias)
+
+
+def test_a_block_dense_layer_gives_every_block_the_shared_input():
+    blocks, own, shared, units = 4, 3, 5, 8
+    layer = shuffled(BlockDense(blocks * own, shared, units, blocks))
+    x, y = torch.randn(6, blocks * own, dtype=F64), torch.randn(6, shared, dtype=F64)
+    parts = [torch.cat([part, y], -1) @ w for part, w in zip(x.split(own, -1), layer.linear.weight)]
+    z = torch.cat(parts, -1) + layer.linear.bias
+    # One norm over all units, not one for each block.
+    expected = F.silu(F.rms_norm(z, (units,), weight=layer.norm.scale, eps=1e-4))
+    got = layer(by_block(x, blocks), y, layer.kernels())
+    torch.testing.assert_close(flat(got), expected)
+
+
+def test_blocks_must_divide_both_sides():
+    with pytest.raises(ValueError, match=r"12 inputs, 9 outputs and 4 blocks; blocks must divide"):
+        BlockLinear(12, 9, 4)
+
+
+# ---- images --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+def test_convolutions_keep_the_size_of_channels_last_images(kernel):
+    layer = shuffled(Conv(3, 4, kernel))
+    x = torch.randn(2, 6, 8, 3, dtype=F64)
+    y = layer(x)
+    assert y.shape == (2, 6, 8, 4)
+    plain = nn.Conv2d(3, 4, kernel, padding="same").double()
+    plain.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(y, plain(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+def test_a_convolution_looks_at_its_surroundings_and_no_further():
+    layer = shuffled(Conv(1, 1, 3))
+    x = torch.zeros(1, 7, 7, 1, dtype=F64)
+    x[0, 2, 4, 0] = 1.0
+    seen = (layer(x) - layer.bias).abs()[0, :, :, 0] > 0
+    expected = torch.zeros(7, 7, dtype=torch.bool)
+    expected[1:4, 3:6] = True
+    assert torch.equal(seen, expected)
+
+
+def test_even_kernels_are_refused():
+    with pytest.raises(ValueError, match="kernel must be odd to keep the image's size, got 4"):
+        Conv(3, 4, 4)

@@ -1,0 +1,100 @@
+import math
+
+import pytest
+import torch
+
+from worldloom.nn.twohot import symexp_bins, twohot_loss, twohot_mean
+
+F64 = torch.float64
+CPU = torch.device("cpu")
+TARGETS = [-3e6, -784.77, -1.0, -0.3, 0.0, 1e-9, 0.5, 1.0, 784.77, 2e7, 4.8e8]
+
+
+def code_of(target, bins=255):
+    """The two-hot code of a number, as minus the gradient of the loss at uniform logits tells it."""
+    logits = torch.zeros(bins, dtype=F64, requires_grad=True)
+    (grad,) = torch.autograd.grad(twohot_loss(logits, torch.tensor(target, dtype=F64)), logits)
+    return 1 / bins - grad
+
+
+@pytest.mark.parametrize("bins", [2, 3, 40, 41, 255])
+def test_bins_mirror_each_other_and_rise(bins):
+    x = symexp_bins(bins, F64, CPU)
+    assert len(x) == bins and (x == -x.flip(0)).all() and (x.diff() > 0).all()
+    assert x[-1].item() == pytest.approx(math.expm1(20), rel=1e-12)
+    if bins % 2:
+        assert x[bins // 2] == 0
+
+
+@pytest.mark.parametrize("bins", [40, 255])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_mean_of_a_code_is_its_number(target, bins):
+    code = code_of(target, bins)
+    mean = twohot_mean(code.clamp(min=0).log())
+    # The code comes back through exp and log; its bins reach up to |target| * exp(40 / (bins - 1)).
+    scale = max(abs(target), 1.0) * math.exp(40 / (bins - 1))
+    assert mean.item() == pytest.approx(target, abs=1e-12 * scale * bins)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_code_lies_on_the_two_nearest_bins(target):
+    x, code = symexp_bins(255, F64, CPU), code_of(target)
+    on = (code > 1e-15).nonzero().flatten()
+    assert len(on) <= 2 and code.sum().item() == pytest.approx(1.0)
+    below, above = x[on.min()], x[on.max()]
+    assert below <= target <= above and (len(on) == 1 or on[1] == on[0] + 1)
+
+
+@pytest.mark.parametrize(("target", "bin_"), [(1e12, -1), (-1e12, 0), (float("inf"), -1)])
+def test_beyond_the_ends_all_mass_is_on_the_end(target, bin_):
+    code = code_of(target)
+    assert code[bin_].item() == pytest.approx(1.0) and code.abs().sum().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("bins", [2, 3, 40, 255])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("level", [0.0, 3.0])
+def test_uniform_logits_mean_exactly_zero(bins, dtype, level):
+    mean = twohot_mean(torch.full((4, bins), level, dtype=dtype))
+    assert (mean == 0).all() and mean.dtype in (torch.float32, torch.float64)
+
+
+def test_the_gradient_is_softmax_minus_code():
+    torch.manual_seed(0)
+    logits = torch.randn(len(TARGETS), 255, dtype=F64, requires_grad=True)
+    target = torch.tensor(TARGETS, dtype=F64)
+    (grad,) = torch.autograd.grad(twohot_loss(logits, target).sum(), logits)
+    codes = torch.stack([code_of(x) for x in TARGETS])
+    torch.testing.assert_close(grad, logits.softmax(-1).detach() - codes, rtol=0.0, atol=1e-14)
+
+
+def test_the_loss_is_a_cross_entropy_and_least_at_the_code():
+    torch.manual_seed(1)
+    logits = torch.randn(255, dtype=F64)
+    code = code_of(0.7)
+    expected = -(code * logits.log_softmax(-1)).sum()
+    torch.testing.assert_close(twohot_loss(logits, torch.tensor(0.7)), expected)
+    entropy = -(code * code.clamp(min=1e-300).log()).sum()
+    best = twohot_loss((code + 1e-30).log(), torch.tensor(0.7, dtype=F64))
+    torch.testing.assert_close(best, entropy)
+    assert best < twohot_loss(logits, torch.tensor(0.7))
+
+
+def test_targets_get_no_gradient_and_keep_their_shape():
+    target = torch.randn(3, 4, requires_grad=True)
+    loss = twohot_loss(torch.randn(3, 4, 41, requires_grad=True), target)
+    assert loss.shape == (3, 4)
+    loss.sum().backward()
+    assert target.grad is None
+    assert twohot_mean(torch.randn(3, 4, 41)).shape == (3, 4)
+
+
+def test_half_precision_is_computed_in_float32():
+    logits = torch.randn(5, 255).bfloat16()
+    torch.testing.assert_close(twohot_mean(logits), twohot_mean(logits.float()), rtol=0.0, atol=0.0)
+    assert twohot_loss(logits, torch.ones(5)).dtype == torch.float32
+
+
+def test_one_bin_is_refused():
+    with pytest.raises(ValueError, match="count of at least 2, got 1"):
+        symexp_bins(1, F64, CPU)
