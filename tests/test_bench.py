@@ -63,6 +63,14 @@ def test_no_gradient_of_the_input_is_not_counted():
         assert count_flops(lambda: layer(torch.randn(2, 3, 5))) == 2 * (2 * 3 * 5 * 7)
 
 
+def test_counting_survives_views_of_weights_without_gradient():
+    layer = BlockDense(8, 6, 20, 4)
+    with torch.no_grad():
+        kernels = layer.kernels()
+        work = count_flops(lambda: layer(torch.randn(4, 3, 2), torch.randn(3, 6), kernels))
+    assert work == 2 * 4 * (3 * 2 * 5 + 3 * 6 * 5)
+
+
 def test_block_linear_by_hand():
     # 4 blocks, each [3, 2] x [2, 5].
     assert train(BlockLinear(8, 20, 4), torch.randn(4, 3, 2)) == 3 * 2 * 4 * (3 * 2 * 5)
@@ -70,7 +78,9 @@ def test_block_linear_by_hand():
 
 def test_block_dense_with_a_shared_input_by_hand():
     # 4 blocks, each [3, 2] x [2, 5] on its own input and [3, 6] x [6, 5] on the shared one.
-    work = train(BlockDense(8, 6, 20, 4), torch.randn(4, 3, 2), torch.randn(3, 6))
+    layer = BlockDense(8, 6, 20, 4)
+    inputs = torch.randn(4, 3, 2, requires_grad=True), torch.randn(3, 6, requires_grad=True)
+    work = count_flops(lambda: layer(*inputs, layer.kernels()).sum().backward())
     assert work == 3 * 2 * 4 * (3 * 2 * 5 + 3 * 6 * 5)
 
 

@@ -106,10 +106,16 @@ def build_data(plain: Mapping[str, Any], task: Task, actor: Actor) -> Any:
     return ReplayDataModule(buffer, collector, across_episodes=data["across_episodes"], **options)
 
 
-def quiet() -> None:
-    """Let each of Lightning's lines appear once, through Hydra's log, and drop its adverts."""
-    import lightning  # noqa: F401  (its import adds the handlers that would double every line)
+def prepare(seed: int, threads: int | None) -> None:
+    """Seed everything, set the CPU threads of torch, and quieten Lightning.
 
+    Each of its lines then appears once, through Hydra's log, and its adverts not at all.
+    """
+    import lightning  # adds the handlers that would double every line
+
+    lightning.seed_everything(seed, verbose=False)
+    if threads:
+        torch.set_num_threads(threads)
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
@@ -155,9 +161,3 @@ class Evaluator:
         }
         scores["eval/return_std"] = float(np.std([r["return"] for r in results]))
         return scores
-
-
-def use_threads(threads: int | None) -> None:
-    """Set the number of CPU threads of torch, if one is given."""
-    if threads:
-        torch.set_num_threads(threads)

@@ -31,11 +31,10 @@ from worldloom.training.optimizers import LaProp
 
 @dataclass
 class BenchConfig:
-    """What to time: `batch` sequences of `length` rows that are trained on, `repeats` times.
+    """What to time, `repeats` times: `batch` sequences of `length` rows that are trained on.
 
-    obs: shape of an observation; 24 and "3,64,64" are read as shapes.
-    actions: number of continuous actions, or if `discrete` of choices; "3,4" for two choices.
-    matrix: rows of the square matrices that the machine's own rate is measured with.
+    obs: shape of an observation, also as 24 or "3,64,64"; actions: their number, of choices if
+    `discrete` ("3,4" for two of them); matrix: rows of the matrices that measure the rate.
     """
 
     model: str = "dreamerv3:size1m"
@@ -107,8 +106,7 @@ def measure(config: BenchConfig, **overrides: Any) -> Measurement:
     optimizer = LaProp(getattr(model, "parameter_groups", model.parameters)())
     batch = random_batch(model, config)
     square = torch.randn(config.matrix, config.matrix, device=device)
-    # Both first calls warm up: optimiser state, thread pools, kernels.
-    flops = count_flops(lambda: timed_update(model, optimizer, batch))
+    flops = count_flops(lambda: timed_update(model, optimizer, batch))  # warms up too
     torch.mm(square, square)
     rates, updates = [], []
     for _ in range(config.repeats):
@@ -158,6 +156,8 @@ def timed_update(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> 
 def count_flops(run: Callable[[], Any]) -> int:
     """Return the operations of matrix products and convolutions in a call, backward included."""
     with FlopCounterMode(display=False) as counter:
+        # Counts by module are not wanted, and their hooks fail on views made without gradient.
+        counter.mod_tracker.__exit__()
         run()
     return counter.get_total_flops()
 

@@ -24,9 +24,7 @@ def evaluate_run(path: Path, settings: dict[str, Any], env: dict[str, Any]) -> d
     Raises:
         ValueError: the folder is no run, or its model cannot be read.
     """
-    import lightning
-
-    from worldloom.assembly import Evaluator, Task
+    from worldloom.assembly import Evaluator, Task, prepare
     from worldloom.factory import create_world_model
 
     run = path.parent if path.name == "model" else path
@@ -39,7 +37,7 @@ def evaluate_run(path: Path, settings: dict[str, Any], env: dict[str, Any]) -> d
     config: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
     if unknown := [key for key in env if key not in config["env"]]:
         raise ValueError(f"unknown key 'env.{unknown[0]}'{nearest(unknown[0], config['env'])}")
-    lightning.seed_everything(settings["seed"], verbose=False)
+    prepare(settings["seed"], config["threads"])
     task = Task.from_config(config["env"] | env)
     # The user names this run on the command line, as when it was trained: its own model is allowed.
     target = config["model"]["_target_"]

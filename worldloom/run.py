@@ -16,21 +16,17 @@ register_schemas()
 
 def train(cfg: DictConfig) -> dict[str, float]:
     """Run one training as configured; return the final scores. Everything lies in cfg.folder."""
-    import lightning
     from hydra.utils import instantiate
 
-    from worldloom.assembly import Evaluator, Task, build_data, quiet, use_threads
+    from worldloom.assembly import Evaluator, Task, build_data, prepare
     from worldloom.saving import load_tensors, read_saved, save_model
     from worldloom.training.callbacks import Evaluation, log
     from worldloom.training.module import WorldModelModule
 
-    quiet()
+    prepare(cfg.seed, cfg.threads)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     folder = Path(cfg.folder)
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
-    use_threads(cfg.threads)
-    lightning.seed_everything(cfg.seed, verbose=False)
-
     task = Task.from_config(plain["env"])
     model: Any = task.build_model(plain["model"])
     actor = task.build_actor(model, plain["planner"])

@@ -149,7 +149,7 @@ def final_state(model: DreamerV3, optimizer: LaProp) -> dict[str, Tensor]:
         mine = optimizer.state[p]
         state[f"opt/state/1/1/{name}"] = to_official(mine["exp_avg_sq"])
         state[f"opt/state/2/1/{name}"] = to_official(mine["exp_avg"])
-        # One counter of ours stands for their four.
-        for counter in ("state/1/0", "state/2/0", "state/3/count", "step/value"):
+        # One counter of ours stands for theirs; weight decay shifts the last one.
+        for counter in ("state/1/0", "state/2/0", "state/3/count", "state/4/count", "step/value"):
             state[f"opt/{counter}"] = mine["step"]
     return state

@@ -421,8 +421,8 @@ def test_too_little_data():
         buffer.sample(1, 1)
     buffer.add_episode(**episode(2))
     message = (
-        "replay holds 3 steps but a sequence needs 5; raise training.prefill to at least 5 or lower "
-        "training.sequence_length"
+        "replay holds 3 steps but a sequence needs 5; raise training.prefill to at least 5 "
+        "or lower training.sequence_length"
     )
     with pytest.raises(ValueError, match=message):
         buffer.sample(1, 5)

@@ -111,8 +111,8 @@ class ReplayDataModule(lightning.LightningDataModule):
         if self.collector is not None and self._start >= self.total_steps:
             raise ValueError(
                 f"training would start after {self._start} environment steps but total_steps is "
-                f"{self.total_steps}; raise total_steps, or lower training.prefill, training.batch_size or "
-                f"training.sequence_length"
+                f"{self.total_steps}; raise training.total_steps, or lower training.prefill, "
+                "training.batch_size or training.sequence_length"
             )
 
     @property
