@@ -62,9 +62,9 @@ def describe_preset(name: str) -> str:
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the closest of the choices, or nothing."""
+    """Return " (did you mean 'x'?)" for the closest of the choices, or nothing."""
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def _model_files() -> list[Path]:

@@ -25,5 +25,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             f"reference {reference_format.ROOT}: {sum(compared.values())} arrays compared, "
             f"{len(compared)} times a file"
         )
+    if reference_format.MISSING:
+        terminalreporter.write_line(
+            f"reference: not in this folder: {', '.join(sorted(reference_format.MISSING))}"
+        )
     for title, names in left_out.items():
         terminalreporter.write_line(f"reference {title}: not compared: {', '.join(names)}")

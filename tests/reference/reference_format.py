@@ -42,6 +42,7 @@ ZERO_GRADIENT = 1e-7  # allowed, absolutely, of a gradient that is zero in exact
 
 COMPARED: dict[str, int] = {}  # {file and precision: number of arrays}
 LEFT_OUT: dict[str, list[str]] = {}  # {file and precision: arrays that no test compares}
+MISSING: set[str] = set()  # files that tests looked for in vain
 
 
 # Files -------------------------------------------------------------------------------------------
@@ -58,6 +59,7 @@ def load(*parts: str) -> dict[str, np.ndarray]:
     """Return all arrays of a file of the reference, or skip the test if there is no such file."""
     path = ROOT.joinpath(*parts)
     if not path.is_file():
+        MISSING.add("/".join(parts))
         pytest.skip(f"{path} is not there")
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
@@ -407,9 +409,9 @@ def sampling(tables: Mapping[str, np.ndarray] | None = None) -> Iterator[None]:
     def normal(mean: Tensor, stddev: Tensor) -> Tensor:
         return mean if tables is None else mean + stddev * table("normal", mean)
 
-    with _replaced(distributions.sample_classes, classes):
-        with _replaced(distributions.sample_normal, normal):
-            yield
+    old = distributions.sample_classes, distributions.sample_normal
+    with _replaced(old[0], classes), _replaced(old[1], normal):
+        yield
 
 
 @contextmanager

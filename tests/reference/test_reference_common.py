@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.reference.reference_format import ROOT, Recording, below, tensor
+from tests.reference.reference_format import ROOT, Recording, agent_folders, below, tensor
 from worldloom.models.dreamerv3.official import from_official
 from worldloom.nn.distributions import BoundedNormal
 from worldloom.nn.layers import BlockLinear, Conv, rms_norm
@@ -17,6 +17,12 @@ from worldloom.nn.returns import lambda_return
 from worldloom.nn.symlog import symexp, symlog
 from worldloom.nn.twohot import symexp_bins, twohot_loss, twohot_mean
 from worldloom.training.optimizers import LaProp
+
+
+def test_reference_folder_is_not_empty() -> None:
+    """The other tests run over what they find, so finding nothing must not pass."""
+    assert agent_folders(), f"no agent (config.json and params.npz) in {ROOT}"
+    assert (ROOT / "common" / "common.npz").is_file(), f"no common.npz in {ROOT}"
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])

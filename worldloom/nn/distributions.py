@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from worldloom.nn.layers import full
+
 
 def sample_classes(probs: Tensor) -> Tensor:
     """Draw class indices [...] from probabilities [..., classes].
@@ -36,17 +38,13 @@ def one_hot(index: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
 
 def unimix_probs(logits: Tensor, unimix: float) -> Tensor:
     """Mix softmax(logits) with a share `unimix` of the uniform distribution, in float32 or more."""
-    probs = _full(logits).softmax(-1)
+    probs = full(logits).softmax(-1)
     return (1 - unimix) * probs + unimix / logits.shape[-1] if unimix else probs
 
 
 def unimix_log_probs(logits: Tensor, unimix: float) -> Tensor:
     """Return the logarithm of `unimix_probs`."""
-    return unimix_probs(logits, unimix).log() if unimix else _full(logits).log_softmax(-1)
-
-
-def _full(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return unimix_probs(logits, unimix).log() if unimix else full(logits).log_softmax(-1)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -169,8 +167,7 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, unimix: float) -> tuple[Te
 
 def class_entropy(logits: Tensor, unimix: float) -> Tensor:
     """Return the entropy [...] of mixed categoricals [..., stoch, classes], summed over groups."""
-    probs = unimix_probs(logits, unimix)
-    return -(probs * probs.log()).sum((-2, -1))
+    return -(unimix_probs(logits, unimix) * unimix_log_probs(logits, unimix)).sum((-2, -1))
 
 
 def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

@@ -19,11 +19,19 @@ def init_kernel(weight: Tensor, fan_in: int, scale: float = 1.0) -> None:
         weight.mul_(1.1368 * scale / math.sqrt(fan_in))
 
 
+def full(x: Tensor) -> Tensor:
+    """Return half-precision numbers in float32, others as they are.
+
+    Norms, distributions and losses need the digits; the official code keeps them in float32 too.
+    """
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 def rms_norm(x: Tensor, scale: Tensor, dims: int | tuple[int, ...] = -1) -> Tensor:
     """Divide by the root mean square over `dims` and multiply by `scale`, in float32 or better."""
-    full = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    inverse = torch.rsqrt(full.square().mean(dims, keepdim=True) + 1e-4)
-    return (full * inverse * scale).to(x.dtype)
+    exact = full(x)
+    inverse = torch.rsqrt(exact.square().mean(dims, keepdim=True) + 1e-4)
+    return (exact * inverse * scale).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -9,6 +9,7 @@ import functools
 import torch
 from torch import Tensor
 
+from worldloom.nn.layers import full
 from worldloom.nn.symlog import symexp
 
 
@@ -25,14 +26,15 @@ def symexp_bins(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def twohot_mean(logits: Tensor) -> Tensor:
     """Return the expected value [...] of logits [..., bins]; exactly zero for uniform logits."""
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    logits = full(logits)
     bins = symexp_bins(logits.shape[-1], logits.dtype, logits.device)
     probs = logits.softmax(-1)
     # Each pair of mirrored bins counts by the difference of its probabilities, so equal ones cancel
     # exactly: a plain sum over bins of up to 5e8 leaves rounding noise that an untrained critic
     # would report as value. The centre of an odd number of bins is zero.
     half = probs.shape[-1] // 2
-    return (probs[..., -half:] - probs[..., :half].flip(-1)) @ bins[-half:]
+    # No matrix product: mixed precision would round it.
+    return ((probs[..., -half:] - probs[..., :half].flip(-1)) * bins[-half:]).sum(-1)
 
 
 def twohot_loss(logits: Tensor, target: Tensor, log_total: Tensor | None = None) -> Tensor:
@@ -42,7 +44,7 @@ def twohot_loss(logits: Tensor, target: Tensor, log_total: Tensor | None = None)
     goes to the end bin. No gradient reaches the target. `log_total` may pass in
     logits.logsumexp(-1), where several targets share the logits.
     """
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    logits = full(logits)
     target = target.detach().to(logits.dtype)
     bins = symexp_bins(logits.shape[-1], logits.dtype, logits.device)
     count = torch.searchsorted(bins, target.contiguous(), right=True)

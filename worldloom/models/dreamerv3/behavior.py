@@ -147,6 +147,6 @@ def replay_value_loss(
 
 def _value_loss(logits: Tensor, target: Tensor, slow_value: Tensor, slowreg: float) -> Tensor:
     """Pull the critic towards its target and towards its slow copy (paper, eq. 11)."""
-    total = logits.float().logsumexp(-1) if logits.dtype == torch.bfloat16 else logits.logsumexp(-1)
+    total = logits.logsumexp(-1)
     loss = twohot_loss(logits, target, total)
     return loss + slowreg * twohot_loss(logits, slow_value, total)

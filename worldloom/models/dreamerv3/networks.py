@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from worldloom.models.spaces import ActSpaces, ObsSpace, ObsSpaces
 from worldloom.nn.distributions import BoundedNormal, Classes, one_hot
-from worldloom.nn.layers import MLP, BlockLinear, Conv, Dense, Linear, RMSNorm
+from worldloom.nn.layers import MLP, BlockLinear, Conv, Dense, Linear, RMSNorm, full
 from worldloom.nn.symlog import symexp, symlog
 
 
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
         if self.image is not None:
             images = self.image(deter.flatten(0, -2), stoch.flatten(0, -2))
             outs |= {k: v.unflatten(0, lead) for k, v in images.items()}
-        return {key: outs[key] for key in self.spaces}
+        return {key: full(outs[key]) for key in self.spaces}
 
     def loss(self, key: str, out: Tensor, target: Tensor) -> Tensor:
         """Return the reconstruction loss [...] of one observation, summed over its elements."""
@@ -249,7 +249,7 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features [..., inputs] to logits [..., outputs]."""
-        return self.out(self.mlp(features))
+        return full(self.out(self.mlp(features)))
 
 
 class ActionOutput(nn.Module):
@@ -264,7 +264,7 @@ class ActionOutput(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map [..., units] to raw outputs, each [..., *event]."""
-        return [layer(x).unflatten(-1, self.event) for layer in self.layers.values()]
+        return [full(layer(x)).unflatten(-1, self.event) for layer in self.layers.values()]
 
 
 class Policy:

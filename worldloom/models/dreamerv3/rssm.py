@@ -86,7 +86,8 @@ class RSSM(nn.Module):
         reset, cand, update = self.gru(x).chunk(3, -1)
         # The reset gate acts on the candidate inside the tanh; -1 keeps the state by default.
         cand = torch.tanh(torch.sigmoid(reset) * cand)
-        new = torch.lerp(old, cand, torch.sigmoid(update - 1))
+        # In mixed precision the state itself stays in float32.
+        new = torch.lerp(old, cand.to(old), torch.sigmoid(update - 1).to(old))
         return new.transpose(0, 1).reshape(rows, self.deter)
 
     def prior_of(self, deter: Tensor) -> Tensor:
@@ -108,7 +109,7 @@ class RSSM(nn.Module):
 
     def sample(self, logits: Tensor) -> Tensor:
         """Draw stoch [..., S * C] from logits [..., S, C], straight-through."""
-        return sample_straight_through(unimix_probs(logits, self.unimix)).flatten(-2).to(logits)
+        return sample_straight_through(unimix_probs(logits, self.unimix)).flatten(-2)
 
     def imagine_step(
         self, deter: Tensor, stoch: Tensor, action: Tensor

@@ -1,0 +1,71 @@
+import re
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import ValidationError
+
+from worldloom.training import TrainingConfig
+from worldloom.training.config import EvaluationConfig, field_names
+
+
+def test_as_the_documentation_makes_it():
+    config = TrainingConfig(
+        total_steps=50000,
+        batch_size=16,
+        sequence_length=50,
+        learning_rate=3e-4,
+        grad_clip=100.0,
+    )
+    assert (config.total_steps, config.sequence_length, config.grad_clip) == (50000, 50, 100.0)
+    assert config.train_ratio == 32.0 and config.prefill is None
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("total_steps", 0, "total_steps is 0; expected above 0"),
+        ("batch_size", -1, "batch_size is -1; expected above 0"),
+        ("sequence_length", 1, "sequence_length is 1; expected at least 2"),
+        ("learning_rate", 0.0, "learning_rate is 0.0; expected above 0"),
+        ("learning_rate", float("nan"), "learning_rate is nan; expected above 0"),
+        ("grad_clip", 0.0, "grad_clip is 0.0; expected above 0, or null for none"),
+        ("train_ratio", -1.0, "train_ratio is -1.0; expected above 0"),
+        ("prefill", 0, "prefill is 0; expected at least 1, or null for a batch"),
+        ("random_steps", -1, "random_steps is -1; expected at least 0"),
+        ("log_every", 0, "log_every is 0; expected above 0"),
+    ],
+)
+def test_impossible_training(setting, value, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("episodes", 0, "episodes is 0; expected at least 1"),
+        ("episodes_during", 0, "episodes_during is 0; expected at least 1"),
+        ("num_envs", -2, "num_envs is -2; expected at least 1"),
+        ("every", -1, "every is -1; expected at least 0"),
+    ],
+)
+def test_impossible_evaluation(setting, value, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluationConfig(**{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("batch_size", "many"), ("batch_size", 2.5), ("learning_rate", "fast")]
+)
+def test_as_a_schema_it_refuses_wrong_types(setting, value):
+    schema = OmegaConf.structured(TrainingConfig)
+    with pytest.raises(ValidationError, match=f"(?s){value}.*could not be converted"):
+        schema[setting] = value
+    schema.train_ratio = 3  # an integer is a number too
+    assert schema.train_ratio == 3.0
+
+
+@pytest.mark.parametrize("cls", [TrainingConfig, EvaluationConfig])
+def test_every_setting_is_explained(cls):
+    for name in field_names(cls):
+        assert re.search(rf"^ *{name}: ", cls.__doc__ or "", re.MULTILINE), name
