@@ -60,9 +60,7 @@ def test_verbose_tells_what_is_known():
         # The official names count the size of a whole agent on images, roughly.
         assert 0.6 < count / (1e6 * int(size.removeprefix("size").removesuffix("m"))) < 1.1
         assert size.removeprefix("size").upper() in entry["description"]
-    assert known["dreamerv3:size12m"]["aliases"] == ["dreamer-small", "dreamer"] or set(
-        known["dreamerv3:size12m"]["aliases"]
-    ) == {"dreamer", "dreamer-small"}
+    assert set(known["dreamerv3:size12m"]["aliases"]) == {"dreamer", "dreamer-small"}
 
 
 @pytest.mark.parametrize("alias", ALIASES)
@@ -312,7 +310,8 @@ def test_a_run_folder_gives_its_final_model_or_else_its_last_checkpoint(tmp_path
 @pytest.mark.parametrize("path", ["./nothing", "nothing/here", "nothing.ckpt", "nothing.npz"])
 def test_a_missing_path(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=f"no file or folder '{path}'; check the path, or name a"):
+    name = path.removeprefix("./")
+    with pytest.raises(ValueError, match=f"no file or folder '{name}'; check the path, or name a"):
         create_world_model(path, (4,), 2)
 
 
@@ -486,6 +485,6 @@ def test_targets_that_cannot_be_imported(target, message, own):
 
 
 def test_options_that_a_model_does_not_take(own):
-    message = "Own has no hyperparameter 'hiden'; did you mean 'hidden'?; it takes obs_shape"
+    message = "Own has no hyperparameter 'hiden'; did you mean 'hidden'.; it takes obs_shape"
     with pytest.raises(ValueError, match=message):
         build_model({"_target_": "somebodys_models.Own", "hiden": 16}, (4,), 2)

@@ -102,7 +102,7 @@ def build_model(
     spaces = {
         "obs_shape": _plain(obs_shape),
         "action_dim": _plain(action_dim),
-        "discrete": discrete,
+        "discrete": _plain(discrete),
     }
     model = cls(**spaces, **options)
     if config_of(model) is None:
@@ -119,9 +119,10 @@ def _is_path(model: str | Path) -> bool:
     """Tell paths from names: a preset's name has no separator, no suffix and no folder."""
     if isinstance(model, Path) or "/" in model or "\\" in model:
         return True
-    if model in preset_names() or model in aliases():
-        return False  # whatever folder happens to lie here under that name
-    return Path(model).exists() or Path(model).suffix in (".ckpt", ".npz", ".pkl", ".safetensors")
+    if Path(model).suffix in (".ckpt", ".npz", ".pkl", ".safetensors"):
+        return True
+    # A preset is meant even where a folder happens to have its name.
+    return Path(model).exists() and model not in (*preset_names(), *aliases())
 
 
 def _load(
@@ -268,4 +269,6 @@ def _plain(value: Any) -> Any:
         return {k: _plain(v) for k, v in value.items()}
     if hasattr(value, "tolist"):
         value = value.tolist()
-    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(_plain(v) for v in value)
+    return value

@@ -79,7 +79,7 @@ def _public(stem: str) -> str:
 def _size(file: Path) -> tuple[str, float]:
     family, _, size = file.stem.partition("_")
     number = "".join(c for c in size if c.isdigit() or c == ".")
-    return family, float(number) if number else 0.0
+    return family, float(number) if number else float("inf")
 
 
 def _compose(file: Path) -> DictConfig:

@@ -12,6 +12,8 @@ class TrainingConfig:
         batch_size: sequences per update.
         sequence_length: steps per sequence that are trained on.
         learning_rate: of the optimiser.
+        warmup: updates over which the learning rate rises from 0 (optimizer=laprop).
+        anneal: update at which it has fallen to a tenth; 0 to keep it (optimizer=laprop).
         grad_clip: global gradient norm to clip to; None for no such clipping.
         train_ratio: replayed steps per environment step; updates per environment step are
             train_ratio / (batch_size * sequence_length).
@@ -24,6 +26,8 @@ class TrainingConfig:
     batch_size: int = 16
     sequence_length: int = 64
     learning_rate: float = 4e-5
+    warmup: int = 1000
+    anneal: int = 0
     grad_clip: float | None = None
     train_ratio: float = 32.0
     prefill: int | None = None
@@ -35,7 +39,8 @@ class TrainingConfig:
         for name in ("total_steps", "batch_size", "learning_rate", "train_ratio", "log_every"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         _require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "at least 2")
-        _require(self.random_steps >= 0, "random_steps", self.random_steps, "at least 0")
+        for name in ("random_steps", "warmup", "anneal"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         if self.grad_clip is not None:
             _require(self.grad_clip > 0, "grad_clip", self.grad_clip, "above 0, or null for none")
         if self.prefill is not None:

@@ -36,20 +36,29 @@ class Progress(Callback):
             self._bar = tqdm(
                 total=data.total_steps, initial=position, unit=unit, dynamic_ncols=True
             )
-        threading.Thread(target=self._beat, args=(data,), daemon=True).start()
+        threading.Thread(target=self._beat, args=(data, self._bar), daemon=True).start()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop, also after an error."""
+        """Stop."""
+        self._stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Stop, for Lightning tears nothing down after an error."""
+        self._stop()
+
+    def _stop(self) -> None:
         self._done.set()
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
-    def _beat(self, data: Any) -> None:
-        while not self._done.wait(0.5 if self._bar is not None else BEAT):
-            if self._bar is not None:
-                self._bar.n = self._position(data)
-                self._bar.set_postfix_str(self._postfix(data), refresh=True)
+    def _beat(self, data: Any, bar: tqdm | None) -> None:
+        while not self._done.wait(BEAT if bar is None else 0.5):
+            if bar is not None:
+                bar.n = self._position(data)
+                bar.set_postfix_str(self._postfix(data), refresh=True)
             else:
                 print(self.line(data), flush=True)
 

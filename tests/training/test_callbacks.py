@@ -1,0 +1,399 @@
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+from torch import nn
+
+from worldloom import create_world_model
+from worldloom.saving import read_saved
+from worldloom.training import ReplayBuffer, ReplayDataModule, WorldModelModule, progress
+from worldloom.training.callbacks import Checkpoints, Evaluation, MetricsWriter, OpenLoop
+from worldloom.training.progress import Progress
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+
+
+class Line(nn.Module):
+    """Its loss in update k is k."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.config = {"model": "my_pkg.Line", "obs_shape": (2,)}
+        self.updates = 0
+
+    def compute_loss(self, batch):
+        self.updates += 1
+        return {"loss": self.weight * 0 + self.updates}
+
+
+class FakeCollector:
+    """Collects rows of noise from two environments; an episode ends every 5 ticks in env 0."""
+
+    num_envs = 2
+
+    def __init__(self, buffer):
+        self.buffer, self.ticks = buffer, 0
+        self.finished = []
+        self.last_return = None
+
+    @property
+    def env_steps(self):
+        return 2 * self.ticks
+
+    def step(self):
+        first = torch.full((2,), self.ticks == 0)
+        none = torch.zeros(2, dtype=torch.bool)
+        obs, zeros = torch.randn(2, 2), torch.zeros(2)
+        self.buffer.add(obs, torch.zeros(2, 1), zeros, first, none, none)
+        self.ticks += 1
+        if self.ticks % 5 == 0:
+            self.last_return = float(self.ticks)
+            episode = {"return": self.last_return, "length": 5, "env_steps": self.env_steps}
+            self.finished.append(episode)
+
+    def state_dict(self):
+        return {"ticks": self.ticks}
+
+    def load_state_dict(self, state):
+        self.ticks = state["ticks"]
+
+
+class Notes(Logger):
+    """Keeps what is logged."""
+
+    name, version = "notes", ""
+
+    def __init__(self):
+        super().__init__()
+        self.metrics, self.pictures = [], []
+
+    def log_metrics(self, metrics, step=None):
+        self.metrics.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *args, **kwargs):
+        raise AssertionError("the module's settings are not logged by Lightning")
+
+    def log_picture(self, name, picture, step):
+        self.pictures.append((step, name, picture.shape))
+
+    def of(self, name):
+        """All values of one name, as (step, value)."""
+        return [(step, m[name]) for step, m in self.metrics if name in m]
+
+
+BATCH = dict(batch_size=2, sequence_length=4)
+
+
+def online(total_steps=60, ratio=2.0):
+    """8 replayed steps per update; from env step 8 on an update every 4 env steps."""
+    buffer = ReplayBuffer(500, (2,), 1, num_envs=2)
+    collector = FakeCollector(buffer)
+    return ReplayDataModule(
+        buffer, collector, train_ratio=ratio, total_steps=total_steps, **BATCH
+    )
+
+
+def offline(total_steps):
+    buffer = ReplayBuffer(500, (2,), 1)
+    obs, actions = torch.randn(31, 2), torch.zeros(30, 1)
+    buffer.add_episode(obs=obs, actions=actions, rewards=torch.zeros(30), dones=torch.zeros(30))
+    return ReplayDataModule(buffer, total_steps=total_steps, **BATCH)
+
+
+def fit(data, *callbacks, model=None, log_every=5):
+    notes = Notes()
+    module = WorldModelModule(
+        model or Line(), partial(torch.optim.SGD, lr=0.1), log_every=log_every
+    )
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=[notes],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+    )
+    trainer.fit(module, data)
+    return notes
+
+
+# ---- metrics -------------------------------------------------------------------------------------
+
+
+def test_metrics_are_means_over_log_every_updates_at_the_env_step_of_the_last():
+    notes = fit(online(), MetricsWriter())
+    # Updates 1-5, 6-10 and the 3 that are left; (60 - 8) * 2 / 8 = 13 in all.
+    assert notes.of("train/updates") == [(28, 5), (48, 10), (60, 13)]
+    assert notes.of("train/loss") == [(28, 3.0), (48, 8.0), (60, 12.0)]
+    assert [step for step, _ in notes.of("train/grad_norm")] == [28, 48]
+    assert notes.of("replay/size") == [(28, 28), (48, 48), (60, 60)]
+    assert notes.of("replay/ratio") == [(28, 2.0), (48, 2.0), (60, 2.0)]
+
+
+def test_nothing_is_logged_twice_when_the_run_ends_with_an_interval():
+    notes = fit(online(total_steps=48), MetricsWriter())
+    assert notes.of("train/updates") == [(28, 5), (48, 10)]
+    assert all(value > 0 for _, value in notes.of("fps/env") + notes.of("fps/train"))
+
+
+def test_episodes_are_logged_at_the_env_step_where_they_ended():
+    data = online()
+    notes = fit(data, MetricsWriter())
+    assert notes.of("episode/return") == [(10 * k, 5.0 * k) for k in range(1, 7)]
+    assert notes.of("episode/length") == [(10 * k, 5) for k in range(1, 7)]
+    assert data.collector.finished == []
+
+
+def test_offline_the_axis_is_updates():
+    notes = fit(offline(12), MetricsWriter())
+    assert [step for step, _ in notes.of("train/loss")] == [5, 10, 12]
+    assert notes.of("fps/env") == [(5, 0), (10, 0), (12, 0)]
+
+
+def test_rates_are_per_second(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+
+    class Tick(Callback):
+        def on_train_batch_start(self, *args):
+            clock.now += 2.0  # an update takes two seconds
+
+    notes = fit(online(), Tick(), MetricsWriter())
+    assert notes.of("fps/train") == [(step, pytest.approx(8 / 2)) for step in (28, 48, 60)]
+    # Every two seconds come 4 steps; the first interval holds the 8 of prefill too.
+    expected = [(28, 28 / 10), (48, 20 / 10), (60, 12 / 6)]
+    assert notes.of("fps/env") == [(step, pytest.approx(rate)) for step, rate in expected]
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+def test_a_run_is_saved_at_its_start_in_time_and_at_its_end(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    saved = []
+
+    class Spy(Checkpoints):
+        def save(self, trainer):
+            super().save(trainer)
+            saved.append(torch.load(self.file, weights_only=True)["updates"])
+
+    class Tick(Callback):
+        def on_train_batch_start(self, *args):
+            clock.now += 25.0
+
+    (tmp_path / "deep").mkdir()
+    fit(online(), Tick(), Spy(tmp_path / "deep" / "checkpoints", minutes=1))
+    assert saved == [0, 3, 6, 9, 12, 13]
+    assert [f.name for f in (tmp_path / "deep" / "checkpoints").iterdir()] == ["last.ckpt"]
+
+
+class Breaks(Line):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def compute_loss(self, batch):
+        if self.updates == 4:
+            raise self.error
+        return super().compute_loss(batch)
+
+
+def test_a_run_that_breaks_off_is_saved(tmp_path):
+    with pytest.raises(RuntimeError, match="the disk is on fire"):
+        fit(
+            online(), Checkpoints(tmp_path, 99), model=Breaks(RuntimeError("the disk is on fire"))
+        )
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["updates"] == 4
+
+
+def test_broken_numbers_do_not_replace_a_good_checkpoint(tmp_path):
+    with pytest.raises(FloatingPointError):
+        fit(online(), Checkpoints(tmp_path, 99), model=Breaks(FloatingPointError("nan")))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["updates"] == 0
+
+
+def test_a_save_that_fails_leaves_the_last_one(tmp_path):
+    class Full(Checkpoints):
+        def on_train_end(self, trainer, pl_module):
+            def disk_full(path, **kwargs):
+                path.write_bytes(b"half")
+                raise OSError("No space left on device")
+
+            trainer.save_checkpoint = disk_full
+            super().on_train_end(trainer, pl_module)
+
+    with pytest.raises(OSError, match="No space"):
+        fit(online(), Full(tmp_path))
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["updates"] == 0
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+
+class Scores:
+    """Gives the next score at each call."""
+
+    def __init__(self, *values):
+        self.values = iter(values)
+
+    def __call__(self):
+        return {"eval/return": next(self.values), "eval/length": 1.0}
+
+
+def test_evaluates_at_every_so_many_env_steps_and_at_the_end():
+    notes = fit(online(), Evaluation(Scores(1.0, 2.0, 3.0, 4.0), every=20))
+    # The first update after steps 20 and 40, the one at 60, and the end itself.
+    assert notes.of("eval/return") == [(20, 1.0), (40, 2.0), (60, 3.0), (60, 4.0)]
+
+
+def test_no_evaluation_unless_asked():
+    assert fit(online(), Evaluation(Scores(), every=0)).of("eval/return") == []
+
+
+def test_the_best_model_is_kept_and_of_equals_the_later(tmp_path):
+    class Numbered(Line):
+        def compute_loss(self, batch):
+            with torch.no_grad():
+                self.weight.fill_(self.updates + 1)
+            return super().compute_loss(batch) | {"loss": (self.weight - self.weight.item())}
+
+    evaluation = Evaluation(Scores(1.0, 7.0, 7.0, 3.0), every=16, folder=tmp_path / "model")
+    notes = fit(online(total_steps=48), evaluation, model=Numbered())
+    steps = [step for step, _ in notes.of("eval/return")]
+    assert steps == [16, 32, 48, 48]
+    assert evaluation.best == {"step": 48, "return": 7.0}
+    saved = read_saved(tmp_path / "model")[1]
+    # Of update 10, at step 48: set to 10 and moved by the rate times a gradient of 1.
+    assert saved["weight"].item() == pytest.approx(10.0 - 0.1)
+
+
+def test_the_best_score_survives_a_resume():
+    evaluation, again = (Evaluation(Scores(), every=20) for _ in range(2))
+    evaluation.best, evaluation._next = {"step": 40, "return": 7.0}, 60
+    again.load_state_dict(evaluation.state_dict())
+    assert again.best == evaluation.best and again._next == 60
+
+
+# ---- pictures ------------------------------------------------------------------------------------
+
+TINY = dict(units=8, depth=2, deter=16, hidden=8, classes=4, stoch=2, imag_length=2)
+
+
+def dreamer():
+    torch.manual_seed(0)
+    return create_world_model("dreamerv3:size1m", (2,), 1, replay_context=False, **TINY)
+
+
+def test_pictures_are_drawn_every_so_many_updates():
+    notes = fit(offline(9), OpenLoop(every=3, context=2), model=dreamer())
+    assert [(step, name) for step, name, _ in notes.pictures] == [
+        (step, "imagination/open_loop") for step in (3, 6, 9)
+    ]
+    assert fit(offline(9), OpenLoop(every=0), model=dreamer()).pictures == []
+    # Sequences of 4 rows are too short to watch 3 and imagine 2.
+    assert fit(offline(9), OpenLoop(every=3, context=3), model=dreamer()).pictures == []
+
+
+def test_looking_does_not_change_what_is_learned():
+    model, watched = dreamer(), dreamer()
+    torch.manual_seed(1)
+    fit(offline(6), model=model)
+    torch.manual_seed(1)
+    fit(offline(6), OpenLoop(every=1, context=2), model=watched)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, watched.state_dict()[name]), name
+
+
+# ---- progress ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
+    return clock
+
+
+def started(data):
+    bar = Progress()
+    trainer = SimpleNamespace(is_global_zero=True, datamodule=data)
+    bar.on_train_start(trainer, None)
+    return bar
+
+
+def test_the_line_tells_position_speed_and_time_left(clock, monkeypatch):
+    monkeypatch.setattr(progress, "BEAT", 1e9)
+    data = online(total_steps=10_000)
+    bar = started(data)
+    assert "env steps 0/10,000 | updates 0 | last return none yet" in bar.line(data)
+    assert "unknown time left" in bar.line(data)
+    data.collector.ticks, data.collector.last_return, data.updates = 1250, 123.456, 1200
+    clock.now += 50.0
+    expected = "env steps 2,500/10,000 | updates 1,200 | last return 123.5 | 50 env steps/s | 2m30s"
+    assert bar.line(data) == f"{expected} left"
+    clock.now += 9950.0
+    assert bar.line(data).endswith("| 0.25 env steps/s | 8h20m left")
+    bar.teardown(None, None, "fit")
+
+
+def test_offline_it_counts_updates(clock, monkeypatch):
+    monkeypatch.setattr(progress, "BEAT", 1e9)
+    data = offline(400)
+    bar = started(data)
+    data.updates = 100
+    clock.now += 4.0
+    assert bar.line(data).startswith("updates 100/400 |")
+    assert bar.line(data).endswith("| 25 updates/s | 0m12s left")
+    bar.teardown(None, None, "fit")
+
+
+class Slow(Line):
+    """One long update."""
+
+    def compute_loss(self, batch):
+        time.sleep(0.3 * (self.updates == 2))
+        return super().compute_loss(batch)
+
+
+def test_lines_appear_by_themselves_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "BEAT", 0.05)
+    fit(online(), Progress(), model=Slow())
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 3  # within the long update alone
+    assert all(line.startswith("env steps ") for line in lines)
+    time.sleep(0.2)
+    assert capsys.readouterr().out == ""  # and end with the run
+
+
+def test_there_is_a_line_at_least_every_30_seconds():
+    assert progress.BEAT <= 30
+
+
+def test_in_a_terminal_there_is_a_bar(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+
+    class Slower(Line):
+        def compute_loss(self, batch):
+            time.sleep(0.7 * (self.updates == 5))
+            return super().compute_loss(batch)
+
+    fit(online(), Progress(), model=Slower())
+    shown = capsys.readouterr()
+    assert "env steps" not in shown.out
+    assert "/60 [" in shown.err and "last return" in shown.err
+
+
+def test_lines_end_with_an_error_too(capsys, monkeypatch):
+    monkeypatch.setattr(progress, "BEAT", 0.02)
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(online(), Progress(), model=Breaks(RuntimeError("stop")))
+    capsys.readouterr()
+    time.sleep(0.1)
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,252 @@
+from functools import partial
+
+import pytest
+import torch
+from lightning import Callback, Trainer
+from torch import nn
+
+from worldloom.training import ReplayBuffer, ReplayDataModule, WorldModelModule
+from worldloom.training.module import Metrics
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+
+
+class Line(nn.Module):
+    """Learns to predict rewards by one number; only what the trainer needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.fixed = nn.Parameter(torch.ones(()), requires_grad=False)
+        self.register_buffer("slow", torch.zeros(()))
+        self.losses = []
+
+    def compute_loss(self, batch):
+        assert self.training and torch.is_grad_enabled()
+        loss = (self.weight - batch["rewards"].mean() - 1).square()
+        self.losses.append(loss.item())
+        return {"loss": loss, "twice": 2 * loss, "rows": torch.tensor(len(batch["rewards"]))}
+
+    def after_update(self):
+        self.slow.lerp_(self.weight.detach(), 0.5)
+
+
+def data_module(updates, latents=None):
+    buffer = ReplayBuffer(200, (2,), 1, latents=latents)
+    for seed in range(2):
+        rng = torch.Generator().manual_seed(seed)
+        obs, rewards = torch.randn(21, 2, generator=rng), torch.randn(20, generator=rng)
+        actions = torch.zeros(20, 1)
+        buffer.add_episode(obs=obs, actions=actions, rewards=rewards, dones=torch.zeros(20))
+    return ReplayDataModule(buffer, batch_size=3, sequence_length=4, total_steps=updates)
+
+
+def module_of(model, lr=0.1, **options):
+    return WorldModelModule(model, partial(torch.optim.SGD, lr=lr), **options)
+
+
+def trainer_of(callbacks=(), max_epochs=1, **options):
+    return Trainer(
+        accelerator="cpu",
+        max_epochs=max_epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+        **options,
+    )
+
+
+class Witness(Callback):
+    """Calls a function after each batch, before the module's own hook."""
+
+    def __init__(self, see):
+        self.see = see
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.see(trainer, pl_module, batch)
+
+
+def test_one_update_for_each_batch_and_then_it_ends():
+    model, data = Line(), data_module(7)
+    module = module_of(model)
+    trainer = trainer_of()
+    trainer.fit(module, data)
+    assert module.updates == data.updates == trainer.global_step == len(model.losses) == 7
+    assert not trainer.interrupted
+
+
+def test_trains_as_a_plain_loop_does():
+    """`compute_loss(batch)["loss"]`, any optimiser, `after_update`: nothing else happens."""
+    model, data = Line(), data_module(7)
+    trainer_of().fit(module_of(model), data)
+    plain = Line()
+    optimizer = torch.optim.SGD([plain.weight], lr=0.1)
+    for batch in data_module(7)._offline():
+        optimizer.zero_grad()
+        plain.compute_loss(batch)["loss"].backward()
+        optimizer.step()
+        plain.after_update()
+    assert plain.losses == model.losses
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_callbacks_see_an_update_that_is_complete():
+    """What is saved after a batch holds that batch's count, weights and slow targets."""
+    seen, slow = [], []
+
+    def see(trainer, module, batch):
+        seen.append((module.updates, trainer.datamodule.updates))
+        model = module.model
+        slow.append(torch.equal(model.slow, before[-1].lerp(model.weight.detach(), 0.5)))
+        before.append(model.slow.clone())
+
+    before = [torch.zeros(())]
+    trainer_of([Witness(see)]).fit(module_of(Line()), data_module(5))
+    assert seen == [(i, i) for i in range(1, 6)]
+    assert slow == [True] * 5
+
+
+def test_accumulated_batches_are_one_update():
+    model = Line()
+    module = module_of(model)
+    trainer_of(accumulate_grad_batches=3).fit(module, data_module(6))
+    assert module.updates == 2 and len(model.losses) == 6
+
+
+def test_only_what_is_trained_goes_to_the_optimiser():
+    given = []
+
+    def optimizer(params):
+        given.extend(params)
+        return torch.optim.SGD(given, lr=0.1)
+
+    model = Line()
+    WorldModelModule(model, optimizer).configure_optimizers()
+    assert given == [model.weight]
+    model.parameter_groups = lambda: [{"params": [model.fixed], "lr": 3.0}]
+    given.clear()
+    groups = WorldModelModule(model, optimizer).configure_optimizers().param_groups
+    assert groups[0]["lr"] == 3.0 and groups[0]["params"] == [model.fixed]
+
+
+def test_models_without_a_hook_are_trained_too():
+    class Bare(Line):
+        after_update = property()  # as if it were not there
+
+    module = module_of(Bare())
+    trainer_of().fit(module, data_module(2))
+    assert module.updates == 2
+
+
+def test_latents_come_back_with_the_batch():
+    class Remembering(Line):
+        def compute_loss(self, batch):
+            assert set(batch["context"]) == {"code"}
+            batch["latents"] = {"code": batch["obs"][:, 1:, :1]}
+            return super().compute_loss(batch)
+
+    data = data_module(30, latents={"code": ((1,), torch.float32)})
+    trainer_of().fit(module_of(Remembering()), data)
+    batch = data.buffer.sample(100, 2)
+    known = batch["context"]["code"] != 0  # rows that were trained on
+    assert known.float().mean() > 0.5
+    assert torch.equal(batch["context"]["code"][known], batch["obs"][:, 0, :1][known])
+
+
+# ---- clipping and norms --------------------------------------------------------------------------
+
+
+class Vector(nn.Module):
+    """Has a gradient of (3, 4), of norm 5, at every step."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+
+    def compute_loss(self, batch):
+        return {"loss": (self.weight * torch.tensor([3.0, 4.0])).sum()}
+
+
+def test_gradients_are_clipped_as_the_trainer_says():
+    free, clipped = Vector(), Vector()
+    trainer_of().fit(module_of(free), data_module(1))
+    trainer_of(gradient_clip_val=1.0).fit(module_of(clipped), data_module(1))
+    torch.testing.assert_close(free.weight.detach(), torch.tensor([-0.3, -0.4]))
+    # Torch divides by the norm plus 1e-6.
+    expected = torch.tensor([-0.06, -0.08])
+    torch.testing.assert_close(clipped.weight.detach(), expected, rtol=1e-6, atol=0.0)
+
+
+def test_the_norm_before_clipping_is_measured_once_per_flush():
+    norms = []
+
+    def see(trainer, module, batch):
+        norms.append(module.metrics.once.get("grad_norm"))
+        if module.updates % module.log_every == 0:
+            module.metrics.flush()
+
+    module = module_of(Vector(), log_every=3)
+    trainer_of([Witness(see)], gradient_clip_val=1.0).fit(module, data_module(6))
+    assert norms == [None, None, pytest.approx(5.0), None, None, pytest.approx(5.0)]
+
+
+# ---- losses that are not finite ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_term(bad):
+    class Broken(Line):
+        def compute_loss(self, batch):
+            losses = super().compute_loss(batch)
+            if len(self.losses) == 3:
+                losses["kl_loss"] = losses["loss"] = losses["loss"] * bad
+            return losses
+
+    model = Broken()
+    message = "the loss is not finite at update 2: kl_loss; .*lower training.learning_rate"
+    with pytest.raises(FloatingPointError, match=message):
+        trainer_of().fit(module_of(model), data_module(9))
+    assert model.weight.isfinite()
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------
+
+
+def test_checkpoints_hold_plain_data_and_resume_exactly(tmp_path):
+    model = Line()
+    model.config = {"model": "my_pkg.Line", "obs_shape": (2,)}
+    part = trainer_of(max_steps=4, max_epochs=-1)
+    part.fit(module_of(model, config={"seed": 3}), data_module(9))
+    part.save_checkpoint(tmp_path / "part.ckpt", weights_only=False)
+    loaded = torch.load(tmp_path / "part.ckpt", weights_only=True)
+    assert loaded["hyper_parameters"] == {"model": model.config, "run": {"seed": 3}}
+    assert loaded["updates"] == 4
+
+    whole, rest = Line(), Line()
+    trainer_of().fit(module_of(whole), data_module(9))
+    module = module_of(rest)
+    path = tmp_path / "part.ckpt"
+    rest_of_it = trainer_of(max_epochs=-1)
+    rest_of_it.fit(module, data_module(9), ckpt_path=path, weights_only=True)
+    assert module.updates == 9 and model.losses + rest.losses == whole.losses
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, rest.state_dict()[name]), name
+
+
+# ---- means ---------------------------------------------------------------------------------------
+
+
+def test_metrics_are_means_since_the_last_flush():
+    metrics = Metrics()
+    assert metrics.flush() == {}
+    for a in (1.0, 2.0, 6.0):
+        metrics.add({"a": torch.tensor(a), "count": torch.tensor(int(a))})
+    metrics.once["norm"] = torch.tensor(0.5)
+    assert metrics.count == 3
+    assert metrics.flush() == {"a": 3.0, "count": 3.0, "norm": 0.5}
+    assert metrics.flush() == {} and metrics.count == 0
+    metrics.add({"b": torch.tensor(4.0)})  # other names after a flush
+    assert metrics.flush() == {"b": 4.0}
