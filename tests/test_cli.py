@@ -21,11 +21,11 @@ def command(monkeypatch, capsys, tmp_path):
         trained = []
 
         def pretend(cfg):
-            trained.append(cfg)
+            trained.append(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
             return {"eval/return": 1.0}
 
         folders = [f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep"]
-        monkeypatch.setattr(sys, "argv", ["run.py", *QUIET, *folders, *arguments])
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments, *QUIET, *folders])
         monkeypatch.setattr(run, "train", train or pretend)
         code = 0
         try:
@@ -50,21 +50,21 @@ def in_a_process(*arguments, **env):
 
 MISTAKES = {
     # misspelt keys
-    "training.batchsize=3": "unknown key 'training.batchsize'; did you mean 'training.batch_size'?",
-    "evaluation.episode=3": "unknown key 'evaluation.episode'; did you mean 'evaluation.episodes'?",
-    "model.unitss=3": "unknown key 'model.unitss'; did you mean 'model.units'?; to add a key write",
-    "model.encoder.layer=3": "unknown key 'model.encoder.layer'; did you mean 'model.encoder.layer",
-    "optimizer.lrr=1": "unknown key 'optimizer.lrr'; did you mean 'optimizer.lr'?",
-    "trainer.devicess=1": "unknown key 'trainer.devicess'; did you mean 'trainer.devices'?",
-    "sed=1": "unknown key 'sed'; did you mean 'seed'?",
+    "training.batchsize=3": "'training.batchsize' (did you mean 'training.batch_size'?)",
+    "evaluation.episode=3": "'evaluation.episode' (did you mean 'evaluation.episodes'?)",
+    "model.unitss=3": "unknown key 'model.unitss' (did you mean 'model.units'?); to add",
+    "model.encoder.layer=3": "unknown key 'model.encoder.layer' (did you mean 'model.encoder.laye",
+    "optimizer.lrr=1": "unknown key 'optimizer.lrr' (did you mean 'optimizer.lr'?)",
+    "trainer.devicess=1": "unknown key 'trainer.devicess' (did you mean 'trainer.devices'?)",
+    "sed=1": "unknown key 'sed' (did you mean 'seed'?)",
     "trainin.batch_size=1": "unknown key 'trainin.batch_size'; there is no section 'trainin'",
-    "env.level=1": "unknown key 'env.level'; env has _target_, id, num_envs",
+    "env.zzz=1": "unknown key 'env.zzz'; env has _target_, id, num_envs",
     "+training.foo=3": "unknown key 'training.foo'; training has total_steps, batch_size",
-    "+training.batchsize=3": "unknown key 'training.batchsize'; did you mean 'batch_size'?",
-    "+model.unitss=3": "dreamerv3_size1m has no hyperparameter 'unitss'; did you mean 'units'?",
+    "+training.batchsize=3": "unknown key 'training.batchsize' (did you mean 'batch_size'?)",
+    "+model.unitss=3": "has no hyperparameter 'unitss' (did you mean 'units'?)",
     "~callbacks.openloop": "Could not delete from config. 'callbacks.openloop' does not exist",
     # wrong types
-    "training.batch_size=abc": "training.batch_size=abc: value 'abc' of type 'str' could not be con",
+    "training.batch_size=abc": "training.batch_size=abc: value 'abc' of type 'str' could not",
     "training.batch_size=2.5": "training.batch_size=2.5: value '2.5' of type 'float' could not be",
     "training.grad_clip=no": "training.grad_clip=no: value 'no' of type 'str' could not be",
     "evaluation.deterministic=3.5": "value '3.5'",
@@ -84,16 +84,17 @@ MISTAKES = {
     "model.stoch=0": "hyperparameter 'stoch' is 0; expected at least 1",
     "threads=0": "threads is 0; expected at least 1, or null for all cores",
     # choices of groups
-    "model=dreamerv3_size13m": "unknown model 'dreamerv3_size13m'; did you mean 'dreamerv3_size1m'?",
-    "model=dreamer-smal": "unknown model 'dreamer-smal'; did you mean 'dreamer-small'?; choices: cu",
-    "experiment=cartpol": "unknown experiment 'cartpol'; did you mean 'cartpole'?",
-    "trainer=tpu": "unknown trainer 'tpu'; ",
-    "modle=dreamer": "unknown key 'modle'; did you mean 'model'?",
-    "+sweeps=x": "unknown group 'sweeps'; groups: callbacks, data, env, experiment",
+    "model=dreamerv3_size13m": "model 'dreamerv3_size13m' (did you mean 'dreamerv3_size1m'?)",
+    "model=dreamer-smal": "unknown model 'dreamer-smal' (did you mean 'dreamer-small'?); choices: ",
+    "experiment=cartpol": "unknown experiment 'cartpol' (did you mean 'cartpole'?)",
+    "trainer=tpu": "unknown trainer 'tpu' (did you mean 'gpu'?); choices: cpu, debug, gpu",
+    "planner=foo": "unknown planner 'foo'; choices: cem, mppi",
+    "experiment=null": "a group takes the name of a choice; to leave a group out write ~GROUP",
+    "modle=dreamer": "unknown key 'modle' (did you mean 'model'?)",
     # what must be given
     "model=custom": "model._target_ is not set; add model._target_=my_pkg.MyClass",
     "env=custom": "env._target_ is not set; add env._target_=my_pkg.MyClass",
-    "model=dreamerv3_base": "model.classes, model.depth, model.deter, model.hidden, model.units is n",
+    "model=dreamerv3_base": "model.classes, model.depth, model.deter, model.hidden, model.units",
     # the shell
     "foo": "Error parsing override 'foo'",
 }
@@ -115,14 +116,14 @@ def test_base_presets_are_no_choice_that_is_offered(command):
 
 
 def test_group_choices_on_the_line_count_when_keys_are_explained(command):
-    *_, err = command("model=custom", "model._target_=my_pkg.M", "model.hiden=3")
-    assert "unknown key 'model.hiden'; model has _target_; to add a key write +model.hiden=" in err
+    *_, err = command("model=custom", "model._target_=my_pkg.M", "model.zzz=3")
+    assert "unknown key 'model.zzz'; model has _target_; to add a key write +model.zzz=" in err
 
 
 # ---- mistakes that show while building -----------------------------------------------------------
 
 BUILDING = {
-    "env.id=CartPol-v1": "There is no environment 'CartPol-v1' (Environment `CartPol` doesn't exist",
+    "env.id=CartPol-v1": "There is no environment 'CartPol-v1' (Environment `CartPol` doesn't",
     "env.num_envs=0": "num_envs is 0; it must be at least 1",
     "model.blocks=7": "blocks must divide both: change blocks or the layer sizes",
     "data.capacity=5GBB": "capacity is '5GBB'; set data.capacity to steps such as 100000",
@@ -171,7 +172,7 @@ def test_the_default_is_the_cartpole_recipe(command):
 
 
 def test_without_an_experiment_the_official_defaults_are_left(command):
-    _, (cfg,), *_ = command("experiment=null")
+    _, (cfg,), *_ = command("~experiment")
     assert cfg.model == load_preset("dreamerv3:size12m")
     assert (cfg.training.batch_size, cfg.training.sequence_length) == (16, 64)
     assert (cfg.training.train_ratio, cfg.training.learning_rate) == (32.0, 4e-5)
@@ -180,7 +181,7 @@ def test_without_an_experiment_the_official_defaults_are_left(command):
 
 @pytest.mark.parametrize("name", [*preset_names(), *aliases()])
 def test_every_preset_is_the_same_on_the_command_line(command, name):
-    _, (cfg,), *_ = command("experiment=null", f"model={name.replace(':', '_')}")
+    _, (cfg,), *_ = command("~experiment", f"model={name.replace(':', '_')}")
     assert OmegaConf.to_container(cfg.model) == load_preset(name)
 
 
@@ -188,8 +189,7 @@ def test_every_preset_is_the_same_on_the_command_line(command, name):
 def test_every_choice_of_every_group_composes(command, group):
     for file in (config_dir() / group).glob("*.yaml"):
         code, (cfg,), *_ = command(f"{group}={file.stem}")
-        assert code == 0
-        OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        assert code == 0 and not OmegaConf.missing_keys(cfg)
 
 
 def test_values_are_set_added_and_removed(command):
@@ -206,6 +206,20 @@ def test_values_are_set_added_and_removed(command):
     assert cfg.model.encoder.layers == 2 and cfg.trainer.limit_train_batches == 5
     assert cfg.trainer.gradient_clip_val == 1.0
     assert "open_loop" not in cfg.callbacks and cfg.logger.csv is None
+
+
+@pytest.mark.parametrize(
+    ("choice", "keys"),
+    [
+        (["model=custom", "model._target_=my_pkg.M"], {"_target_"}),
+        (["env=custom", "env._target_=my_pkg.E"], {"_target_", "num_envs", "workers"}),
+        (["optimizer=adam"], {"_target_", "_partial_", "lr"}),
+    ],
+)
+def test_a_recipe_does_not_reach_into_choices_that_are_not_its_own(command, choice, keys):
+    """The default recipe's options of DreamerV3, gymnasium and LaProp would end these runs."""
+    _, (cfg,), *_ = command(*choice)
+    assert set(cfg[choice[0].split("=")[0]]) == keys
 
 
 def test_models_of_ones_own_take_what_is_added(command):
@@ -237,7 +251,7 @@ def test_a_mistake_in_a_sweep_ends_one_job_only(command):
     code, trained, _, err = command("-m", "model=dreamer,dreemer")
     assert code == 1 and trained == []  # a choice that does not exist is seen beforehand
     (line,) = err.splitlines()
-    assert "unknown model 'dreemer'; did you mean 'dreamer'?" in line
+    assert "unknown model 'dreemer' (did you mean 'dreamer'?)" in line
 
 
 # ---- as a process --------------------------------------------------------------------------------
@@ -247,7 +261,7 @@ def test_as_a_process_it_is_one_line_too(tmp_path):
     done = in_a_process("training.batchsize=3", f"hydra.run.dir={tmp_path}")
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: unknown key 'training.batchsize'; did you mean 'training.batch_")
+    assert line.startswith("error: unknown key 'training.batchsize' (did you mean 'training.batch_")
 
 
 def test_hydra_full_error_shows_the_traceback(tmp_path):

@@ -124,6 +124,8 @@ def explain(error: BaseException) -> str:
         return _unknown_key(match[1])
     if match := re.search(r"Could not find '([^']+)'", text):
         return _unknown_option(match[1])
+    if "Config group override must be a string" in text:
+        return "a group takes the name of a choice; to leave a group out write ~GROUP"
     if match := re.search(r"Error merging override (\S+)", text):
         reason = str(cause or error).splitlines()[0]
         return f"{match[1]}: {reason[0].lower()}{reason[1:]}"

@@ -51,7 +51,7 @@ def like(obs, shape):
 @pytest.mark.parametrize("spaces", SPACES)
 def test_every_method_has_the_shapes_of_the_protocol(spaces):
     model = build(spaces)
-    obs_shape, action_dim, discrete = SPACES[spaces]
+    obs_shape, _, discrete = SPACES[spaces]
     data = data_for(model)
     width = sum(data.groups)
     state = model.encode(data.obs(B))

@@ -115,7 +115,8 @@ def test_a_block_dense_layer_gives_every_block_the_shared_input():
     blocks, own, shared, units = 4, 3, 5, 8
     layer = shuffled(BlockDense(blocks * own, shared, units, blocks))
     x, y = torch.randn(6, blocks * own, dtype=F64), torch.randn(6, shared, dtype=F64)
-    parts = [torch.cat([part, y], -1) @ w for part, w in zip(x.split(own, -1), layer.linear.weight)]
+    pairs = zip(x.split(own, -1), layer.linear.weight, strict=True)
+    parts = [torch.cat([part, y], -1) @ kernel for part, kernel in pairs]
     z = torch.cat(parts, -1) + layer.linear.bias
     # One norm over all units, not one for each block.
     expected = F.silu(F.rms_norm(z, (units,), weight=layer.norm.scale, eps=1e-4))

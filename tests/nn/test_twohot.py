@@ -11,7 +11,7 @@ TARGETS = [-3e6, -784.77, -1.0, -0.3, 0.0, 1e-9, 0.5, 1.0, 784.77, 2e7, 4.8e8]
 
 
 def code_of(target, bins=255):
-    """The two-hot code of a number, as minus the gradient of the loss at uniform logits tells it."""
+    """The two-hot code of a number, read off the gradient of the loss at uniform logits."""
     logits = torch.zeros(bins, dtype=F64, requires_grad=True)
     (grad,) = torch.autograd.grad(twohot_loss(logits, torch.tensor(target, dtype=F64)), logits)
     return (1 / bins - grad).where((1 / bins - grad).abs() > 1e-15, 0.0)

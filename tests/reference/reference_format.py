@@ -142,7 +142,8 @@ def compare(
     if skipped:
         LEFT_OUT[title] = skipped
     assert count >= at_least, f"{title} holds only {count} arrays to compare"
-    assert not problems, f"{title}: {len(problems)} of {len(recorded)}\n" + "\n".join(problems)
+    shown = problems[:30] + ["..."] * (len(problems) > 30)
+    assert not problems, f"{title}: {len(problems)} of {len(recorded)}\n" + "\n".join(shown)
 
 
 def deviation(ours: Tensor | float, theirs: np.ndarray, absolute: bool = False) -> float:

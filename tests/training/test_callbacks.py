@@ -93,9 +93,7 @@ def online(total_steps=60, ratio=2.0):
     """8 replayed steps per update; from env step 8 on an update every 4 env steps."""
     buffer = ReplayBuffer(500, (2,), 1, num_envs=2)
     collector = FakeCollector(buffer)
-    return ReplayDataModule(
-        buffer, collector, train_ratio=ratio, total_steps=total_steps, **BATCH
-    )
+    return ReplayDataModule(buffer, collector, train_ratio=ratio, total_steps=total_steps, **BATCH)
 
 
 def offline(total_steps):
@@ -207,9 +205,7 @@ class Breaks(Line):
 
 def test_a_run_that_breaks_off_is_saved(tmp_path):
     with pytest.raises(RuntimeError, match="the disk is on fire"):
-        fit(
-            online(), Checkpoints(tmp_path, 99), model=Breaks(RuntimeError("the disk is on fire"))
-        )
+        fit(online(), Checkpoints(tmp_path, 99), model=Breaks(RuntimeError("the disk is on fire")))
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["updates"] == 4
 
 

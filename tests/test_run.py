@@ -1,0 +1,404 @@
+"""Real runs of the command, small ones: what they write, print and repeat."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from worldloom import create_world_model, planning
+
+TINY_MODEL = [f"model.{name}={size}" for name, size in dict(deter=32, hidden=8, units=8).items()]
+TINY_MODEL += ["model.classes=4", "model.stoch=4", "model.imag_length=5"]
+SHORT = [
+    "threads=1",
+    "env.num_envs=4",
+    "training.total_steps=400",
+    "training.batch_size=4",
+    "training.sequence_length=8",
+    "training.train_ratio=4",
+    "training.log_every=10",
+    "evaluation.episodes=3",
+    "evaluation.episodes_during=2",
+    "evaluation.every=200",
+    "callbacks.open_loop.every=10",
+]
+TINY = ["experiment=cartpole", *TINY_MODEL, *SHORT]
+
+
+def python(module, *arguments, cwd, path=None):
+    """Run a module as a user would, from another folder."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
+    if path is not None:
+        env["PYTHONPATH"] = str(path)
+    command = [sys.executable, "-m", f"worldloom.{module}", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done
+
+
+def metrics(folder):
+    with (folder / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def curve(folder, name):
+    return [(int(row["step"]), float(row[name])) for row in metrics(folder) if row.get(name)]
+
+
+def without_clocks(folder):
+    """All of metrics.csv but the columns that depend on the wall clock."""
+    return [{k: v for k, v in row.items() if not k.startswith("fps/")} for row in metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run, from a folder that is not the checkout: (its folder, what it printed)."""
+    cwd = tmp_path_factory.mktemp("elsewhere")
+    done = python("run", *TINY, cwd=cwd)
+    (folder,) = (cwd / "runs" / "cartpole").iterdir()
+    return folder, done
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """The same run with the seeds 0 and 1, one after the other in another process."""
+    cwd = tmp_path_factory.mktemp("sweep")
+    python("run", "-m", *TINY, "seed=0,1", "hydra.sweep.dir=both", cwd=cwd)
+    return cwd / "both"
+
+
+# ---- what a run leaves ---------------------------------------------------------------------------
+
+
+def test_a_run_folder_holds_everything(finished):
+    folder, _ = finished
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", folder.name)
+    assert {"config.yaml", "metrics.csv", "checkpoints", "model"} <= set(os.listdir(folder))
+    assert os.listdir(folder / "checkpoints") == ["last.ckpt"]
+    assert sorted(os.listdir(folder / "model")) == ["config.yaml", "model.safetensors"]
+    assert not list(folder.parent.parent.parent.glob("lightning_logs"))
+
+
+def test_the_composed_configuration_is_written(finished):
+    folder, _ = finished
+    config = OmegaConf.load(folder / "config.yaml")
+    assert config.training.total_steps == 400 and config.model.units == 8
+    assert config.folder == str(folder) and config.optimizer.lr == config.training.learning_rate
+
+
+NAMES = [
+    *("train/loss", "train/kl_loss", "train/reconstruction_loss", "train/reward_loss"),
+    *("train/continue_loss", "train/policy_loss", "train/value_loss", "train/replay_value_loss"),
+    *("train/grad_norm", "train/updates", "episode/return", "episode/length"),
+    *("eval/return", "eval/return_std", "eval/length", "fps/env", "fps/train"),
+    *("replay/size", "replay/ratio"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_metrics_have_the_names_of_the_design(finished, name):
+    folder, _ = finished
+    points = curve(folder, name)
+    assert points and [step for step, _ in points] == sorted(step for step, _ in points)
+    assert all(0 < step <= 403 for step, _ in points)  # 4 environments step at once
+
+
+def test_the_train_ratio_is_exact(finished):
+    """Replayed steps never exceed, nor lag by a batch, 4 for each env step since prefill."""
+    folder, _ = finished
+    updates, size = dict(curve(folder, "train/updates")), dict(curve(folder, "replay/size"))
+    ended = [step for step, _ in curve(folder, "episode/return")]
+    ratio = dict(curve(folder, "replay/ratio"))
+    prefill = 36  # 4 streams with a sequence of 8 and a row of context each
+    for step, count in updates.items():
+        replayed = 32 * count
+        # A flush follows an update, so the newest tick may be followed by more updates.
+        owed = 4 * (step - prefill)
+        assert owed - 32 * 2 < replayed <= owed
+        assert ratio[step] == pytest.approx(replayed / (step - prefill))
+        # Every row is a step or an episode's last one.
+        assert step <= size[step] <= step + sum(end <= step for end in ended) + 4
+    last = max(updates)
+    assert updates[last] == 4 * (last - prefill) // 32
+
+
+def test_training_metrics_are_flushed_every_log_every_updates(finished):
+    counts = [count for _, count in curve(finished[0], "train/updates")]
+    assert counts[:-1] == [10.0 * k for k in range(1, len(counts))]
+    assert counts[-2] < counts[-1] <= counts[-2] + 10
+
+
+def test_episodes_of_cartpole_are_as_long_as_their_return(finished):
+    assert curve(finished[0], "episode/return") == curve(finished[0], "episode/length")
+
+
+def test_tensorboard_shows_the_same_and_pictures_and_settings(finished):
+    folder, _ = finished
+    board = EventAccumulator(str(folder), {"scalars": 0, "images": 0, "tensors": 0})
+    board.Reload()
+    assert set(NAMES) <= set(board.Tags()["scalars"])
+    for name in ("train/loss", "episode/return"):
+        events = [(e.step, e.value) for e in board.Scalars(name)]
+        expected = curve(folder, name)
+        assert [step for step, _ in events] == [step for step, _ in expected]
+        values = [value for _, value in expected]  # TensorBoard keeps them in single precision
+        assert [value for _, value in events] == pytest.approx(values, rel=1e-6)
+    assert len(board.Images("imagination/open_loop")) == curve(folder, "train/updates")[-1][1] // 10
+    assert "_hparams_/session_start_info" in board.summary_metadata
+    shown = board.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "total_steps: 400" in shown
+
+
+def test_the_checkpoint_holds_the_whole_run_and_no_code(finished):
+    folder, _ = finished
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["updates"] == curve(folder, "train/updates")[-1][1]
+    assert checkpoint["ReplayDataModule"]["collector"]["env_steps"] >= 400
+    assert checkpoint["optimizer_states"] and checkpoint["hyper_parameters"]["run"]["seed"] == 0
+    model = create_world_model(folder / "checkpoints" / "last.ckpt")
+    assert torch.equal(model.rssm.gru.weight, checkpoint["state_dict"]["model.rssm.gru.weight"])
+
+
+def test_the_saved_model_acts(finished):
+    model = create_world_model(finished[0])
+    assert (model.obs_shape, model.action_dim, model.discrete) == ((4,), 2, True)
+    action = model.policy(model.encode(torch.zeros(3, 4)), deterministic=True)
+    assert action.shape == (3, 2) and (action.sum(-1) == 1).all()
+
+
+def test_it_ends_with_what_came_out_and_what_to_do_with_it(finished):
+    folder, done = finished
+    head, tail = done.stdout.split("\n\n")
+    assert re.search(r"DreamerV3 with [\d,]+ parameters on cpu, 1 threads", head)
+    assert re.search(r"obs +\(4,\) +vector encoder", head)
+    assert "actions: 2 (one-hot choices)" in head
+    lines = tail.splitlines()
+    (step, mean), (_, std) = (curve(folder, f"eval/{x}")[-1] for x in ("return", "return_std"))
+    assert step >= 400
+    assert lines[0].startswith(f"final return {mean:.1f} ± {std:.1f} (3 episodes)")
+    assert re.fullmatch(r"trained in \d+\.\d minutes", lines[1])
+    assert lines[2:] == [
+        f"everything:  {folder}",
+        f"watch it:    tensorboard --logdir {folder}",
+        f"score it:    python -m worldloom.eval checkpoint={folder}",
+        f"act with it: model = worldloom.create_world_model('{folder}')",
+    ]
+
+
+def test_it_says_nothing_on_stderr(finished):
+    """No warnings and no adverts."""
+    assert finished[1].stderr == ""
+
+
+# ---- the same again ------------------------------------------------------------------------------
+
+
+def test_the_same_seed_gives_the_same_metrics(finished, sweep):
+    assert without_clocks(sweep / "0") == without_clocks(finished[0])
+
+
+def test_another_seed_gives_others(sweep):
+    zero, one = sweep / "0", sweep / "1"
+    for name in ("train/loss", "episode/return"):
+        assert curve(zero, name) != curve(one, name)
+    weights = [create_world_model(run).rssm.gru.weight for run in (zero, one)]
+    assert not torch.equal(*weights)
+
+
+def test_a_sweep_makes_a_whole_run_of_each_job(sweep):
+    for job, seed in (("0", 0), ("1", 1)):
+        assert OmegaConf.load(sweep / job / "config.yaml").seed == seed
+        assert (sweep / job / "model" / "model.safetensors").is_file()
+        assert len(curve(sweep / job, "eval/return")) >= 3
+
+
+# ---- python -m worldloom.eval --------------------------------------------------------------------
+
+
+def scores(done):
+    match = re.fullmatch(
+        r"return (\S+) ± (\S+) over (\d+) episodes \((policy mode|sampled actions), seed (\d+)\), "
+        r"mean length (\S+)\n",
+        done.stdout,
+    )
+    assert match, done.stdout
+    return match
+
+
+def test_scoring_a_run_gives_its_final_score(finished, tmp_path):
+    folder, _ = finished
+    match = scores(python("eval", f"checkpoint={folder}", "episodes=3", cwd=tmp_path))
+    for index, name in ((1, "return"), (2, "return_std"), (6, "length")):
+        assert match[index].startswith(f"{curve(folder, f'eval/{name}')[-1][1]:.1f}")
+    assert (match[3], match[4], match[5]) == ("3", "policy mode", "1000003")
+
+
+def test_scoring_otherwise(finished, tmp_path, monkeypatch, capsys):
+    from worldloom import eval as evaluation
+
+    folder, _ = finished
+    arguments = [
+        f"checkpoint={folder}/checkpoints/last.ckpt",
+        "episodes=4",
+        "seed=7",
+        "deterministic=false",
+        "env.time_limit=5",
+    ]
+    monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
+    evaluation.main()
+    out = capsys.readouterr().out
+    assert out == "return 5.00 ± 0.00 over 4 episodes (sampled actions, seed 7), mean length 5.0\n"
+
+
+# ---- models and environments of one's own --------------------------------------------------------
+
+MODEL = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+from worldloom import LatentState, Trajectory
+
+
+class MyModel(nn.Module):
+    def __init__(self, obs_shape, action_dim, discrete, hidden=16):
+        super().__init__()
+        self.config = {"hidden": hidden}
+        self.encoder = nn.Linear(obs_shape[0], hidden)
+        self.dynamics = nn.Linear(hidden + action_dim, hidden)
+        self.heads = nn.Linear(hidden, obs_shape[0] + 2)
+
+    def encode(self, obs):
+        code = self.encoder(obs).tanh()
+        return LatentState(code, None, code)
+
+    def predict(self, state, action):
+        code = self.dynamics(torch.cat([state.features, action], -1)).tanh()
+        return LatentState(code, None, code)
+
+    def observe(self, state, action, obs):
+        return self.encode(obs)
+
+    def decode(self, state):
+        out = self.heads(state.features)
+        return {"obs": out[..., 2:], "reward": out[..., :1], "continue": out[..., 1:2].sigmoid()}
+
+    def imagine(self, initial_state, actions):
+        states = [initial_state]
+        for action in actions:
+            states.append(self.predict(states[-1], action))
+        heads = self.decode(LatentState.stack(states[1:]))
+        return Trajectory(states, heads["reward"], heads["continue"])
+
+    def compute_loss(self, batch):
+        after = self.predict(self.encode(batch["obs"][:, :-1]), batch["actions"][:, :-1])
+        heads = self.decode(after)
+        kept = ~batch["is_first"][:, 1:]
+        obs = (heads["obs"] - batch["obs"][:, 1:]).square().mean(-1)
+        reward = (heads["reward"].squeeze(-1) - batch["rewards"][:, 1:]).square()
+        ends = batch["is_terminal"][:, 1:].float()
+        going_on = F.binary_cross_entropy(heads["continue"].squeeze(-1), 1 - ends, reduction="none")
+        terms = {"obs_loss": obs, "reward_loss": reward, "continue_loss": going_on}
+        means = {name: (term * kept).mean() for name, term in terms.items()}
+        return {"loss": sum(means.values()), **{k: v.detach() for k, v in means.items()}}
+"""
+
+ENV = '''
+import gymnasium as gym
+import numpy as np
+
+
+class Thermostat(gym.Env):
+    """Keep a temperature at zero; a picture shows it and a vector holds it."""
+
+    action_space = gym.spaces.Box(np.float32([-2.0, 0.0]), np.float32([2.0, 1.0]))
+    observation_space = gym.spaces.Dict(
+        view=gym.spaces.Box(0, 255, (16, 32, 3), np.uint8),
+        sensors=gym.spaces.Dict(now=gym.spaces.Box(-9, 9, (2,)), mode=gym.spaces.Discrete(3)),
+    )
+
+    def __init__(self, level):
+        self.level = level
+
+    def observe(self):
+        view = np.full((16, 32, 3), np.clip(128 + 20 * self.now, 0, 255), np.uint8)
+        now = np.float32([self.now, self.age / 10])
+        return {"view": view, "sensors": {"now": now, "mode": self.age % 3}}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.now, self.age = float(self.np_random.uniform(-self.level, self.level)), 0
+        return self.observe(), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        self.now, self.age = self.now + 0.5 * float(action[0]), self.age + 1
+        done = self.age >= 10
+        info = {"success": abs(self.now) < 1} if done else {}
+        return self.observe(), -abs(self.now), False, done, info
+
+
+def make_env(level=1):
+    return Thermostat(level)
+'''
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A folder of a user's own modules, outside worldloom."""
+    folder = tmp_path / "somewhere"
+    (folder / "mypkg").mkdir(parents=True)
+    (folder / "mypkg" / "__init__.py").write_text(MODEL)
+    (folder / "my_envs.py").write_text(ENV)
+    return folder
+
+
+def test_a_model_of_ones_own_is_trained_and_planned_with(package, tmp_path):
+    """Thirty lines outside the package; nothing else is changed."""
+    own = ["model=custom", "model._target_=mypkg.MyModel", "+model.hidden=32"]
+    python("run", *own, *SHORT, "env.time_limit=40", "hydra.run.dir=r", cwd=tmp_path, path=package)
+    folder = tmp_path / "r"
+    losses = [value for _, value in curve(folder, "train/loss")]
+    assert losses[-1] < 0.8 * losses[0]  # it learns
+    for name in ("obs_loss", "reward_loss", "continue_loss"):
+        assert len(curve(folder, f"train/{name}")) == len(losses)
+    assert curve(folder, "eval/return")
+    with pytest.raises(ValueError, match=r"names the model 'mypkg.MyModel', which is not part of"):
+        create_world_model(folder)
+    done = python("eval", f"checkpoint={folder}", "episodes=3", cwd=tmp_path, path=package)
+    assert scores(done)[1].startswith(f"{curve(folder, 'eval/return')[-1][1]:.1f}")
+
+    sys.path.insert(0, str(package))
+    try:
+        model = create_world_model(folder, allow=("mypkg.MyModel",))
+    finally:
+        sys.path.remove(str(package))
+    assert model.encoder.out_features == 32
+    planner = planning.CEM(model, 2, discrete=True, horizon=3, num_samples=16, num_elites=4)
+    action, plan = planner(model.encode(torch.zeros(5, 4)))
+    assert action.shape == (5, 2) and (action.sum(-1) == 1).all() and plan.shape == (5, 3, 2)
+
+
+def test_an_environment_of_ones_own(package, tmp_path):
+    """Images, vectors and choices in nested dicts, actions with bounds, success at the end."""
+    own = ["env=custom", "env._target_=my_envs.make_env", "+env.level=3"]
+    tiny = [*TINY_MODEL, "model.depth=2", "training.total_steps=200", "evaluation.every=100"]
+    python("run", *own, *SHORT, *tiny, "hydra.run.dir=r", cwd=tmp_path, path=package)
+    folder = tmp_path / "r"
+    lengths = {value for _, value in curve(folder, "episode/length")}
+    assert lengths == {10.0}
+    assert {value for _, value in curve(folder, "eval/success")} <= {0.0, 1 / 3, 0.5, 2 / 3, 1.0}
+    assert curve(folder, "train/reconstruction_loss/sensors/now")
+    board = EventAccumulator(str(folder), {"images": 0})
+    board.Reload()
+    shapes = {"view", "sensors/now", "sensors/mode"}
+    assert set(board.Tags()["images"]) == {f"imagination/open_loop/{key}" for key in shapes}
+    model = create_world_model(folder)
+    assert model.obs_shape == {"view": (3, 16, 32), "sensors/now": (2,), "sensors/mode": (3,)}
+    done = python("eval", f"checkpoint={folder}", "episodes=2", cwd=tmp_path, path=package)
+    assert re.search(r"return -?[\d.]+ ± .* over 2 episodes .*success [01]\.\d\d", done.stdout)
