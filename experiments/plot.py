@@ -1,7 +1,7 @@
 """Collect the curves of finished runs: python experiments/plot.py FOLDER RUN…
 
-Writes FOLDER/curves.csv (run, seed, step, name, value of episode/return and eval/return) and
-FOLDER/curves.png.
+Writes FOLDER/curves.csv (seed, step, name, value; the score of the final model is "final/return")
+and FOLDER/curves.png.
 """
 
 import csv
@@ -18,12 +18,14 @@ def read_run(run: Path) -> list[dict[str, str]]:
     config = OmegaConf.load(run / "config.yaml")
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    return [
+    curve = [
         {"seed": str(config.seed), "step": row["step"], "name": name, "value": row[name]}
         for row in rows
         for name in NAMES
         if row.get(name)
     ]
+    curve[-1]["name"] = "final/return"  # the last thing that a run does
+    return curve
 
 
 def main() -> None:
