@@ -60,7 +60,7 @@ MISTAKES = {
     "trainin.batch_size=1": "unknown key 'trainin.batch_size'; there is no section 'trainin'",
     "env.zzz=1": "unknown key 'env.zzz'; env has _target_, id, num_envs",
     "+training.foo=3": "unknown key 'training.foo'; training has total_steps, batch_size",
-    "+training.batchsize=3": "unknown key 'training.batchsize' (did you mean 'batch_size'?)",
+    "+training.batchsize=3": "'training.batchsize' (did you mean 'training.batch_size'?)",
     "+model.unitss=3": "has no hyperparameter 'unitss' (did you mean 'units'?)",
     "~callbacks.openloop": "Could not delete from config. 'callbacks.openloop' does not exist",
     # wrong types

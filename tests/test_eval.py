@@ -46,7 +46,7 @@ def test_without_arguments_it_tells_how_to_use_it(command):
         (["checkpoint=RUN", "episodes=0"], "episodes is 0; expected at least 1"),
         (["checkpoint=RUN", "episodes=few"], "Value 'few' of type 'str' could not be converted"),
         (["checkpoint=RUN", "num_envs=-1"], "num_envs is -1; expected at least 1"),
-        (["checkpoint=RUN", "env.idd=Pendulum-v1"], "unknown key 'env.idd' (did you mean 'id'?)"),
+        (["checkpoint=RUN", "env.idd=Pendulum-v1"], "key 'env.idd' (did you mean 'env.id'?)"),
         (["checkpoint=RUN", "env=Pendulum-v1"], "env is 'Pendulum-v1'; expected env.KEY=VALUE"),
         (["checkpoint=RUN", "env.id=Nothing-v0"], "There is no environment 'Nothing-v0'"),
         (["checkpoint=RUN"], "RUN holds no model.safetensors; expected a folder written by"),

@@ -53,7 +53,7 @@ def validate(cfg: DictConfig) -> None:
     for name, cls in SECTIONS.items():
         for key in cfg[name]:
             if key not in (known := field_names(cls)):
-                hint = nearest(str(key), known) or f"; {name} has {', '.join(known)}"
+                hint = nearest(str(key), known, f"{name}.") or f"; {name} has {', '.join(known)}"
                 raise ValueError(f"unknown key '{name}.{key}'{hint}")
         values: Any = OmegaConf.to_container(cfg[name], resolve=True)
         try:
@@ -133,16 +133,15 @@ def explain(error: BaseException) -> str:
 
 
 def _unknown_key(key: str) -> str:
-    parent = key.rpartition(".")[0]
+    parent, dot, name = key.rpartition(".")
     try:
         node: Any = OmegaConf.select(_composed_groups(), parent) if parent else _composed_groups()
     except USER_ERRORS:
         node = None
     if not isinstance(node, DictConfig):
         return f"unknown key '{key}'; there is no section '{parent}'"
-    prefix = f"{parent}." if parent else ""
     names = [str(key) for key in node]
-    hint = nearest(key, [prefix + name for name in names])
+    hint = nearest(name, names, parent + dot)
     if not hint:
         hint = f"; {parent or 'the top level'} has {', '.join(names)}"
     return f"unknown key '{key}'{hint}; to add a key write +{key}=…"

@@ -36,7 +36,9 @@ def evaluate_run(path: Path, settings: dict[str, Any], env: dict[str, Any]) -> d
         )
     config: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
     if unknown := [key for key in env if key not in config["env"]]:
-        raise ValueError(f"unknown key 'env.{unknown[0]}'{nearest(unknown[0], config['env'])}")
+        raise ValueError(
+            f"unknown key 'env.{unknown[0]}'{nearest(unknown[0], config['env'], 'env.')}"
+        )
     prepare(settings["seed"], config["threads"])
     task = Task.from_config(config["env"] | env)
     # The user names this run on the command line, as when it was trained: its own model is allowed.

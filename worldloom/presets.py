@@ -61,10 +61,13 @@ def describe_preset(name: str) -> str:
     return known[name].read_text().splitlines()[0].removeprefix("# ")
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """Return " (did you mean 'x'?)" for the closest of the choices, or nothing."""
+def nearest(name: str, choices: Iterable[str], prefix: str = "") -> str:
+    """Return " (did you mean 'x'?)" for the closest of the choices, or nothing.
+
+    prefix: written before the choice, without a part in how close it is.
+    """
     close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return f" (did you mean {prefix + close[0]!r}?)" if close else ""
 
 
 def _model_files() -> list[Path]:
