@@ -184,14 +184,14 @@ def test_help(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["lenght=8"], "unknown key 'lenght'; did you mean 'length'?"),
+        (["lenght=8"], "unknown key 'lenght' (did you mean 'length'?)"),
         (["batch=many"], "Value 'many' of type 'str' could not be converted to Integer"),
         (["batch=0"], "batch is 0; expected whole numbers of at least 1"),
         (["obs=3,-64,64"], "obs is '3,-64,64'; expected whole numbers of at least 1"),
         (["actions=six"], "actions is 'six'; expected whole numbers"),
         (["obs=3,17,17"], "17"),
-        (["model=dreamerv3:size2m"], "unknown model 'dreamerv3:size2m'; did you mean"),
-        (["model.detter=8"], "no hyperparameter 'detter'; did you mean 'deter'?"),
+        (["model=dreamerv3:size2m"], "unknown model 'dreamerv3:size2m' (did you mean"),
+        (["model.detter=8"], "no hyperparameter 'detter' (did you mean 'deter'?)"),
         (["device=tpu"], "device is 'tpu'; this machine offers cpu"),
     ],
 )
