@@ -28,7 +28,7 @@ SHORT = [
     "evaluation.every=200",
     "callbacks.open_loop.every=10",
 ]
-TINY = ["experiment=cartpole", *TINY_MODEL, *SHORT]
+TINY = ["experiment=cartpole", "env=gymnasium", *TINY_MODEL, *SHORT]
 
 
 def python(module, *arguments, cwd, path=None):
@@ -221,19 +221,32 @@ def test_a_sweep_makes_a_whole_run_of_each_job(sweep):
 # ---- python -m worldloom.eval --------------------------------------------------------------------
 
 
-def scores(done):
+@pytest.fixture
+def score(monkeypatch, capsys):
+    """Run the evaluation command in this process and return what it printed."""
+    from worldloom import eval as evaluation
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
+        evaluation.main()
+        return capsys.readouterr().out
+
+    return call
+
+
+def scores(printed):
     match = re.fullmatch(
         r"return (\S+) ± (\S+) over (\d+) episodes \((policy mode|sampled actions), seed (\d+)\), "
         r"mean length (\S+)\n",
-        done.stdout,
+        printed,
     )
-    assert match, done.stdout
+    assert match, printed
     return match
 
 
 def test_scoring_a_run_gives_its_final_score(finished, tmp_path):
     folder, _ = finished
-    match = scores(python("eval", f"checkpoint={folder}", "episodes=3", cwd=tmp_path))
+    match = scores(python("eval", f"checkpoint={folder}", "episodes=3", cwd=tmp_path).stdout)
     final = {
         name: curve(folder, f"eval/{name}")[-1][1] for name in ("return", "return_std", "length")
     }
@@ -242,9 +255,7 @@ def test_scoring_a_run_gives_its_final_score(finished, tmp_path):
     assert (match[3], match[4], match[5]) == ("3", "policy mode", "1000003")
 
 
-def test_scoring_otherwise(finished, tmp_path, monkeypatch, capsys):
-    from worldloom import eval as evaluation
-
+def test_scoring_otherwise(finished, score):
     folder, _ = finished
     arguments = [
         f"checkpoint={folder}/checkpoints/last.ckpt",
@@ -253,10 +264,8 @@ def test_scoring_otherwise(finished, tmp_path, monkeypatch, capsys):
         "deterministic=false",
         "env.time_limit=5",
     ]
-    monkeypatch.setattr(sys, "argv", ["eval.py", *arguments])
-    evaluation.main()
-    out = capsys.readouterr().out
-    assert out == "return 5.00 ± 0.00 over 4 episodes (sampled actions, seed 7), mean length 5.0\n"
+    expected = "return 5.00 ± 0.00 over 4 episodes (sampled actions, seed 7), mean length 5.0\n"
+    assert score(*arguments) == expected
 
 
 # ---- models and environments of one's own --------------------------------------------------------
@@ -352,16 +361,17 @@ def make_env(level=1):
 
 
 @pytest.fixture
-def package(tmp_path):
+def package(tmp_path, monkeypatch):
     """A folder of a user's own modules, outside worldloom."""
     folder = tmp_path / "somewhere"
     (folder / "mypkg").mkdir(parents=True)
     (folder / "mypkg" / "__init__.py").write_text(MODEL)
     (folder / "my_envs.py").write_text(ENV)
+    monkeypatch.syspath_prepend(folder)
     return folder
 
 
-def test_a_model_of_ones_own_is_trained_and_planned_with(package, tmp_path):
+def test_a_model_of_ones_own_is_trained_and_planned_with(package, tmp_path, score):
     """Thirty lines outside the package; nothing else is changed."""
     own = ["model=custom", "model._target_=mypkg.MyModel", "+model.hidden=32"]
     own += ["training.warmup=0", "training.learning_rate=0.01"]  # to learn within 46 updates
@@ -374,21 +384,17 @@ def test_a_model_of_ones_own_is_trained_and_planned_with(package, tmp_path):
     assert curve(folder, "eval/return")
     with pytest.raises(ValueError, match=r"names the model 'mypkg.MyModel', which is not part of"):
         create_world_model(folder)
-    done = python("eval", f"checkpoint={folder}", "episodes=3", cwd=tmp_path, path=package)
-    assert scores(done)[1] == f"{curve(folder, 'eval/return')[-1][1]:.2f}"
+    match = scores(score(f"checkpoint={folder}", "episodes=3"))
+    assert match[1] == f"{curve(folder, 'eval/return')[-1][1]:.2f}"
 
-    sys.path.insert(0, str(package))
-    try:
-        model = create_world_model(folder, allow=("mypkg.MyModel",))
-    finally:
-        sys.path.remove(str(package))
+    model = create_world_model(folder, allow=("mypkg.MyModel",))
     assert model.encoder.out_features == 32
     planner = planning.CEM(model, 2, discrete=True, horizon=3, num_samples=16, num_elites=4)
     action, plan = planner(model.encode(torch.zeros(5, 4)))
     assert action.shape == (5, 2) and (action.sum(-1) == 1).all() and plan.shape == (5, 3, 2)
 
 
-def test_an_environment_of_ones_own(package, tmp_path):
+def test_an_environment_of_ones_own(package, tmp_path, score):
     """Images, vectors and choices in nested dicts, actions with bounds, success at the end."""
     own = ["env=custom", "env._target_=my_envs.make_env", "+env.level=3"]
     tiny = [*TINY_MODEL, "model.depth=2", "training.total_steps=200", "evaluation.every=100"]
@@ -404,5 +410,5 @@ def test_an_environment_of_ones_own(package, tmp_path):
     assert set(board.Tags()["images"]) == {f"imagination/open_loop/{key}" for key in shapes}
     model = create_world_model(folder)
     assert model.obs_shape == {"view": (3, 16, 32), "sensors/now": (2,), "sensors/mode": (3,)}
-    done = python("eval", f"checkpoint={folder}", "episodes=2", cwd=tmp_path, path=package)
-    assert re.search(r"return -?[\d.]+ ± .* over 2 episodes .*success [01]\.\d\d", done.stdout)
+    printed = score(f"checkpoint={folder}", "episodes=2")
+    assert re.search(r"return -?[\d.]+ ± .* over 2 episodes .*success [01]\.\d\d", printed)
