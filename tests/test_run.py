@@ -115,7 +115,10 @@ def test_the_train_ratio_is_exact(finished):
     updates, size = dict(curve(folder, "train/updates")), dict(curve(folder, "replay/size"))
     ended = [step for step, _ in curve(folder, "episode/return")]
     ratio = dict(curve(folder, "replay/ratio"))
-    prefill = 36  # 4 streams with a sequence of 8 and a row of context each
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    prefill, replayed_before = checkpoint["ReplayDataModule"]["origin"]
+    # 4 streams with a sequence of 8 and a row of context each, of which resets are no steps.
+    assert 32 <= prefill <= 36 and replayed_before == 0
     for step, count in updates.items():
         replayed = 32 * count
         # A flush follows an update, so the newest tick may be followed by more updates.
