@@ -435,3 +435,17 @@ def test_bad_inputs_when_acting():
         model.imagine(state, torch.zeros(B, 3))
     with pytest.raises(ValueError, match="no stochastic part; it comes from another kind of model"):
         model.decode(LatentState(state.deterministic, None, state.features))
+
+
+def test_the_world_model_alone_keeps_the_protocol():
+    check_world_model(build(actor_critic=False))
+
+
+@pytest.mark.parametrize("options, context", [({"imag_last": 1}, False), ({}, True)])
+def test_one_start_has_no_replayed_return(options, context):
+    model = build(**options)
+    length = 2 if context else T
+    losses = model.compute_loss(batch_for(model, length, context))
+    assert "replay_value_loss" not in losses
+    losses["loss"].backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.actor.parameters())

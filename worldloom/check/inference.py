@@ -28,7 +28,7 @@ def check_inference(report: Report) -> None:
     trajectory = _trajectory(report, report.call("imagine", first, actions), first)
     if trajectory is not None and decodes:
         _rewards_on_arrival(report, trajectory)
-    if hasattr(report.model, "policy"):
+    if callable(getattr(report.model, "policy", None)):
         for deterministic in (True, False):
             action = report.call("policy", first, deterministic=deterministic)
             _action(report, action, deterministic)

@@ -330,7 +330,7 @@ class DreamerV3(nn.Module):
             imagined, norms, contdisc=self.contdisc, **options, **self.imag_loss
         )
         terms = {k: v.mean(1).unflatten(0, (rows, starts)) for k, v in losses.items()}
-        if self.repval_loss:
+        if self.repval_loss and starts > 1:  # a return needs a step to come
             feat = torch.cat([deter, stoch], -1)
             feat = feat if self.repval_grad else feat.detach()
             with torch.no_grad():
