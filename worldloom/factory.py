@@ -63,7 +63,7 @@ def create_world_model(
                 f"create_world_model({str(model)!r}) needs obs_shape and action_dim, for example "
                 "obs_shape=(3, 64, 64), action_dim=4"
             )
-        built = build_model(config, obs_shape, action_dim, bool_or_map(discrete))
+        built = build_model(config, obs_shape, action_dim, discrete or False)
     return built.to(device)
 
 
@@ -108,11 +108,6 @@ def build_model(
     if config_of(model) is None:
         model.build_config = {"model": config["_target_"], **spaces, **options}
     return model
-
-
-def bool_or_map(discrete: bool | Mapping[str, bool] | None) -> bool | Mapping[str, bool]:
-    """Read an unset `discrete` as continuous."""
-    return discrete if discrete is not None else False
 
 
 def _is_path(model: str | Path) -> bool:
