@@ -57,6 +57,32 @@ def test_the_first_call_encodes():
     assert memory.action is action and memory.plan is None
 
 
+class Remembering(Tally):
+    """A policy that counts in the state how often it was asked."""
+
+    def policy(self, state, deterministic=False):
+        asked = state.extras.get("asked", torch.zeros(len(state), 1)) + 1
+        action = asked.repeat(1, self.action_dim)
+        return action, LatentState(state.deterministic, None, state.features, {"asked": asked})
+
+    def observe(self, state, action, obs):
+        new = super().observe(state, action, obs)
+        return LatentState(new.deterministic, None, new.features, dict(state.extras))
+
+    def encode(self, obs):
+        new = super().encode(obs)
+        return LatentState(new.deterministic, None, new.features, {"asked": torch.zeros(3, 1)})
+
+
+def test_a_policy_may_return_a_state_that_carries_on():
+    actor, memory = Actor(Remembering()), None
+    for asked in (1, 2, 3):
+        action, memory = actor(OBS, first(0, 0, 0), memory)
+        assert action.tolist() == [[asked, asked]] * 3
+    action, _ = actor(OBS, first(0, 1, 0), memory)  # a new episode begins without it
+    assert action[:, 0].tolist() == [4, 1, 4]
+
+
 def test_later_calls_observe_with_the_last_action():
     model = Acting()
     actor = Actor(model)

@@ -185,7 +185,31 @@ def test_every_preset_is_the_same_on_the_command_line(command, name):
     assert OmegaConf.to_container(cfg.model) == load_preset(name)
 
 
-@pytest.mark.parametrize("group", ["data", "trainer", "optimizer", "planner", "experiment"])
+def test_a_family_brings_how_it_is_trained(command):
+    """The official settings of TD-MPC2 come with its presets, the default recipe or not."""
+    for model in ("tdmpc2_1m", "tdmpc", "tdmpc2_317m"):
+        for more in ([], ["~experiment"]):
+            _, (cfg,), *_ = command(f"model={model}", *more)
+            training = cfg.training
+            assert (training.batch_size, training.sequence_length) == (256, cfg.model.horizon + 1)
+            assert (training.learning_rate, training.train_ratio) == (3e-4, None)
+            assert (training.prefill, training.random_steps, training.seed_episodes) == (
+                *(1000, 1000),
+                5,
+            )
+            assert training.pretrain and not cfg.data.across_episodes and not cfg.data.online
+            assert cfg.optimizer._target_ == "worldloom.training.optimizers.Adam"
+            assert (cfg.optimizer.lr, cfg.optimizer.clip) == (3e-4, 20.0)
+    # What is asked for on the line wins.
+    _, (cfg,), *_ = command("model=tdmpc2_1m", "optimizer=laprop", "training.batch_size=8")
+    assert cfg.optimizer._target_ == "worldloom.training.optimizers.LaProp"
+    assert (cfg.training.batch_size, cfg.training.sequence_length) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    "group",
+    ["data", "trainer", "optimizer", "planner", "experiment", "training", "evaluation"],
+)
 def test_every_choice_of_every_group_composes(command, group):
     for file in (config_dir() / group).glob("*.yaml"):
         code, (cfg,), *_ = command(f"{group}={file.stem}")
@@ -213,7 +237,7 @@ def test_values_are_set_added_and_removed(command):
     [
         (["model=custom", "model._target_=my_pkg.M"], {"_target_"}),
         (["env=custom", "env._target_=my_pkg.E"], {"_target_", "num_envs", "workers"}),
-        (["optimizer=adam"], {"_target_", "_partial_", "lr"}),
+        (["optimizer=adam"], {"_target_", "_partial_", "lr", "betas", "eps", "clip"}),
     ],
 )
 def test_a_recipe_does_not_reach_into_choices_that_are_not_its_own(command, choice, keys):

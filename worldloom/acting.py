@@ -37,7 +37,8 @@ class Memory:
 class Actor:
     """Choose actions with a world model, for N environments in one call.
 
-    model: acts with its own `policy(state, deterministic=...)` if it has one.
+    model: acts with its own `policy(state, deterministic=...)` if it has one, which returns the
+        action, or the action and the state with what the next call wants to know (such as a plan).
     planner: acts for a model that has no policy, as
         `planner(state, plan, is_first, deterministic) -> (action, plan)`. It gets back the plan
         that it returned for the step before (None if there was none) and is_first [N] bool, the
@@ -78,7 +79,8 @@ class Actor:
         policy = getattr(self.model, "policy", None)
         plan = None
         if callable(policy):
-            action = policy(state, deterministic=deterministic)
+            chosen = policy(state, deterministic=deterministic)
+            action, state = chosen if isinstance(chosen, tuple) else (chosen, state)
         else:
             assert self.planner is not None
             old = None if memory is None else memory.plan

@@ -13,7 +13,7 @@ from torch import nn
 
 from worldloom.acting import Actor, evaluate
 from worldloom.envs.spaces import ActionSpec, ObsSpec
-from worldloom.envs.vector import make_vector_env
+from worldloom.envs.vector import episode_length, make_vector_env
 from worldloom.factory import build_model, import_target
 
 # Keys of the env section that say how environments are run, not which.
@@ -29,17 +29,19 @@ class Task:
     workers: int
     obs: ObsSpec
     actions: ActionSpec
+    episode_length: int | None  # decisions until the time limit, if there is one
 
     @classmethod
     def from_config(cls, env: Mapping[str, Any]) -> "Task":
         """Read the env section; one environment is made, looked at and closed."""
         options = {k: v for k, v in env.items() if k not in RUNNING and not k.startswith("_")}
         make_env = functools.partial(import_target(str(env["_target_"])), **options)
-        probe = make_vector_env(make_env)
+        probe: Any = make_vector_env(make_env)
         obs = ObsSpec.from_space(probe.single_observation_space)
         actions = ActionSpec.from_space(probe.single_action_space)
+        length = episode_length(probe.envs[0])
         probe.close()
-        return cls(make_env, int(env["num_envs"]), int(env["workers"]), obs, actions)
+        return cls(make_env, int(env["num_envs"]), int(env["workers"]), obs, actions, length)
 
     def vector_env(self, num_envs: int | None = None) -> Any:
         """Make the environments of a run, or as many as asked for in this process."""
@@ -48,8 +50,14 @@ class Task:
         return make_vector_env(self.make_env, self.num_envs, self.workers)
 
     def build_model(self, config: Mapping[str, Any]) -> nn.Module:
-        """Build the model section's class for this task."""
-        return build_model(config, self.obs.shape, self.actions.action_dim, self.actions.discrete)
+        """Build the model section's class for this task.
+
+        Where the section has a null for something that only the environment knows, it is told.
+        """
+        knows = {"episode_length": self.episode_length, "episodic": "auto"}
+        told = {k: v for k, v in knows.items() if k in config and config[k] is None}
+        spaces = (self.obs.shape, self.actions.action_dim, self.actions.discrete)
+        return build_model({**config, **told}, *spaces)
 
     def build_actor(self, model: Any, planner: Mapping[str, Any]) -> Actor:
         """Let the model act with its policy, or plan with it if it has none."""
@@ -83,6 +91,7 @@ def build_data(plain: Mapping[str, Any], task: Task, actor: Actor) -> Any:
     from worldloom.training import Collector, ReplayBuffer, ReplayDataModule
 
     training, data, seed = plain["training"], plain["data"], plain["seed"]
+    seed_steps = training["seed_episodes"] * (task.episode_length or 0)
     buffer = ReplayBuffer(
         data["capacity"],
         task.obs.shape,
@@ -99,10 +108,12 @@ def build_data(plain: Mapping[str, Any], task: Task, actor: Actor) -> Any:
         obs_spec=task.obs,
         action_spec=task.actions,
         seed=seed,
-        random_steps=training["random_steps"],
+        random_steps=max(training["random_steps"], seed_steps),
     )
-    settings = ("batch_size", "sequence_length", "train_ratio", "prefill", "total_steps")
+    settings = ("batch_size", "sequence_length", "train_ratio", "pretrain", "total_steps")
     options = {k: training[k] for k in settings}
+    if training["prefill"] is not None or seed_steps:
+        options["prefill"] = max(training["prefill"] or 0, seed_steps)
     return ReplayDataModule(buffer, collector, across_episodes=data["across_episodes"], **options)
 
 

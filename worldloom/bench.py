@@ -1,8 +1,11 @@
-"""Time whole updates of a model beside what this machine can multiply.
+"""Time whole updates of a model, and its acting, beside what this machine can multiply.
 
-usage: python -m worldloom.bench [model=dreamerv3:size1m] [model.KEY=VALUE …] [batch=16]
-       [length=64] [obs=24 | obs=3,64,64] [actions=6] [discrete=false] [repeats=5] [threads=…]
-       [device=cpu] [matrix=2048]
+usage: python -m worldloom.bench [model=dreamerv3:size1m] [model.KEY=VALUE …] [batch=…]
+       [length=…] [obs=24 | obs=3,64,64] [actions=6] [discrete=false] [envs=16] [repeats=5]
+       [threads=…] [device=cpu] [matrix=2048]
+
+The batch and its optimiser are those of the model's preset. "policy" is one decision for one
+environment, from an observation to an action, and one for `envs` of them at once.
 
 The floor of an update is its floating-point operations at the rate of a large matrix product; its
 share is floor / median. Both are measured turn by turn, so that other load slows both down.
@@ -21,38 +24,45 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
+from worldloom.acting import Actor
 from worldloom.check.data import RandomData
-from worldloom.cli import readable_errors
-from worldloom.factory import create_world_model
-from worldloom.presets import nearest
+from worldloom.cli import composed, readable_errors
+from worldloom.factory import create_world_model, import_target
+from worldloom.presets import file_name, load_preset, nearest
 from worldloom.protocol import Batch
-from worldloom.training.optimizers import LaProp
 
 
 @dataclass
 class BenchConfig:
     """What to time, `repeats` times: `batch` sequences of `length` rows that are trained on.
 
+    batch, length: None for the preset's own, as in `python -m worldloom.run model=…`.
+    envs: environments that act at once.
     obs: shape of an observation, also as 24 or "3,64,64"; actions: their number, of choices if
     `discrete` ("3,4" for two of them); matrix: rows of the matrices that measure the rate.
     """
 
     model: str = "dreamerv3:size1m"
-    batch: int = 16
-    length: int = 64
+    batch: int | None = None
+    length: int | None = None
     obs: Any = 24
     actions: Any = 6
     discrete: bool = False
+    envs: int = 16
     repeats: int = 5
     threads: int = field(default_factory=torch.get_num_threads)
     device: str = "cpu"
     matrix: int = 2048
 
     def __post_init__(self) -> None:
-        """Read shapes; raise ValueError for a size below 1."""
+        """Read shapes, fill in the preset's; raise ValueError for a size below 1."""
+        load_preset(self.model)  # for its message, if there is no such preset
+        training = composed(f"model={file_name(self.model)}", "~experiment").training
+        self.batch = training.batch_size if self.batch is None else self.batch
+        self.length = training.sequence_length if self.length is None else self.length
         self.obs, actions = _sizes("obs", self.obs), _sizes("actions", self.actions)
         self.actions = actions if len(actions) > 1 else actions[0]
-        for name in ("batch", "length", "repeats", "threads", "matrix"):
+        for name in ("batch", "length", "envs", "repeats", "threads", "matrix"):
             _sizes(name, getattr(self, name))
 
 
@@ -103,7 +113,10 @@ def measure(config: BenchConfig, **overrides: Any) -> Measurement:
     device = torch.device(config.device)
     spaces = (config.obs, config.actions, config.discrete)
     model = create_world_model(config.model, *spaces, device, **overrides).train()
-    optimizer = LaProp(getattr(model, "parameter_groups", model.parameters)())
+    preset = composed(f"model={file_name(config.model)}", "~experiment").optimizer
+    options = {k: v for k, v in preset.items() if not k.startswith("_")}
+    parameters = getattr(model, "parameter_groups", model.parameters)()
+    optimizer = import_target(preset["_target_"])(parameters, **options)
     batch = random_batch(model, config)
     square = torch.randn(config.matrix, config.matrix, device=device)
     flops = count_flops(lambda: timed_update(model, optimizer, batch))  # warms up too
@@ -116,6 +129,9 @@ def measure(config: BenchConfig, **overrides: Any) -> Measurement:
             rates.append(2 * config.matrix**3 / (_clock(device) - start))
         updates.append(timed_update(model, optimizer, batch))
     seconds = {name: [update[name] for update in updates] for name in updates[0]}
+    for envs in sorted({1, config.envs} if callable(getattr(model, "policy", None)) else ()):
+        data = RandomData.for_model(model, *spaces, envs, 1)
+        seconds[f"policy, {envs} env{'s' * (envs > 1)}"] = timed_policy(model, data, config.repeats)
     held = getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else held
     return Measurement(seconds, rates, flops, peak)
@@ -124,6 +140,7 @@ def measure(config: BenchConfig, **overrides: Any) -> Measurement:
 def random_batch(model: Any, config: BenchConfig) -> Batch:
     """Draw B sequences from the middle of episodes, with a row of context if the model uses it."""
     latents = getattr(model, "latents", None) or {}
+    assert config.batch is not None and config.length is not None
     lead = (config.batch, config.length + bool(latents))
     data = RandomData.for_model(model, config.obs, config.actions, config.discrete, *lead)
     rewards = torch.randn(lead, device=data.device)
@@ -151,6 +168,18 @@ def timed_update(model: Any, optimizer: torch.optim.Optimizer, batch: Batch) -> 
     names = ("update", "compute_loss", "backward", "optimizer")
     parts = [end - start for start, end in pairwise(marks)]
     return dict(zip(names, [sum(parts), *parts], strict=True))
+
+
+def timed_policy(model: Any, data: RandomData, repeats: int) -> list[float]:
+    """Act in the middle of episodes, `repeats` times; return the seconds of each decision."""
+    actor, seconds = Actor(model.eval()), []
+    _, memory = actor(data.obs(data.rows), torch.ones(data.rows, dtype=torch.bool))
+    no = torch.zeros(data.rows, dtype=torch.bool)
+    for _ in range(repeats):
+        obs, start = data.obs(data.rows), _clock(data.device)
+        _, memory = actor(obs, no, memory)
+        seconds.append(_clock(data.device) - start)
+    return seconds
 
 
 def count_flops(run: Callable[[], Any]) -> int:

@@ -16,7 +16,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from worldloom.presets import aliases, config_dir, load_preset, nearest, preset_names
+from worldloom.presets import (
+    aliases,
+    config_dir,
+    file_name,
+    load_preset,
+    nearest,
+    preset_names,
+)
 from worldloom.training.config import EvaluationConfig, TrainingConfig, field_names
 
 SECTIONS = {"training": TrainingConfig, "evaluation": EvaluationConfig}
@@ -71,7 +78,7 @@ def _check_model(cfg: DictConfig) -> None:
     from worldloom.factory import override_preset
 
     choice = HydraConfig.get().runtime.choices.get("model") if HydraConfig.initialized() else None
-    names = [str(name).replace(":", "_") for name in (*preset_names(), *aliases())]
+    names = [file_name(str(name)) for name in (*preset_names(), *aliases())]
     if choice in names:
         values: Any = OmegaConf.to_container(cfg.model, resolve=True)
         override_preset(load_preset(choice), values, choice)
@@ -161,7 +168,12 @@ def _unknown_option(path: str) -> str:
 def _composed_groups() -> DictConfig:
     """Compose the configuration from the group choices on the command line alone."""
     given = [re.fullmatch(r"([\w/]+)=[\w.:-]+", argument) for argument in sys.argv[1:]]
-    choices = [match[0] for match in given if match and (config_dir() / match[1]).is_dir()]
+    return composed(*(m[0] for m in given if m and (config_dir() / m[1]).is_dir()))
+
+
+def composed(*overrides: str) -> DictConfig:
+    """Compose the configuration as the command line does with these overrides."""
+    register_schemas()
     GlobalHydra.instance().clear()
     with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-        return compose(config_name="config", overrides=choices)
+        return compose(config_name="config", overrides=list(overrides))

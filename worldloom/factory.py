@@ -10,13 +10,20 @@ import torch
 from torch import nn
 
 from worldloom.presets import aliases, describe_preset, load_preset, nearest, preset_names
-from worldloom.saving import config_of, load_tensors, read_checkpoint, read_saved
+from worldloom.saving import config_of, load_tensors, read_weights
 
 # The models that a saved configuration may name; anything else must be allowed by the caller.
-REGISTERED = {"dreamerv3": "worldloom.models.dreamerv3.DreamerV3"}
+REGISTERED = {
+    "dreamerv3": "worldloom.models.dreamerv3.DreamerV3",
+    "tdmpc2": "worldloom.models.tdmpc2.TDMPC2",
+}
 
 # Hyperparameters that count something there must be one of.
-SIZES = ("units", "depth", "deter", "hidden", "stoch", "classes", "blocks", "imag_length", "kernel")
+SIZES = (
+    *("units", "depth", "deter", "hidden", "stoch", "classes", "blocks", "imag_length", "kernel"),
+    *("enc_dim", "mlp_dim", "latent_dim", "num_channels", "num_enc_layers", "num_bins"),
+    *("simnorm_dim", "horizon", "iterations", "num_samples", "num_elites"),
+)
 
 ObsShape = tuple[int, ...] | Mapping[str, tuple[int, ...]]
 ActionDim = int | Sequence[int] | Mapping[str, int]
@@ -36,7 +43,8 @@ def create_world_model(
 
     Args:
         model: a preset ("dreamerv3:size12m"), an alias ("dreamer"), or a path: a folder written by
-            save_pretrained, a run folder, a .ckpt file, or official DreamerV3 weights.
+            save_pretrained, a run folder, a .ckpt file, or official weights of DreamerV3 (.npz,
+            agent.pkl, a checkpoint folder) or TD-MPC2 (.pt).
         obs_shape: shape of one observation, (3, 64, 64) for an image, (4,) for a vector, or a
             dict of such shapes. Saved models know theirs.
         action_dim: number of continuous actions or discrete choices; a sequence of numbers of
@@ -114,7 +122,7 @@ def _is_path(model: str | Path) -> bool:
     """Tell paths from names: a preset's name has no separator, no suffix and no folder."""
     if isinstance(model, Path) or "/" in model or "\\" in model:
         return True
-    if Path(model).suffix in (".ckpt", ".npz", ".pkl", ".safetensors"):
+    if Path(model).suffix in (".ckpt", ".npz", ".pkl", ".pt", ".pth", ".safetensors"):
         return True
     # A preset is meant even where a folder happens to have its name.
     return Path(model).exists() and model not in (*preset_names(), *aliases())
@@ -128,16 +136,13 @@ def _load(
     allow: Sequence[str],
     overrides: dict[str, Any],
 ) -> nn.Module:
-    from worldloom.models.dreamerv3 import official
-
     if not path.exists():
         raise ValueError(f"no file or folder {str(path)!r}; check the path, or name a preset")
-    if official.is_official(path):
-        return _load_official(path, obs_shape, action_dim, discrete, overrides)
+    if module := official_format(path):
+        return _load_official(module, path, obs_shape, action_dim, discrete, overrides)
     if overrides:
         raise ValueError(f"{path} is a saved model; {sorted(overrides)} cannot be changed in it")
-    source = _saved_in(path)
-    config, tensors = (read_checkpoint if source.suffix == ".ckpt" else read_saved)(source)
+    config, tensors = read_weights(path)
     needed = ("model", "obs_shape", "action_dim", "discrete")
     if not isinstance(config, dict) or any(key not in config for key in needed):
         raise ValueError(f"{path} does not say how to build its model; expected {needed} in it")
@@ -159,40 +164,39 @@ def _load(
     return model
 
 
-def _saved_in(path: Path) -> Path:
-    """Return the saved model that a path means: a run's final one, or else its last checkpoint."""
-    if path.is_file():
-        return path if path.suffix == ".ckpt" else path.parent
-    inside = (path / "model", path / "checkpoints" / "last.ckpt")
-    return next((found for found in inside if found.exists()), path)
+def official_format(path: Path) -> Any:
+    """Return the module that reads the official weights at a path, or None if they are not such."""
+    for family in REGISTERED:
+        module: Any = importlib.import_module(f"worldloom.models.{family}.official")
+        if module.is_official(path):
+            return module
+    return None
 
 
 def _load_official(
+    module: Any,
     path: Path,
     obs_shape: ObsShape | None,
     action_dim: ActionDim | None,
     discrete: bool | Mapping[str, bool] | None,
     overrides: dict[str, Any],
 ) -> nn.Module:
-    from worldloom.models.dreamerv3 import official
-
     if obs_shape is None or action_dim is None:
         raise ValueError(
             f"official weights do not name their spaces; pass obs_shape and action_dim for {path}"
         )
-    arrays = official.read_arrays(path)
-    spaces, keys = official.match_spaces(arrays, obs_shape, action_dim)
-    if discrete is not None and discrete != spaces["discrete"]:
+    arrays = module.read_arrays(path)
+    found, sizes = module.arguments_of(arrays, obs_shape, action_dim, overrides)
+    if discrete is not None and discrete != found:
         raise ValueError(
             f"discrete={discrete}, but the policy in {path} has "
-            f"{'discrete' if spaces['discrete'] else 'continuous'} actions"
+            f"{'discrete' if found else 'continuous'} actions"
         )
-    sizes = official.sizes_of(arrays, stoch=overrides.get("stoch"))
-    config = override_preset(load_preset("dreamerv3:size12m"), sizes, "dreamerv3")
-    overrides = overrides | {"obs_classes": spaces["obs_classes"]}
-    config = override_preset(config, overrides, "dreamerv3")
-    model: Any = build_model(config, obs_shape, action_dim, spaces["discrete"])
-    official.load_arrays(model, arrays, keys)
+    family = module.__name__.split(".")[-2]
+    preset = next(name for name in preset_names() if name.startswith(family))
+    config = override_preset(load_preset(preset), sizes, family)
+    model: Any = build_model(config, obs_shape, action_dim, found)
+    module.load_arrays(model, arrays)
     return model
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from worldloom.nn import distributions
 from worldloom.protocol import LatentState, WorldModel
 
 # How much of a remembered categorical plan is forgotten when it is taken up again. Without it a
@@ -24,18 +25,21 @@ class GaussianPlan:
 
     mean: [B, H, A], what is remembered from one call to the next.
     std: [B, H, A], kept within [min_std, max_std].
+    mask: [B, 1, A], 1 for the actions that there are and 0 for padding; None if all are real.
     """
 
     mean: Tensor
     std: Tensor
     min_std: float
     max_std: float
+    mask: Tensor | None = None
 
     def sample(self, num: int) -> Tensor:
         """Draw `num` action sequences [B, num, H, A]."""
         batch, *rest = self.mean.shape
-        noise = torch.randn(batch, num, *rest, dtype=self.mean.dtype, device=self.mean.device)
-        return (self.mean[:, None] + self.std[:, None] * noise).clamp(-1, 1)
+        noise = distributions.standard_normal(self.mean, batch, num, *rest)
+        samples = (self.mean[:, None] + self.std[:, None] * noise).clamp(-1, 1)
+        return samples if self.mask is None else samples * self.mask[:, None]
 
     def update(self, elites: Tensor, weights: Tensor, keep: Tensor) -> "GaussianPlan":
         """Move to mean and spread of elites [B, K, H, A] under weights [B, K].
@@ -43,13 +47,12 @@ class GaussianPlan:
         `keep` [B, 1, 1] is the share of the old plan that stays.
         """
         weights = weights[:, :, None, None]
-        mean = (weights * elites).sum(1)
-        std = (weights * (elites - mean[:, None]).square()).sum(1).sqrt()
-        return replace(
-            self,
-            mean=mean.lerp(self.mean, keep),
-            std=std.lerp(self.std, keep).clamp(self.min_std, self.max_std),
-        )
+        total = weights.sum(1) + 1e-9  # the official TD-MPC2 guards its sum of one so
+        mean = (weights * elites).sum(1) / total
+        std = ((weights * (elites - mean[:, None]).square()).sum(1) / total).sqrt()
+        std = std.lerp(self.std, keep).clamp(self.min_std, self.max_std)
+        std = std if self.mask is None else std * self.mask
+        return replace(self, mean=mean.lerp(self.mean, keep), std=std)
 
     def first_action(self, deterministic: bool) -> Tensor:
         """Return the mean of the first step, or a draw around it, [B, A]."""
@@ -176,8 +179,11 @@ class SamplingPlanner:
             The action [B, A], and the plan [B, H, A] (means, or probabilities) for the next call.
         """
         distribution = self._start(state, plan, is_first)
+        given = self.proposals(state)
+        num = self.num_samples - (0 if given is None else given.shape[1])
         for _ in range(self.iterations):
-            samples = distribution.sample(self.num_samples)
+            samples = distribution.sample(num)
+            samples = samples if given is None else torch.cat([given, samples], 1)
             returns = self.returns(state, samples)
             best, index = returns.topk(self.num_elites, dim=1)  # [B, K]
             elites = samples.take_along_dim(index[:, :, None, None], dim=1)  # [B, K, H, A]
@@ -186,7 +192,22 @@ class SamplingPlanner:
             lost = weights.sum(1)[:, None, None] == 0
             keep = torch.where(lost, 1.0, self.smoothing).to(samples)
             distribution = distribution.update(elites, weights, keep)
-        return distribution.first_action(deterministic), distribution.memory()
+        action = self.first_action(distribution, elites, weights, deterministic)
+        return action, distribution.memory()
+
+    def proposals(self, state: LatentState) -> Tensor | None:
+        """Return action sequences [B, P, H, A] that compete in every round, or None."""
+        return None
+
+    def first_action(
+        self,
+        plan: GaussianPlan | CategoricalPlan,
+        elites: Tensor,
+        weights: Tensor,
+        deterministic: bool,
+    ) -> Tensor:
+        """Choose actions [B, A] from the last plan, its elites [B, K, H, A] and their weights."""
+        return plan.first_action(deterministic)
 
     def returns(self, state: LatentState, actions: Tensor) -> Tensor:
         """Imagine what N action sequences per state earn.
@@ -217,7 +238,7 @@ class SamplingPlanner:
     ) -> GaussianPlan | CategoricalPlan:
         # A model in half precision is still planned with in float32.
         dtype = torch.promote_types(state.features.dtype, torch.float32)
-        start = self._blank(len(state)).to(state.features.device, dtype)
+        start = self.blank(len(state)).to(state.features.device, dtype)
         if plan is not None:
             start = self._warm_start(start, plan, is_first)
         if self.discrete:
@@ -225,7 +246,7 @@ class SamplingPlanner:
         std = torch.full_like(start, self.max_std)
         return GaussianPlan(start, std, self.min_std, self.max_std)
 
-    def _blank(self, batch: int) -> Tensor:
+    def blank(self, batch: int) -> Tensor:
         """Return the plan [B, H, A] of one who knows nothing: zeros, or uniform probabilities."""
         sizes = torch.tensor(self.groups).repeat_interleave(torch.tensor(self.groups))
         step = 1 / sizes if self.discrete else torch.zeros(len(sizes))

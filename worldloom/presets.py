@@ -1,6 +1,7 @@
 """Presets: one YAML file each under conf/model, read by the factory and by the command alike."""
 
 import difflib
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def preset_names() -> list[str]:
     return [_public(f.stem) for f in sorted(files, key=_size)]
 
 
+@functools.cache
 def aliases() -> dict[str, str]:
     """Return the aliases, {alias: preset}: files that hold nothing but another preset."""
     found = {}
@@ -75,6 +77,11 @@ def _model_files() -> list[Path]:
     return [f for f in sorted(files) if not f.stem.endswith("_base") and f.stem != "custom"]
 
 
+def file_name(name: str) -> str:
+    """Return what the command line calls a preset or an alias: "dreamerv3_size12m"."""
+    return name.lower().replace(":", "_", 1)
+
+
 def _public(stem: str) -> str:
     return stem.replace("_", ":", 1)
 
@@ -92,7 +99,8 @@ def _compose(file: Path) -> DictConfig:
     merged: Any = OmegaConf.create()
     entries = config.pop("defaults", [])
     for entry in entries:
-        if entry != "_self_":
+        # "override /training…: x" says how a family is trained; only the command line reads it.
+        if isinstance(entry, str) and entry != "_self_":
             merged = OmegaConf.merge(merged, _compose(file.parent / f"{entry}.yaml"))
     merged = OmegaConf.merge(merged, config)
     return merged

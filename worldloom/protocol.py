@@ -27,6 +27,7 @@ class Batch(TypedDict, total=False):
     is_first: [B, T] bool; an episode starts at this row.
     is_last: [B, T] bool; an episode ends at this row, for any reason.
     is_terminal: [B, T] bool; the environment terminated here (a time limit does not set it).
+    task: [B] int64; which of its tasks each row belongs to, for a model of several tasks.
     context: latents of row 0 that the replay remembers, each [B, ...] under the names of
         `WorldModel.latents`. With it a model may start from them and train on rows 1 to T - 1;
         without it every sequence starts from the model's initial state.
@@ -40,6 +41,7 @@ class Batch(TypedDict, total=False):
     is_first: Tensor
     is_last: Tensor
     is_terminal: Tensor
+    task: Tensor
     context: dict[str, Tensor]
     latents: dict[str, Tensor]
 
@@ -140,8 +142,9 @@ class Trajectory:
 class WorldModel(Protocol):
     """What a module must offer to be trained, planned with and compared.
 
-    Beyond it a model may have `policy(state, deterministic=False) -> action` [B, A] (a model
-    without one is planned with), `after_update()` called after each optimiser step, and
+    Beyond it a model may have `policy(state, deterministic=False) -> action` [B, A], or -> (action,
+    state) where the state carries a plan on (a model without a policy is planned with),
+    `after_update()` called after each optimiser step, `parameter_groups()` for the optimiser, and
     `latents` {name: (shape, dtype)}, the part of its state that the replay should remember.
     """
 

@@ -22,6 +22,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from worldloom.saving import load_tensors, read_saved, save_model
     from worldloom.training.callbacks import Evaluation, log
     from worldloom.training.module import WorldModelModule
+    from worldloom.transfer import transfer
 
     prepare(cfg.seed, cfg.threads)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -29,6 +30,8 @@ def train(cfg: DictConfig) -> dict[str, float]:
     (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
     task = Task.from_config(plain["env"])
     model: Any = task.build_model(plain["model"])
+    if cfg.init_from is not None:
+        print(transfer(model, cfg.init_from).report(), flush=True)
     actor = task.build_actor(model, plain["planner"])
     data = build_data(plain, task, actor)
     optimizer = instantiate(cfg.optimizer)

@@ -53,6 +53,19 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
         os.replace(folder / f".{name}", folder / name)
 
 
+def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the config and the tensors of what a path means.
+
+    That is a saved model's folder or a file in it, a checkpoint, or of a run's folder the final
+    model, or else its last checkpoint.
+    """
+    if path.is_file():
+        path = path if path.suffix == ".ckpt" else path.parent
+    inside = (path / "model", path / "checkpoints" / "last.ckpt")
+    path = next((found for found in inside if found.exists()), path)
+    return (read_checkpoint if path.suffix == ".ckpt" else read_saved)(path)
+
+
 def read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Return the config and the tensors of a saved model.
 

@@ -7,7 +7,13 @@ import pytest
 from gymnasium import spaces
 
 from worldloom.envs.catch import Catch
-from worldloom.envs.gymnasium import ActionRepeat, ResizedImages, make_env, resize_image
+from worldloom.envs.gymnasium import (
+    ActionRepeat,
+    ResizedImages,
+    StackedImages,
+    make_env,
+    resize_image,
+)
 
 
 class Counter(gym.Env):
@@ -214,3 +220,52 @@ def test_action_repeat_keeps_the_last_info():
     env = ActionRepeat(Catch(), 20)
     env.reset(seed=0)
     assert "success" in env.step(1)[4]
+
+
+class Clock(gym.Env):
+    """Observe images filled with 10 * episode + step, and the step as a vector."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, channels_last=True):
+        shape = (16, 16, 3) if channels_last else (3, 16, 16)
+        image = spaces.Box(0, 255, shape, np.uint8)
+        self.observation_space = spaces.Dict({"cam": image, "t": spaces.Box(0, 99, (1,))})
+        self.image = np.zeros(shape, np.uint8)
+        self.episode = -1
+
+    def reset(self, *, seed=None, options=None):
+        self.episode, self.count = self.episode + 1, 0
+        return self._obs(), {}
+
+    def step(self, action):
+        self.count += 1
+        return self._obs(), 0.0, False, False, {}
+
+    def _obs(self):
+        self.image[:] = 10 * self.episode + self.count  # always the same array
+        return {"cam": self.image, "t": np.array([self.count], np.float32)}
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_stacked_images_hold_the_newest_frames_oldest_first(channels_last):
+    env = StackedImages(Clock(channels_last), 3)
+    axis = 2 if channels_last else 0
+    assert env.observation_space["cam"].shape[axis] == 9
+    for episode in range(2):
+        seen = [env.reset()[0]] + [env.step(0)[0] for _ in range(4)]
+        for step, obs in enumerate(seen):
+            assert obs in env.observation_space
+            assert obs["t"] == step  # vectors stay as they are
+            frames = np.split(obs["cam"], 3, axis=axis)
+            wanted = [10 * episode + max(0, step - back) for back in (2, 1, 0)]
+            assert [int(frame.min()) for frame in frames] == wanted
+            assert [int(frame.max()) for frame in frames] == wanted
+
+
+def test_stacks_are_made_of_images_alone():
+    assert make_env("worldloom/Catch-v0", size=32, stack=3).observation_space.shape == (32, 32, 9)
+    with pytest.raises(ValueError, match=r"stack=2 was given, but .* observes no image"):
+        make_env("CartPole-v1", stack=2)
+    with pytest.raises(ValueError, match=r"stack is 0; expected at least 1; set env\.stack=1"):
+        make_env("CartPole-v1", stack=0)

@@ -8,7 +8,7 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from worldloom.envs.gymnasium import make_env
 from worldloom.envs.spaces import ActionSpec, ObsSpec
-from worldloom.envs.vector import Rows, make_vector_env
+from worldloom.envs.vector import Rows, episode_length, make_vector_env
 
 catch = partial(make_env, "worldloom/Catch-v0", size=16)
 
@@ -152,3 +152,27 @@ def test_other_autoreset_modes_are_refused():
     env = SyncVectorEnv([catch], autoreset_mode=AutoresetMode.SAME_STEP)
     with pytest.raises(ValueError, match=r"SAME_STEP; expected AutoresetMode.NEXT_STEP"):
         rows_of(env)
+
+
+@pytest.mark.parametrize(
+    ("options", "decisions"),
+    [
+        ({}, 200),
+        ({"repeat": 3}, 67),
+        ({"time_limit": 30}, 30),
+        ({"time_limit": 30, "repeat": 2}, 15),
+    ],
+)
+def test_an_episode_is_as_long_as_its_time_limit_allows(options, decisions):
+    env = make_env("Pendulum-v1", **options)
+    assert episode_length(env) == decisions
+    env.reset(seed=0)
+    steps, truncated = 0, False
+    while not truncated:
+        *_, truncated, _ = env.step(env.action_space.sample())
+        steps += 1
+    assert steps == decisions
+
+
+def test_without_a_time_limit_there_is_no_length():
+    assert episode_length(Scripted([3])) is None

@@ -8,7 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.reference.reference_format import ROOT, Recording, agent_folders, below, tensor
+from tests.reference.reference_format import (
+    ROOT,
+    Recording,
+    agent_folders,
+    below,
+    tensor,
+)
 from worldloom.models.dreamerv3.official import from_official
 from worldloom.nn.distributions import BoundedNormal
 from worldloom.nn.layers import BlockLinear, Conv, rms_norm
@@ -21,14 +27,16 @@ from worldloom.training.optimizers import LaProp
 
 def test_reference_folder_is_not_empty() -> None:
     """The other tests run over what they find, so finding nothing must not pass."""
-    assert agent_folders(), f"no agent (config.json and params.npz) in {ROOT}"
-    assert (ROOT / "common" / "common.npz").is_file(), f"no common.npz in {ROOT}"
+    assert agent_folders("dreamerv3"), f"no agent (config.json and params.npz) in {ROOT}/dreamerv3"
+    assert (ROOT / "dreamerv3" / "common" / "common.npz").is_file(), (
+        f"no common.npz in {ROOT}/dreamerv3"
+    )
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 def test_reference_common(precision: str) -> None:
-    recording = Recording("common", "common.npz", precision)
-    config = json.loads((ROOT / "common" / "config.json").read_text())
+    recording = Recording("dreamerv3/common", "common.npz", precision)
+    config = json.loads((ROOT / "dreamerv3" / "common" / "config.json").read_text())
     dtype = recording.dtype
     inputs = {k: tensor(v, dtype) for k, v in recording.group("in").items()}
     ours: dict[str, Any] = {}

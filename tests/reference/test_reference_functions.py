@@ -4,13 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.reference.reference_format import (
+from tests.reference.dreamerv3_format import (
     Agent,
+    sampling,
+)
+from tests.reference.reference_format import (
     Recording,
     agent_folders,
     below,
     load,
-    sampling,
     tensor,
 )
 from worldloom.models.dreamerv3 import DreamerV3
@@ -29,7 +31,7 @@ from worldloom.protocol import LatentState
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
-@pytest.mark.parametrize("folder", agent_folders())
+@pytest.mark.parametrize("folder", agent_folders("dreamerv3"))
 def test_reference_functions(folder: str, precision: str) -> None:
     agent, recording = Agent(folder), Recording(folder, "funcs.npz", precision)
     model = agent.build(precision).eval()

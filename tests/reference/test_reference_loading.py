@@ -10,17 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.reference.dreamerv3_format import (
+    Agent,
+    official_state,
+)
 from tests.reference.reference_format import (
     ROOT,
-    Agent,
     agent_folders,
     load,
-    official_state,
 )
 from worldloom import create_world_model
 from worldloom.models.dreamerv3 import DreamerV3
 
-CHECKPOINTS = sorted(p.parent.parent.name for p in ROOT.glob("*/official_ckpt/agent.pkl"))
+CHECKPOINTS = [
+    folder
+    for folder in agent_folders("dreamerv3")
+    if (ROOT / folder / "official_ckpt" / "agent.pkl").is_file()
+]
 
 
 def create(agent: Agent, path: Path, **spaces: Any) -> DreamerV3:
@@ -48,7 +54,7 @@ def assert_holds(model: DreamerV3, arrays: Mapping[str, np.ndarray], keys: dict[
         np.testing.assert_array_equal(state[name].numpy(), value, err_msg=name)
 
 
-@pytest.mark.parametrize("folder", agent_folders())
+@pytest.mark.parametrize("folder", agent_folders("dreamerv3"))
 def test_reference_params_load(folder: str) -> None:
     agent = Agent(folder)
     model = create(agent, ROOT / folder / "params.npz")
@@ -57,7 +63,7 @@ def test_reference_params_load(folder: str) -> None:
     assert (model.config["obs_classes"] or {}) == (agent.arguments["obs_classes"] or {})
 
 
-@pytest.mark.parametrize("folder", agent_folders())
+@pytest.mark.parametrize("folder", agent_folders("dreamerv3"))
 def test_reference_params_load_with_bare_spaces(folder: str) -> None:
     agent = Agent(folder)
     if len(agent.obs_space) > 1 or len(agent.act_space) > 1:
@@ -84,7 +90,7 @@ def test_reference_checkpoint_loads(folder: str, tmp_path: Path) -> None:
         assert_holds(create(agent, path), arrays, {})
 
 
-@pytest.mark.parametrize("folder", agent_folders()[:1])
+@pytest.mark.parametrize("folder", agent_folders("dreamerv3")[:1])
 @pytest.mark.parametrize("suffix", [".npz", ".pkl"])
 def test_reference_lacking_array_is_named(folder: str, suffix: str, tmp_path: Path) -> None:
     agent = Agent(folder)
@@ -95,7 +101,7 @@ def test_reference_lacking_array_is_named(folder: str, suffix: str, tmp_path: Pa
             create(agent, path)
 
 
-@pytest.mark.parametrize("folder", agent_folders()[:1])
+@pytest.mark.parametrize("folder", agent_folders("dreamerv3")[:1])
 @pytest.mark.parametrize("suffix", [".npz", ".pkl"])
 def test_reference_wrong_shape_is_named(folder: str, suffix: str, tmp_path: Path) -> None:
     agent = Agent(folder)
@@ -107,7 +113,7 @@ def test_reference_wrong_shape_is_named(folder: str, suffix: str, tmp_path: Path
         assert str(wrong.shape) in str(caught.value)
 
 
-@pytest.mark.parametrize("folder", agent_folders()[:1])
+@pytest.mark.parametrize("folder", agent_folders("dreamerv3")[:1])
 def test_reference_wrong_space_is_named(folder: str) -> None:
     agent = Agent(folder)
     actions = {k: n + 1 for k, n in agent.arguments["action_dim"].items()}

@@ -6,20 +6,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.reference.reference_format import (
-    DTYPES,
+from tests.reference.dreamerv3_format import (
     Agent,
-    Recording,
-    agent_folders,
-    below,
     clone,
     gradients,
-    load,
     metrics,
-    norm,
     official_params,
     official_state,
     sampling,
+)
+from tests.reference.reference_format import (
+    DTYPES,
+    Recording,
+    agent_folders,
+    below,
+    load,
+    norm,
 )
 from worldloom.models.dreamerv3 import DreamerV3
 from worldloom.models.dreamerv3.behavior import Normalizers, imagination_losses, replay_value_loss
@@ -35,7 +37,7 @@ from worldloom.protocol import Batch
         ("loss_mode.npz", "float32"),  # not recorded in double
     ],
 )
-@pytest.mark.parametrize("folder", agent_folders())
+@pytest.mark.parametrize("folder", agent_folders("dreamerv3"))
 def test_reference_losses(folder: str, file: str, precision: str) -> None:
     agent, recording = Agent(folder), Recording(folder, file, precision)
     noise = recording.group("noise")

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.reference.reference_format import (
-    ROOT,
+from tests.reference.dreamerv3_format import (
     hyperparameters,
     official_params,
     official_state,
     spaces,
+)
+from tests.reference.reference_format import (
+    ROOT,
 )
 from worldloom import create_world_model
 from worldloom.models.dreamerv3 import DreamerV3
@@ -22,7 +24,7 @@ from worldloom.presets import load_preset
 
 
 def counts() -> dict[str, Any]:
-    path = ROOT / "preset_counts.json"
+    path = ROOT / "dreamerv3" / "preset_counts.json"
     return json.loads(path.read_text()) if path.is_file() else {"presets": {}, "cases": {}}
 
 
@@ -89,7 +91,7 @@ def parameters_by_module(model: DreamerV3) -> dict[str, int]:
 
 def test_reference_initial_values() -> None:
     """Every tensor starts as parameters.csv says, and every row of it has a tensor."""
-    path = ROOT / "parameters.csv"
+    path = ROOT / "dreamerv3" / "parameters.csv"
     if not path.is_file():
         pytest.skip(f"{path} is not there")
     with path.open() as file:

@@ -6,18 +6,20 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tests.reference.reference_format import (
-    ROOT,
+from tests.reference.dreamerv3_format import (
     Agent,
-    Recording,
-    agent_folders,
-    compare,
     gradients,
     metrics,
-    norm,
     official_params,
     official_state,
     sampling,
+)
+from tests.reference.reference_format import (
+    ROOT,
+    Recording,
+    agent_folders,
+    compare,
+    norm,
     tensor,
 )
 from worldloom.models.dreamerv3 import DreamerV3
@@ -27,7 +29,7 @@ from worldloom.training.optimizers import LaProp
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
-@pytest.mark.parametrize("folder", agent_folders())
+@pytest.mark.parametrize("folder", agent_folders("dreamerv3"))
 def test_reference_training(folder: str, precision: str) -> None:
     agent, recording = Agent(folder), Recording(folder, "train.npz", precision)
     context = agent.config["replay_context_of_train_npz"]

@@ -90,6 +90,23 @@ def test_prefill_is_a_batch_of_steps_by_default():
     assert data.env_steps == 24 + 4
 
 
+def test_pretraining_owes_the_steps_of_the_prefill_too():
+    data = online(train_ratio=8.0, prefill=48, pretrain=True)
+    stream = iter(data.train_dataloader())
+    for batches in range(1, 17):  # 48 steps at ratio 8, in batches of 24 steps
+        next(stream)
+        assert (data.env_steps, data.updates) == (48, batches)
+    next(stream)
+    assert data.env_steps == 48 + 4
+
+
+def test_no_ratio_means_one_update_per_environment_step():
+    data = online(train_ratio=None, prefill=24, total_steps=124)
+    assert data.train_ratio == 4 * 6
+    list(data.train_dataloader())
+    assert data.updates == data.env_steps - 24
+
+
 def test_collects_until_a_sequence_fits_even_without_prefill():
     data = online(prefill=0, sequence_length=20, batch_size=1)
     batch = next(iter(data.train_dataloader()))

@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -5,6 +6,7 @@ import torch
 from torch import nn
 
 from worldloom.training import LaProp
+from worldloom.training.optimizers import Adam
 
 F64 = torch.float64
 
@@ -237,3 +239,70 @@ def test_learns():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         LaProp(parameters(), **options)
+
+
+# ---- Adam in groups ------------------------------------------------------------------------------
+
+
+def groups(params):
+    """Two groups that are clipped together, one of them slow; one clipped alone."""
+    return [
+        {"params": params[:2], "lr_scale": 0.3, "clip": "model"},
+        {"params": params[2:3], "clip": "model"},
+        {"params": params[3:], "clip": "policy", "eps": 1e-5},
+    ]
+
+
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_adam_is_two_official_optimisers_in_one(clip):
+    """Like two plain Adams with clip_grad_norm_ of their own, as the official code has them."""
+    ours, theirs = parameters(), parameters()
+    adam = Adam(groups(ours), lr=0.01, clip=clip)
+    model = torch.optim.Adam(
+        [{"params": theirs[:2], "lr": 0.003}, {"params": theirs[2:3]}], lr=0.01
+    )
+    policy = torch.optim.Adam(theirs[3:], lr=0.01, eps=1e-5)
+    for grads in gradients(ours, steps=8):
+        take(adam, ours, [g.clone() for g in grads])
+        for p, g in zip(theirs, grads, strict=True):
+            p.grad = g.clone()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(theirs[:3], clip)
+            nn.utils.clip_grad_norm_(theirs[3:], clip)
+        model.step()
+        policy.step()
+    for p, q in zip(ours, theirs, strict=True):
+        # Same formulas in the same order: only how torch groups tensors may differ.
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_adam_takes_plain_parameters_and_a_closure():
+    ours, theirs = parameters(), parameters()
+    adam, plain = Adam(ours, lr=0.01), torch.optim.Adam(theirs, lr=0.01)
+    for params, optimizer in ((ours, adam), (theirs, plain)):
+
+        def closure(params=params):
+            loss = sum((p**2).sum() for p in params)
+            loss.backward()
+            return loss
+
+        assert optimizer.step(closure) == sum((p**2).sum() for p in parameters())
+    assert all(torch.equal(p, q) for p, q in zip(ours, theirs, strict=True))
+
+
+def test_adam_goes_on_exactly_after_a_restart():
+    params = parameters()
+    adam = Adam(groups(params), lr=0.01, clip=1.0)
+    first, second = gradients(params, steps=2)
+    take(adam, params, first)
+    copies = [nn.Parameter(p.detach().clone()) for p in params]
+    again = Adam(groups(copies), lr=0.01, clip=1.0)
+    again.load_state_dict(copy.deepcopy(adam.state_dict()))
+    take(adam, params, [g.clone() for g in second])
+    take(again, copies, [g.clone() for g in second])
+    assert all(torch.equal(p, q) for p, q in zip(params, copies, strict=True))
+
+
+def test_adam_refuses_to_clip_to_nothing():
+    with pytest.raises(ValueError, match=r"clip=0\.0; expected a norm above 0, or None"):
+        Adam(parameters(), clip=0.0)

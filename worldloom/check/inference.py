@@ -31,6 +31,9 @@ def check_inference(report: Report) -> None:
     if callable(getattr(report.model, "policy", None)):
         for deterministic in (True, False):
             action = report.call("policy", first, deterministic=deterministic)
+            if isinstance(action, tuple) and len(action) == 2:  # with a state that carries on
+                action, state = action
+                _state(report, "policy", state, first)
             _action(report, action, deterministic)
 
 

@@ -7,6 +7,7 @@ import difflib
 import importlib
 import os
 import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,7 @@ def make_env(
     pixels: bool = False,
     repeat: int = 1,
     time_limit: int | None = None,
+    stack: int = 1,
     **kwargs: Any,
 ) -> gym.Env:
     """Make the environment that is registered under a gymnasium id.
@@ -41,10 +43,13 @@ def make_env(
     repeat: do each action so many times; their rewards are summed.
     time_limit: steps of the simulator (not of `repeat`) after which an episode is truncated,
         instead of the limit that is registered with the id.
+    stack: newest images that are observed at once, on top of each other along their channels,
+        oldest first; for models without memory, such as TD-MPC2.
     kwargs: go to the environment.
     """
-    if repeat < 1:
-        raise ValueError(f"repeat is {repeat}; expected at least 1; set env.repeat=1 for none")
+    for name, value in (("repeat", repeat), ("stack", stack)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected at least 1; set env.{name}=1 for none")
     if pixels:
         kwargs["render_mode"] = "rgb_array"
         if sys.platform.startswith("linux"):
@@ -58,8 +63,10 @@ def make_env(
     if repeat > 1:
         env = ActionRepeat(env, repeat)
     if pixels:
-        return RenderedObservation(env, size or 64)
-    return env if size is None else ResizedImages(env, size)
+        env = RenderedObservation(env, size or 64)
+    elif size is not None:
+        env = ResizedImages(env, size)
+    return env if stack == 1 else StackedImages(env, stack)
 
 
 class ActionRepeat(gym.Wrapper):
@@ -137,6 +144,58 @@ class ResizedImages(gym.ObservationWrapper):
         if is_channels_last(space.shape or ()):
             return resize_image(obs, self.size)
         return np.moveaxis(resize_image(np.moveaxis(obs, 0, -1), self.size), -1, 0)
+
+
+class StackedImages(gym.ObservationWrapper):
+    """Observe the last images of an episode along their channels; other arrays stay as they are.
+
+    At its start the first image stands for those that there were not.
+    """
+
+    def __init__(self, env: gym.Env, stack: int) -> None:
+        super().__init__(env)
+        leaves = flatten(env.observation_space)
+        if not any(is_image(space) for space in leaves.values()):
+            raise ValueError(
+                f"stack={stack} was given, but {env.unwrapped} observes no image but "
+                f"{env.observation_space}; expected images (3-D uint8); leave env.stack out"
+            )
+        self.stack = stack
+        self._frames: dict[str, deque[np.ndarray]] = {}
+        self.observation_space = self._mapped(self._stacked_space, env.observation_space)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Forget the images of the last episode."""
+        self._frames = {}
+        return super().reset(seed=seed, options=options)
+
+    def observation(self, observation: Any) -> Any:
+        """Return the observation with its newest images stacked."""
+        return self._mapped(self._stacked, self.env.observation_space, observation)
+
+    def _stacked_space(self, key: str, space: spaces.Space) -> spaces.Space:
+        shape = list(space.shape or ())
+        shape[2 if is_channels_last(space.shape or ()) else 0] *= self.stack
+        return spaces.Box(0, 255, tuple(shape), np.uint8)
+
+    def _stacked(self, key: str, space: spaces.Space, image: np.ndarray) -> np.ndarray:
+        image = image.copy()  # an environment may draw into the same array again
+        frames = self._frames.setdefault(key, deque([image] * self.stack, self.stack))
+        if frames[-1] is not image:
+            frames.append(image)
+        return np.concatenate(frames, axis=2 if is_channels_last(space.shape or ()) else 0)
+
+    def _mapped(self, fn: Any, space: Any, obs: Any = None, key: str = "") -> Any:
+        """Apply fn to every image of a space, or of an observation of it."""
+        if isinstance(space, spaces.Dict):
+            parts = {
+                k: self._mapped(fn, s, None if obs is None else obs[k], f"{key}/{k}")
+                for k, s in space.items()
+            }
+            return spaces.Dict(parts) if obs is None else parts
+        if not is_image(space):
+            return space if obs is None else obs
+        return fn(key, space) if obs is None else fn(key, space, obs)
 
 
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 Letters used in shapes: N environments, A = width of a model's action.
 """
 
+import math
 import multiprocessing
 from collections.abc import Callable
 from functools import partial
@@ -11,10 +12,26 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.wrappers import TimeLimit
 
 from worldloom.envs.spaces import ActionSpec, Obs, ObsSpec
 
 MakeEnv = Callable[[], gym.Env]
+
+
+def episode_length(env: gym.Env) -> int | None:
+    """Return after how many decisions a time limit truncates an episode; None for no limit.
+
+    A wrapper that repeats actions makes decisions fewer than the simulator's steps.
+    """
+    repeat = 1
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, TimeLimit):
+            return math.ceil(env._max_episode_steps / repeat)
+        repeat *= getattr(env, "repeat", 1)
+        env = env.env
+    limit = env.spec.max_episode_steps if env.spec else None
+    return None if limit is None else math.ceil(limit / repeat)
 
 
 def make_vector_env(make_env: MakeEnv, num_envs: int = 1, workers: int = 0) -> VectorEnv:

@@ -1,6 +1,6 @@
-"""Distributions over classes and real vectors, and the two places where randomness enters.
+"""Distributions over classes and real vectors, and the places where randomness enters.
 
-`sample_classes` and `sample_normal` are the only functions of the models that draw random numbers.
+`sample_classes` and `standard_normal` are the only functions here that draw random numbers.
 """
 
 import math
@@ -25,9 +25,14 @@ def sample_classes(probs: Tensor) -> Tensor:
     return (cumulative <= level).sum(-1).clamp_(max=probs.shape[-1] - 1)
 
 
+def standard_normal(like: Tensor, *shape: int) -> Tensor:
+    """Draw standard normal numbers like another tensor, in its shape unless one is given."""
+    return torch.randn(shape or like.shape, dtype=like.dtype, device=like.device)
+
+
 def sample_normal(mean: Tensor, stddev: Tensor) -> Tensor:
     """Draw mean + stddev * eps with standard normal eps."""
-    return mean + stddev * torch.randn_like(mean)
+    return mean + stddev * standard_normal(mean)
 
 
 def one_hot(index: Tensor, classes: int, dtype: torch.dtype) -> Tensor:

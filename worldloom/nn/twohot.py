@@ -1,7 +1,8 @@
-"""Real numbers as distributions over fixed bins (DreamerV3, eqs. 8-10).
+"""Real numbers as distributions over fixed bins, so that gradients do not depend on their scale.
 
-The bins are spaced exponentially in the space of the number itself, so one head covers rewards of
-any scale, and its gradients do not depend on that scale.
+DreamerV3 (eqs. 8-10) spaces its bins exponentially in the space of the number itself and takes the
+mean there. TD-MPC2 (appendix) spaces them evenly in symlog space and takes the mean there, which
+is what the functions named symlog_… do.
 """
 
 import functools
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from worldloom.nn.layers import full
-from worldloom.nn.symlog import symexp
+from worldloom.nn.symlog import symexp, symlog
 
 
 @functools.lru_cache
@@ -55,3 +56,37 @@ def twohot_loss(logits: Tensor, target: Tensor, log_total: Tensor | None = None)
     at_high = logits.gather(-1, above.unsqueeze(-1)).squeeze(-1)
     log_total = logits.logsumexp(-1) if log_total is None else log_total
     return log_total - (1 - share) * at_low - share * at_high
+
+
+@functools.lru_cache
+def symlog_bins(
+    count: int, low: float, high: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return `count` evenly spaced bins from low to high."""
+    return torch.linspace(low, high, count, dtype=dtype, device=device)
+
+
+def symlog_twohot_mean(logits: Tensor, low: float, high: float) -> Tensor:
+    """Return symexp of the mean [...] of logits [..., bins], bins from low to high in symlog."""
+    logits = full(logits)
+    bins = symlog_bins(logits.shape[-1], low, high, logits.dtype, logits.device)
+    return symexp((logits.softmax(-1) * bins).sum(-1))
+
+
+def symlog_twohot_loss(logits: Tensor, target: Tensor, low: float, high: float) -> Tensor:
+    """Cross entropy [...] of logits [..., bins] with the two-hot code of symlog(target [...]).
+
+    The code spreads its mass over the two nearest bins; beyond the ends it goes to the end bin.
+    No gradient reaches the target.
+    """
+    logits = full(logits)
+    last = logits.shape[-1] - 1
+    scaled = symlog(target.detach().to(logits.dtype)).clamp(low, high)
+    position = (scaled - low) / ((high - low) / last)
+    # Rounding may carry the upper end a hair beyond the last bin.
+    below = position.floor().clamp(max=last)
+    share = position - below
+    index = below.long().unsqueeze(-1)
+    at_low = logits.gather(-1, index).squeeze(-1)
+    at_high = logits.gather(-1, (index + 1).clamp(max=last)).squeeze(-1)
+    return logits.logsumexp(-1) - (1 - share) * at_low - share * at_high

@@ -122,6 +122,7 @@ class Evaluation(Callback):
         self.evaluate, self.every, self.folder = evaluate, every, folder
         self.best: dict[str, float] | None = None
         self._next = every
+        self._scored = -1  # updates of the model that was scored last
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -134,8 +135,9 @@ class Evaluation(Callback):
         self._score(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the last model its chance."""
-        if self.every:
+        """Give the last model its chance, if it has not just had it."""
+        assert isinstance(pl_module, WorldModelModule)
+        if self.every and pl_module.updates != self._scored:
             self._score(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,9 +149,10 @@ class Evaluation(Callback):
         self.best, self._next = state_dict["best"], state_dict["next"]
 
     def _score(self, trainer: Trainer, module: LightningModule) -> None:
-        step, scores = x_axis(trainer, module), self.evaluate()
-        log(trainer, scores, step)
         assert isinstance(module, WorldModelModule)
+        step, scores = x_axis(trainer, module), self.evaluate()
+        self._scored = module.updates
+        log(trainer, scores, step)
         # Of equal scores the later counts: it has seen more.
         if self.folder and (self.best is None or scores["eval/return"] >= self.best["return"]):
             save_model(module.model, self.folder)

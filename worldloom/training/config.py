@@ -16,9 +16,12 @@ class TrainingConfig:
         anneal: update at which it has fallen to a tenth; 0 to keep it (optimizer=laprop).
         grad_clip: global gradient norm to clip to; None for no such clipping.
         train_ratio: replayed steps per environment step; updates per environment step are
-            train_ratio / (batch_size * sequence_length).
+            train_ratio / (batch_size * sequence_length). None for one update per step.
         prefill: environment steps before the first update; None for one batch of them.
         random_steps: environment steps with random actions at the start.
+        seed_episodes: prefill and random steps last for so many episodes at least, by the
+            environment's time limit (none if it has no limit).
+        pretrain: train for the prefill's steps too, at once when it is over.
         log_every: updates between two points of train/… curves.
     """
 
@@ -29,17 +32,21 @@ class TrainingConfig:
     warmup: int = 1000
     anneal: int = 0
     grad_clip: float | None = None
-    train_ratio: float = 32.0
+    train_ratio: float | None = 32.0
     prefill: int | None = None
     random_steps: int = 0
+    seed_episodes: int = 0
+    pretrain: bool = False
     log_every: int = 100
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value that no run can have."""
-        for name in ("total_steps", "batch_size", "learning_rate", "train_ratio", "log_every"):
+        for name in ("total_steps", "batch_size", "learning_rate", "log_every"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        if self.train_ratio is not None:
+            _require(self.train_ratio > 0, "train_ratio", self.train_ratio, "above 0, or null")
         _require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "at least 2")
-        for name in ("random_steps", "warmup", "anneal"):
+        for name in ("random_steps", "seed_episodes", "warmup", "anneal"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         if self.grad_clip is not None:
             _require(self.grad_clip > 0, "grad_clip", self.grad_clip, "above 0, or null for none")

@@ -66,6 +66,9 @@ class ReplayDataModule(lightning.LightningDataModule):
     keeps replayed steps <= train_ratio * (environment steps since), and ends when `total_steps`
     environment steps are collected and trained on. Without one it ends after `total_steps` batches.
 
+    train_ratio: None for one batch per environment step.
+    pretrain: count the prefill's steps too, so that it is followed by all the batches it owes.
+
     sequence_length: rows that are trained on; where the replay keeps latents, one more row is
         sampled in front of them as context.
     across_episodes: whether a sequence may run on into the next episode.
@@ -78,8 +81,9 @@ class ReplayDataModule(lightning.LightningDataModule):
         *,
         batch_size: int,
         sequence_length: int,
-        train_ratio: float = 32.0,
+        train_ratio: float | None = 32.0,
         prefill: int | None = None,
+        pretrain: bool = False,
         total_steps: int,
         across_episodes: bool = True,
     ) -> None:
@@ -88,7 +92,9 @@ class ReplayDataModule(lightning.LightningDataModule):
         self.collector = collector
         self.batch_size = batch_size
         self.sequence_length = sequence_length
-        self.train_ratio = train_ratio
+        per_batch = batch_size * sequence_length
+        self.train_ratio = float(per_batch) if train_ratio is None else train_ratio
+        self.pretrain = pretrain
         self.prefill = batch_size * sequence_length if prefill is None else prefill
         self.total_steps = total_steps
         self.across_episodes = across_episodes
@@ -179,7 +185,7 @@ class ReplayDataModule(lightning.LightningDataModule):
         assert self.collector is not None
         if self._origin is None:
             self._fill()
-            self._origin = (self.env_steps, self.replayed_steps)
+            self._origin = (0 if self.pretrain else self.env_steps, self.replayed_steps)
         while True:
             while self._owes_batch():
                 yield from self._next_batch()

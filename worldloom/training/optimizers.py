@@ -1,4 +1,4 @@
-"""The optimiser of DreamerV3: LaProp with adaptive gradient clipping and a warm-up."""
+"""The optimisers of the official codes: LaProp of DreamerV3, Adam in groups of TD-MPC2."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -99,6 +99,48 @@ class LaProp(torch.optim.Optimizer):
             kernels = [p for p in params if p.ndim > 1]
             torch._foreach_mul_(kernels, 1 - lr * group["weight_decay"])
         torch._foreach_add_(params, moments, alpha=-lr / (1 - beta1**count))
+
+
+class Adam(torch.optim.Adam):
+    """Adam whose learning rates and gradient clipping follow the groups that a model makes.
+
+    A group may hold "lr_scale", which multiplies `lr`, and "clip", a name: before each step the
+    gradients of all groups of the same name are scaled together to a norm of at most `clip`, as
+    `torch.nn.utils.clip_grad_norm_` does. None clips nothing. A group's own "eps" holds.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 3e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        clip: float | None = None,
+    ) -> None:
+        if clip is not None and clip <= 0:
+            raise ValueError(f"clip={clip}; expected a norm above 0, or None for no clipping")
+        super().__init__(params, lr, (betas[0], betas[1]), eps)
+        self.max_norm = clip
+        for group in self.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+
+    def step(self, closure: Any = None) -> Any:
+        """Clip by groups, then update; return the closure's value."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.max_norm is not None:
+            for params in self._clipped_together():
+                torch.nn.utils.clip_grad_norm_(params, self.max_norm)
+        super().step()
+        return loss
+
+    def _clipped_together(self) -> list[list[Tensor]]:
+        names: dict[str, list[Tensor]] = {}
+        for group in self.param_groups:
+            names.setdefault(group.get("clip", ""), []).extend(group["params"])
+        return list(names.values())
 
 
 def _scheduled(lr: float, done: int, warmup: int, anneal: int) -> float:

@@ -122,11 +122,26 @@ def from_official(array: np.ndarray) -> Tensor:
     return tensor.t().contiguous() if tensor.ndim == 2 else tensor
 
 
-def load_arrays(
-    model: DreamerV3, arrays: Mapping[str, np.ndarray], keys: Mapping[str, str] | None = None
-) -> None:
+def arguments_of(
+    arrays: Mapping[str, np.ndarray], obs_shape: Any, action_dim: Any, overrides: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Return whether actions are discrete, and what the arrays say of a preset's options."""
+    spaces, _ = match_spaces(arrays, obs_shape, action_dim)
+    sizes = sizes_of(arrays, stoch=overrides.get("stoch"))
+    return spaces["discrete"], {**sizes, **overrides, "obs_classes": spaces["obs_classes"]}
+
+
+def renamed(model: DreamerV3, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Return official arrays under the names of our model; unknown ones keep theirs."""
+    _, keys = match_spaces(arrays, model.obs_shape, model.action_dim)
+    ours = {theirs: name for name, theirs in official_names(model, keys).items()}
+    return {ours.get(name, name): from_official(array) for name, array in arrays.items()}
+
+
+def load_arrays(model: DreamerV3, arrays: Mapping[str, np.ndarray]) -> None:
     """Copy official arrays into the model; a missing or misshapen one raises ValueError."""
     state = model.state_dict()
+    _, keys = match_spaces(arrays, model.obs_shape, model.action_dim)
     for name, official in official_names(model, keys).items():
         if official.startswith("slowval/") and official not in arrays:
             official = official.replace("slowval/", "val/", 1)

@@ -1,0 +1,496 @@
+"""What a TD-MPC2 may have beside its core: an end to foresee, choices, a decoder, tasks, pixels."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from worldloom import check_world_model, create_world_model
+from worldloom.check.data import RandomData
+from worldloom.models.tdmpc2 import draws
+from worldloom.models.tdmpc2.networks import random_shift
+from worldloom.protocol import LatentState
+from worldloom.training.optimizers import Adam
+
+SMALL = dict(enc_dim=16, mlp_dim=16, latent_dim=16, num_channels=1, num_q=3, dropout=0.1)
+SMALL |= dict(num_samples=16, num_elites=4, num_pi_trajs=3)
+B, T = 3, 4
+
+
+def create(*spaces, **options):
+    torch.manual_seed(0)
+    return create_world_model("tdmpc2:1m", *(spaces or ((4,), 2)), **(SMALL | options))
+
+
+def build(*spaces, **options):
+    """A small model of random weights: reward and Q-functions would begin at zero."""
+    model = create(*spaces, **options)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return model
+
+
+def batch_for(model, seed=1, rows=B, length=T):
+    """Rows of one episode each, without a border."""
+    torch.manual_seed(seed)
+    batch = RandomData.for_model(model, None, None, None, rows, length).batch()
+    for key in ("is_first", "is_last", "is_terminal"):
+        batch[key] = torch.zeros(rows, length, dtype=torch.bool)
+    return batch
+
+
+def losses_of(model, batch, seed=2):
+    """The losses and statistics, and the gradients of those parameters that have one."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    losses = model.compute_loss(batch)
+    losses["loss"].backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: value.detach() for name, value in losses.items()}, grads
+
+
+def assert_same(left, right, but=()):
+    """The same numbers, bit for bit, but for names that begin with one of `but`."""
+
+    def rest(numbers):
+        return {name: x for name, x in numbers.items() if not name.startswith(tuple(but))}
+
+    assert set(rest(left)) == set(rest(right))
+    torch.testing.assert_close(rest(left), rest(right), rtol=0, atol=0)
+
+
+# ---- episodic: foreseeing terminations -----------------------------------------------------------
+
+HEAD = ("termination", "terminates")
+
+
+def linear(inputs, outputs, normed=True):
+    return inputs * outputs + outputs + 2 * outputs * normed
+
+
+def test_the_head_adds_its_own_parameters_and_none_else():
+    def count(model):
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    hidden, last = linear(18, 16) + linear(16, 16), linear(16, 101, False)
+    core = linear(4, 16) + linear(16, 16)  # encoder
+    core += hidden + linear(16, 16)  # dynamics
+    core += 4 * (hidden + last)  # reward and three Q-functions
+    core += 2 * linear(16, 16) + linear(16, 4, False)  # policy
+    plain = create()
+    assert count(plain) == core
+    assert plain.termination is None and "terminates" not in plain.state_dict()
+    for episodic in (True, "auto"):
+        assert count(create(episodic=episodic)) == core + 2 * linear(16, 16) + 17
+    assert count(create(episodic=False)) == core
+
+
+def three_of_the_same(**options):
+    """Models that never, from the first termination on, and always foresee them."""
+    always = build(episodic=True, **options)
+    never, auto = build(**options), build(episodic="auto", **options)
+    weights = {k: v for k, v in always.state_dict().items() if k != "terminates"}
+    assert auto.load_state_dict(weights, strict=False).missing_keys == ["terminates"]
+    assert not never.load_state_dict(weights, strict=False).missing_keys
+    return never, auto, always
+
+
+def test_auto_is_none_until_a_termination_was_seen_and_true_from_then_on():
+    never, auto, always = three_of_the_same()
+    for seed in (1, 2):
+        batch = batch_for(auto, seed)
+        (losses, grads), plain, _ = (losses_of(m, batch) for m in (auto, never, always))
+        assert losses["termination_loss"] == 0
+        assert not any(g.any() for name, g in grads.items() if name.startswith(HEAD))
+        for mine, other in zip((losses, grads), plain, strict=True):
+            assert_same(mine, other, HEAD)
+    batch["is_terminal"][1, 2] = batch["is_last"][1, 2] = True
+    auto.eval().compute_loss(batch)
+    assert not auto.terminates
+    auto.train()
+    for now in (batch, batch_for(auto, 3)):
+        (losses, grads), wanted = losses_of(auto, now), losses_of(always, now)
+        assert losses["termination_loss"] > 0 and auto.terminates
+        for mine, other in zip((losses, grads), wanted, strict=True):
+            assert_same(mine, other)
+
+
+def test_that_a_termination_was_seen_is_saved(tmp_path):
+    model = build(episodic="auto")
+    for seen in (False, True):
+        batch = batch_for(model)
+        batch["is_terminal"][0, -1] = seen
+        model.compute_loss(batch)
+        model.save_pretrained(tmp_path)
+        again = create_world_model(tmp_path)
+        assert again.config["episodic"] == "auto"
+        assert_same(again.state_dict(), model.state_dict())
+        assert bool(again.terminates) is seen
+
+
+def test_before_a_termination_was_seen_the_head_is_not_listened_to():
+    never, auto, always = three_of_the_same()
+    for model in (auto, always):
+        with torch.no_grad():
+            model.termination.layers[-1].weight.zero_()
+            model.termination.layers[-1].bias.fill_(math.log(3))  # three quarters: terminal
+    obs, actions = torch.randn(B, 4), torch.rand(T, B, 2)
+
+    def acting(model):
+        torch.manual_seed(3)
+        state = model.encode(obs)
+        action, after = model.policy(state)
+        trajectory = model.imagine(state, actions)
+        return action, after.extras["plan"], model.decode(state)["continue"], trajectory.continues
+
+    def assert_all_same(left, right):
+        for mine, other in zip(acting(left), acting(right), strict=True):
+            assert torch.equal(mine, other)
+
+    assert_all_same(auto, never)
+    assert (acting(auto)[2] == 1).all() and (acting(auto)[3] == 1).all()
+    auto.terminates.fill_(True)
+    assert_all_same(auto, always)
+    torch.testing.assert_close(acting(auto)[2], torch.full((B, 1), 0.25))
+    torch.testing.assert_close(acting(auto)[3], torch.full((T, B, 1), 0.25))
+    assert not torch.equal(acting(auto)[0], acting(never)[0])
+
+
+def test_terminations_without_a_head_are_warned_of_once():
+    model = build()
+    batch = batch_for(model)
+    model.compute_loss(batch)
+    batch["is_terminal"][0, -1] = True
+    with pytest.warns(
+        UserWarning, match="no head to foresee them in planning; create it with"
+    ) as w:
+        model.compute_loss(batch)
+    assert len(w) == 1 and w[0].filename == __file__
+    model.compute_loss(batch)  # another warning would be an error
+
+
+# ---- discrete actions ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def same_heads(monkeypatch):
+    monkeypatch.setattr(draws, "two_heads", lambda count, device: torch.tensor([0, 2]))
+
+
+def test_the_value_of_a_choice_is_its_expectation(same_heads):
+    model = build((4,), 3, True).eval()
+    z = model.encode(torch.randn(2 * B, 4)).deterministic.unflatten(0, (2, B))
+    choice = model.prior(z, None)
+    probs = model.actor(z).softmax(-1)
+    expected = torch.zeros(2, B)
+    for index in range(3):
+        action = torch.eye(3)[index].expand(2, B, 3)
+        expected = expected + probs[..., index] * model.value(z, action, None).mean(0)
+    found = model.policy_value(z, choice, None)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_policy_s_gradient_is_that_of_an_expectation(same_heads):
+    model = build((4,), 3, True, entropy_coef=0.2).double().eval()
+    model.scale.value.fill_(2.5)
+    batch = batch_for(model)
+    data = model.transitions(batch)
+    z = torch.randn(T, B, 16, dtype=torch.float64).softmax(-1)
+    loss, _ = model.policy_terms(z, data)
+    (found,) = torch.autograd.grad(loss, model.actor.layers[-1].bias)
+    with torch.no_grad():
+        p = model.actor(z).softmax(-1)
+        every = [torch.eye(3, dtype=p.dtype)[i].expand(T, B, 3) for i in range(3)]
+        q = torch.stack([model.value(z, action, None).mean(0) for action in every], -1)
+        entropy = -(p * p.log()).sum(-1, keepdim=True)
+        # d(p·q)/d logit_j = p_j (q_j - p·q), and of the entropy -p_j (log p_j + entropy).
+        slope = p * (q - (p * q).sum(-1, keepdim=True)) / 2.5 - 0.2 * p * (p.log() + entropy)
+        expected = -(0.5 ** torch.arange(T)[:, None, None] * slope).mean(1).mean(0)
+    torch.testing.assert_close(found, expected)
+    value = (0.2 * entropy.squeeze(-1) + (p * q).sum(-1) / 2.5).mean(1)
+    torch.testing.assert_close(loss, -(0.5 ** torch.arange(T) * value).mean())
+
+
+def test_the_prior_learns_which_choice_is_better():
+    """Each of eight latents has its own better choice, by Q-functions that stay as they are."""
+    model = build((4,), 2, True, num_q=2, dropout=0.0)
+    data = model.transitions(batch_for(model, rows=8, length=2))
+    z = torch.eye(8).repeat(2, 1, 2)
+    with torch.no_grad():
+        model.critic.layers[-1].weight *= 3
+        each = [model.value(z, torch.eye(2)[i].expand(2, 8, 2), None).mean(0) for i in range(2)]
+    better = torch.stack(each, -1).argmax(-1)
+    assert better[0].sum() == 4  # no single choice suits all
+    optimizer = Adam(model.actor.parameters(), lr=0.03)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.policy_terms(z, data)[0].backward()
+        optimizer.step()
+    assert torch.equal(model.prior(z, None).mode, torch.eye(2)[better])
+
+
+@pytest.mark.parametrize(
+    ("spaces", "options"),
+    [
+        (((4,), (3, 4), True), {}),
+        (((4,), {"arm": 2, "leg": 1}), {}),
+        (((4,), {"arm": 2, "leg": 3}, {"arm": False, "leg": True}), {}),
+        (((4,), 3, True), dict(action_dims=[3, 2], task_dim=4)),
+    ],
+)
+def test_actions_that_it_cannot_take_are_refused(spaces, options):
+    with pytest.raises(ValueError, match=r"TD-MPC2 cannot act with .* Take dreamerv3"):
+        create(*spaces, **options)
+
+
+# ---- decoder -------------------------------------------------------------------------------------
+
+DECODER = ("decoder", "reconstruction")
+BOTH = {"camera": (3, 64, 64), "speed": (3,)}
+
+
+@pytest.mark.parametrize("shape", [(4,), BOTH], ids=["vector", "dict"])
+def test_a_decoder_changes_no_other_number(shape):
+    plain, decoding = create(shape, 2), create(shape, 2, decoder=True)
+    assert_same(decoding.state_dict(), plain.state_dict(), DECODER)
+    batch = batch_for(plain)
+    adams = [Adam(m.parameter_groups(), lr=1e-2, clip=20) for m in (plain, decoding)]
+    for step in range(3):
+        (losses, grads), wanted = losses_of(decoding, batch, step), losses_of(plain, batch, step)
+        total = losses.pop("loss")
+        torch.testing.assert_close(total, wanted[0].pop("loss") + losses["reconstruction_loss"])
+        assert_same(losses, wanted[0], DECODER)
+        assert_same(grads, wanted[1], DECODER)
+        for model, adam in zip((plain, decoding), adams, strict=True):
+            adam.step()
+            model.after_update()
+        assert_same(decoding.state_dict(), plain.state_dict(), DECODER)
+    moved = zip(create(shape, 2).parameters(), plain.parameters(), strict=True)
+    assert not any(torch.equal(p, q) for p, q in moved)
+
+
+def test_decoded_observations_are_in_their_own_units():
+    model = build(BOTH, 2, decoder=True)
+    picture, vector = model.decoder.heads
+    state = model.encode(RandomData.for_model(model, None, None, None, B, T).obs(B))
+    with torch.no_grad():
+        for layer in (picture[-1], vector.layers[-1]):
+            layer.weight.zero_()
+        vector.layers[-1].bias.copy_(torch.tensor([0.0, 3.0, -3.0]))
+        picture[-1].bias.copy_(torch.tensor([0.5, 7.0, -7.0]))
+    obs = model.decode(state)["obs"]
+    # symexp of what the head says, and grey levels cut to what there is.
+    torch.testing.assert_close(obs["speed"], torch.tensor([[0, math.expm1(3), -math.expm1(3)]] * B))
+    assert obs["camera"].shape == (B, 3, 64, 64) and obs["camera"].dtype == torch.float32
+    assert obs["camera"].amax((0, 2, 3)).tolist() == [127.5, 255, 0]
+    assert obs["camera"].amin((0, 2, 3)).tolist() == [127.5, 255, 0]
+    assert "obs" not in build().decode(build().encode(torch.zeros(B, 4)))
+
+
+def test_the_decoder_learns_to_show_what_was_seen():
+    """A black and a white image, and vectors, by the losses that users have."""
+    model = create({"camera": (1, 64, 64), "speed": (3,)}, 2, decoder=True)
+    batch = batch_for(model, rows=2, length=2)
+    images = torch.tensor([[0, 255], [255, 0]]).byte()[..., None, None, None]
+    batch["obs"]["camera"] = images.expand(2, 2, 1, 64, 64)
+    first = {key: value[:, 0] for key, value in batch["obs"].items()}
+    adam = Adam(model.parameter_groups(), lr=1e-2, clip=20)
+    for _ in range(50):
+        adam.zero_grad()
+        model.compute_loss(batch)["loss"].backward()
+        adam.step()
+        model.after_update()
+    seen = model.decode(model.encode(first))["obs"]
+    for key, value in first.items():
+        # Less than a third of what the best constant would leave: the observations are told apart.
+        best = (value.float() - value.float().mean(0)).square().mean()
+        assert (seen[key] - value).square().mean() < best / 3
+
+
+# ---- pixels --------------------------------------------------------------------------------------
+
+SHIFTS = torch.tensor([[0, 0], [6, 6], [3, 3], [0, 6], [5, 1], [2, 4]])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.float64])
+def test_shifts_are_crops_of_what_bilinear_sampling_gives(dtype):
+    torch.manual_seed(0)
+    images = torch.randint(256, (len(SHIFTS), 2, 10, 10)).to(dtype)
+    found = random_shift(images, SHIFTS)
+    assert found.dtype == dtype
+    padded = F.pad(images.double(), (3, 3, 3, 3), mode="replicate")
+    for image, whole, (x, y) in zip(found, padded, SHIFTS.tolist(), strict=True):
+        assert torch.equal(image.double(), whole[:, y : y + 10, x : x + 10])
+    # As the official code has it: centres of the first ten pixels, moved by the shift.
+    at = torch.linspace(-1 + 1 / 16, 1 - 1 / 16, 16, dtype=torch.float64)[:10]
+    grid = torch.stack(torch.meshgrid(at, at, indexing="xy"), -1)
+    grid = grid + SHIFTS[:, None, None] * 2 / 16
+    sampled = F.grid_sample(padded, grid, align_corners=False)
+    # Positions of up to 16 pixels in double precision, times 255 grey levels.
+    torch.testing.assert_close(found.double(), sampled, rtol=0, atol=1e-11)
+
+
+def test_every_step_is_shifted_anew_in_acting_too(monkeypatch):
+    model, drawn = build((3, 64, 64), 2).eval(), []
+    draw = draws.image_shifts
+
+    def noted(images, most, device):
+        drawn.append((images, most))
+        return draw(images, most, device)
+
+    monkeypatch.setattr(draws, "image_shifts", noted)
+    batch = batch_for(model)
+    model.compute_loss(batch)
+    state = model.encode(batch["obs"][:, 0])
+    model.observe(state, batch["actions"][:, 0], batch["obs"][:, 1])
+    assert drawn == [(B, 6)] * (T + 2)
+    again = model.encode(batch["obs"][:, 0])
+    assert not torch.equal(again.deterministic, state.deterministic)
+
+
+def test_the_order_of_declaration_does_not_matter():
+    one, other = create(BOTH, 2), create(dict(reversed(BOTH.items())), 2)
+    assert_same(one.state_dict(), other.state_dict())
+    batch = batch_for(one)
+    swapped = {**batch, "obs": dict(reversed(batch["obs"].items()))}
+    for mine, theirs in zip(losses_of(one, batch), losses_of(other, swapped), strict=True):
+        assert_same(mine, theirs)
+
+
+def test_several_observations_add_up_before_simnorm(monkeypatch):
+    monkeypatch.setattr(draws, "image_shifts", lambda n, most, device: torch.full((n, 2), 3))
+    model = build(BOTH, 2)
+    obs = RandomData.for_model(model, None, None, None, B, T).obs(B)
+    x = obs["camera"].float() / 255 - 0.5  # a shift by three is none
+    for conv, stride in zip(model.encoder.image.convs, (2, 2, 2, 1), strict=True):
+        x = F.conv2d(x.relu() if conv.weight.shape[-1] < 7 else x, conv.weight, conv.bias, stride)
+    logits = (x.flatten(1) + model.encoder.vector(obs["speed"])).reshape(B, 2, 8)
+    torch.testing.assert_close(model.encode(obs).features, logits.softmax(-1).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "options", "message"),
+    [
+        ((3, 32, 32), {}, r"images of 64x64 pixels, but 'obs' has shape \(3, 32, 32\); resize it"),
+        ((3, 64, 64), {"num_channels": 2}, "num_channels=2 makes 32 features .* latent_dim is 16"),
+        ((4,), {"latent_dim": 20}, "latent_dim is 20; expected a multiple of simnorm_dim = 8"),
+        ((4,), {"num_q": 1}, "num_q is 1; expected at least 2"),
+        ((4,), {"episodic": "yes"}, "episodic is yes; expected true, false, auto or null"),
+    ],
+)
+def test_sizes_that_do_not_fit(shape, options, message):
+    with pytest.raises(ValueError, match=message):
+        create(shape, 2, **options)
+
+
+# ---- several tasks -------------------------------------------------------------------------------
+
+TASKS = dict(action_dims=[3, 1, 2], task_dim=4)
+NAMED = {"obs": (4,), "task": (3,)}
+IDS = torch.tensor([2, 0, 1])
+
+
+def test_all_ways_to_name_the_tasks_agree():
+    bare, named = build((4,), 3, **TASKS), build(NAMED, 3, **TASKS)
+    batch = batch_for(bare)
+    steps = IDS[:, None].expand(B, T)
+    one_hot = F.one_hot(steps, 3).float()
+    wanted = losses_of(bare, {**batch, "task": IDS})
+    other = losses_of(bare, {**batch, "task": IDS.flip(0)})
+    assert wanted[0]["loss"] != other[0]["loss"]
+    found = [losses_of(bare, {**batch, "task": steps})]
+    found += [
+        losses_of(named, {**batch, "obs": {"obs": batch["obs"], "task": task}})
+        for task in (steps, one_hot)
+    ]
+    found += [losses_of(named, {**batch, "obs": {"obs": batch["obs"]}, "task": IDS})]
+    for each in found:
+        for mine, theirs in zip(wanted, each, strict=True):
+            assert_same(mine, theirs)
+
+    obs = batch["obs"][:, 0]
+    state = bare.encode(obs, task=IDS)
+    assert torch.equal(state.extras["task"], IDS)
+    for again in (
+        bare.encode(obs, task=one_hot[:, 0]),
+        named.encode({"obs": obs, "task": IDS}),
+        named.encode({"obs": obs, "task": one_hot[:, 0]}),
+        named.encode({"obs": obs}, task=IDS),
+    ):
+        assert torch.equal(again.features, state.features)
+        assert torch.equal(again.extras["task"], IDS)
+    assert torch.equal(bare.encode(obs, 2).extras["task"], torch.full((B,), 2))
+
+
+def test_the_task_stays_in_the_state():
+    model = build((4,), 3, **TASKS)
+    obs, action = torch.randn(2, B, 4), torch.rand(B, 3)
+    state = model.encode(obs[0], IDS)
+    seen = model.observe(state, action, obs[1])
+    assert torch.equal(seen.features, model.encode(obs[1], IDS).features)
+    for later in (seen, model.predict(state, action), model.policy(seen)[1]):
+        assert torch.equal(later.extras["task"], IDS)
+    trajectory = model.imagine(state, torch.rand(T, B, 3))
+    assert torch.equal(trajectory.states[-1].extras["task"], IDS)
+    mixed = LatentState.where(torch.tensor([True, False, False]), model.encode(obs[1], 1), seen)
+    assert mixed.extras["task"].tolist() == [1, 0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:a batch holds terminations")
+def test_tasks_among_the_observations_keep_the_protocol():
+    check_world_model(build(NAMED, 3, decoder=True, **TASKS))
+
+
+def test_each_task_has_the_discount_of_its_episodes():
+    model = build((4,), 3, **TASKS, episode_lengths=[50, 500, None])
+    model.value = lambda z, action, task, target: torch.full((2, 2, B), 10.0)
+    # 1 - 5 / 50 is below the least, 1 - 5 / 500 between both, and without an end it is the most.
+    target = model.td_target(torch.rand(2, B, 16), torch.ones(2, B), torch.zeros(2, B), IDS)
+    torch.testing.assert_close(target, torch.tensor([[10.95, 10.5, 10.9]] * 2))
+
+
+def test_long_embeddings_are_cut_where_they_are_used():
+    model = build((4,), 3, **TASKS)
+    rows = torch.tensor([[3.0, 0, 4, 0], [0, 2, 0, 0], [0.5, 0, 0, 0]])
+    with torch.no_grad():
+        model.tasks.embedding.weight.copy_(rows)
+    model.encode(torch.randn(B, 4), torch.tensor([0, 2, 0]))
+    cut = torch.stack([rows[0] / (5 + 1e-7), rows[1], rows[2]])
+    torch.testing.assert_close(model.tasks.embedding.weight.detach(), cut)
+    assert torch.equal(model.tasks.embedding.weight[1:], rows[1:])
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (None, r"no task was named, but the model knows 3; pass task ids \[B\] from 0 to 2"),
+        (torch.tensor([0, 1]), r"the task ids have shape \(2,\); expected \[3\]"),
+        (torch.tensor([0, 1, 3]), r"the task ids are \[0, 1, 3\]; expected them from 0 to 2"),
+        (torch.tensor([0, -1, 1]), r"the task ids are \[0, -1, 1\]; expected them from 0 to 2"),
+        pytest.param(torch.eye(3)[:, :2], "shape", marks=pytest.mark.xfail(strict=True)),
+    ],
+)
+def test_tasks_that_do_not_exist_are_refused(task, message):
+    model = build((4,), 3, **TASKS)
+    with pytest.raises(ValueError, match=message):
+        model.encode(torch.zeros(B, 4), task)
+    batch = batch_for(model)
+    with pytest.raises(ValueError, match=message):
+        model.compute_loss(batch if task is None else {**batch, "task": task})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(action_dims=[3, 4]), r"action_dims is \[3, 4\], but action_dim is 3; .* from 1 to 3"),
+        (dict(action_dims=[0, 3]), r"action_dims is \[0, 3\], but action_dim is 3"),
+        (dict(task_dim=0), "task_dim is 0; expected at least 1 for 3 tasks"),
+        (dict(episode_lengths=[9, 9]), "episode_lengths has 2 entries and action_dims 3"),
+        (dict(episode_lengths=[9, 9, 0]), "episode_length is 0; expected at least 1"),
+    ],
+)
+def test_tasks_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        create((4,), 3, **(TASKS | options))

@@ -1,0 +1,92 @@
+"""Real runs of the command with TD-MPC2, small ones."""
+
+import re
+
+import pytest
+import torch
+
+from tests.test_run import curve, metrics, python, without_clocks
+from worldloom import create_world_model
+
+TINY = [
+    *("~experiment", "model=tdmpc2_1m", "threads=1", "name=td"),
+    *("model.enc_dim=8", "model.mlp_dim=8", "model.latent_dim=16", "model.num_bins=11"),
+    *("model.num_samples=12", "model.num_elites=3", "model.num_pi_trajs=3", "model.iterations=2"),
+    *("training.batch_size=8", "training.prefill=60", "training.random_steps=60"),
+    *("training.seed_episodes=0", "training.total_steps=100", "training.log_every=10"),
+    *("evaluation.episodes=2", "evaluation.every=50", "evaluation.episodes_during=2"),
+    *("callbacks.open_loop.every=20", "env.time_limit=30"),
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run on CartPole, which is discrete and terminates: (its folder, what it printed)."""
+    cwd = tmp_path_factory.mktemp("elsewhere")
+    done = python("run", *TINY, cwd=cwd)
+    (folder,) = (cwd / "runs" / "td").iterdir()
+    return folder, done
+
+
+def test_one_update_follows_each_decision_and_each_of_the_prefill(finished):
+    folder, _ = finished
+    (step, updates) = curve(folder, "train/updates")[-1]
+    assert step >= 100 and updates == step
+
+
+def test_metrics_have_the_names_of_the_family(finished):
+    folder, _ = finished
+    names = {name for row in metrics(folder) for name, value in row.items() if value}
+    losses = ("consistency", "reward", "value", "termination", "policy")
+    assert {f"train/{name}_loss" for name in losses} <= names
+    assert {"train/loss", "train/policy_entropy", "train/policy_scale", "eval/return"} <= names
+    assert not any("reconstruction" in name for name in names)
+
+
+def test_terminations_switched_the_head_on(finished):
+    folder, _ = finished
+    model = create_world_model(folder)
+    assert model.config["episodic"] == "auto" and bool(model.terminates)
+    assert model.discounts == (0.95,)  # from 30 decisions: 5 / 6 is below the least
+
+
+def test_the_saved_model_plans(finished):
+    folder, _ = finished
+    model = create_world_model(folder).eval()
+    action, state = model.policy(model.encode(torch.zeros(3, 4)), deterministic=True)
+    assert action.sum(-1).tolist() == [1, 1, 1] and state.extras["plan"].shape == (3, 3, 2)
+
+
+def test_the_same_seed_gives_the_same_metrics(finished, tmp_path):
+    folder, _ = finished
+    python("run", *TINY, "hydra.run.dir=again", cwd=tmp_path)
+    assert without_clocks(tmp_path / "again") == without_clocks(folder)
+
+
+def test_scoring_a_run_gives_its_final_score(finished, tmp_path):
+    folder, done = finished
+    final = re.search(r"final return (\S+) ± (\S+) \(2 episodes\)", done.stdout)
+    scored = python("eval", f"checkpoint={folder}", "episodes=2", "num_envs=10", cwd=tmp_path)
+    assert f"return {float(final[1]):.1f}"[:-1] in scored.stdout
+
+
+def test_a_run_begins_with_what_another_has_learned(finished, tmp_path):
+    """Here to continuous actions and another observation: what does not fit is said."""
+    folder, _ = finished
+    done = python(
+        *("run", *TINY, "env.id=Pendulum-v1", f"init_from={folder}", "hydra.run.dir=new"),
+        cwd=tmp_path,
+    )
+    lines = done.stdout.splitlines()
+    (head,) = [line for line in lines if "tensors taken over" in line]
+    taken, total = map(int, re.fullmatch(r"(\d+) of (\d+) tensors taken over:", head).groups())
+    assert 0 < taken < total
+    first = "skipped encoder.vector.layers.0.linear.weight: (8, 4) in the file, (8, 3) in the model"
+    assert any(first in line for line in lines)
+    assert create_world_model(tmp_path / "new").obs_shape == (3,)
+
+
+def test_a_decoder_lets_one_look_at_the_imagination(tmp_path):
+    done = python("run", *TINY, "model.decoder=true", "hydra.run.dir=run", cwd=tmp_path)
+    names = {name for row in metrics(tmp_path / "run") for name, value in row.items() if value}
+    assert "train/reconstruction_loss" in names and "final return" in done.stdout

@@ -1,0 +1,101 @@
+"""What TD-MPC2 learns from: transitions cut out of a batch, and the losses over them.
+
+Axes: B rows, H transitions, time first: [H, B, ...].
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from worldloom.models.spaces import ActSpaces
+from worldloom.protocol import Batch
+
+
+@dataclass
+class Transitions:
+    """A batch as the model reads it: actions[t] at obs[t] earned rewards[t] and led to obs[t + 1].
+
+    obs: {key: [H + 1, B, *shape]}; actions: [H, B, A]; rewards, terminated: [H, B] float.
+    alive: [H, B] float, 0 from the first transition on that would leave the row's episode.
+    task: [B] int64, or None for a single task.
+    """
+
+    obs: dict[str, Tensor]
+    actions: Tensor
+    rewards: Tensor
+    terminated: Tensor
+    alive: Tensor
+    task: Tensor | None
+
+    @classmethod
+    def from_batch(
+        cls,
+        batch: Batch,
+        obs: dict[str, Tensor],
+        spaces: ActSpaces,
+        task: Tensor | None,
+        dtype: torch.dtype,
+    ) -> "Transitions":
+        """Check a batch [B, T, ...] and take its T - 1 transitions; a truncation ends nothing."""
+        needed = ("obs", "actions", "rewards", "is_first", "is_last", "is_terminal")
+        if missing := [key for key in needed if key not in batch]:
+            raise ValueError(
+                f"the batch lacks {missing}; compute_loss needs {list(needed)} as "
+                "ReplayBuffer.sample returns them"
+            )
+        spaces.check(batch["actions"], ("B", "T"))
+        shape = tuple(batch["actions"].shape[:2])
+        for key in needed[2:]:
+            value: Tensor = batch[key]  # type: ignore[literal-required]
+            if tuple(value.shape) != shape:
+                raise ValueError(f"batch[{key!r}] has shape {tuple(value.shape)}; expected {shape}")
+            if key != "rewards" and value.dtype != torch.bool:
+                raise ValueError(f"batch[{key!r}] has dtype {value.dtype}; expected torch.bool")
+        for key, value in obs.items():
+            if tuple(value.shape[:2]) != shape:
+                raise ValueError(
+                    f"obs {key!r} starts with {tuple(value.shape[:2])}; expected [B, T] = {shape}"
+                )
+        if shape[1] < 2:
+            raise ValueError(f"sequences have {shape[1]} rows; a transition needs at least 2")
+        leaves = batch["is_last"][:, :-1] | batch["is_first"][:, 1:]
+        return cls(
+            {key: value.transpose(0, 1) for key, value in obs.items()},
+            batch["actions"][:, :-1].transpose(0, 1).to(dtype),
+            batch["rewards"][:, 1:].t().to(dtype),
+            batch["is_terminal"][:, 1:].t().to(dtype),
+            (~leaves).cumprod(1).t().to(dtype),
+            task,
+        )
+
+
+def mean_over(x: Tensor, alive: Tensor) -> Tensor:
+    """Return the means [T] of x [T, B] over the rows that are alive [T, B]; 0 where none is."""
+    return (x * alive).sum(1) / alive.sum(1).clamp(min=1)
+
+
+def discounted_mean(per_step: Tensor, rho: float) -> Tensor:
+    """Return the mean of per_step [T] weighted by rho^t."""
+    powers = rho ** torch.arange(len(per_step), dtype=per_step.dtype, device=per_step.device)
+    return (per_step * powers).mean()
+
+
+def termination_loss(logits: Tensor, terminated: Tensor, alive: Tensor) -> Tensor:
+    """Return the mean binary cross entropy of logits [H, B], without the weights rho^t."""
+    each = F.binary_cross_entropy_with_logits(logits, terminated, reduction="none")
+    return (each * alive).sum() / alive.sum().clamp(min=1)
+
+
+def termination_stats(prob: Tensor, terminated: Tensor, alive: Tensor) -> dict[str, Tensor]:
+    """Return how many rows [B] are terminal, and the F1 score of their prediction at 0.5."""
+    said, true = (prob > 0.5) * alive, terminated * alive
+    hits = (said * true).sum()
+    recall = hits / (true.sum() + 1e-9)
+    precision = hits / (said.sum() + 1e-9)
+    f1 = 2 * (precision * recall) / (recall + precision + 1e-9)
+    return {
+        "termination_rate": true.sum() / alive.sum().clamp(min=1),
+        "termination_f1": f1,
+    }

@@ -1,0 +1,112 @@
+"""The policy prior: a squashed normal, or for discrete actions a categorical.
+
+Axes: A = width of an action; `*batch` any leading axes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from worldloom.models.tdmpc2.networks import MLP
+from worldloom.nn import distributions
+from worldloom.nn.distributions import one_hot
+
+# log(2 pi) / 2 as the official code has it, which rounds it to single precision.
+HALF_LOG_TAU = 0.9189385175704956
+
+
+@dataclass
+class Choice:
+    """What the prior chose, and what its loss needs.
+
+    action: [*batch, A], sampled; with gradient for continuous actions.
+    mode: [*batch, A], the squashed mean, or the likeliest choice.
+    entropy: [*batch], of the sample (minus its log-probability), or of the categorical.
+    scaled_entropy: [*batch], the bonus of the policy loss.
+    log_std: [*batch, A] of the normal before squashing; None for discrete actions.
+    probs: [*batch, A] of discrete actions; None for continuous ones.
+    """
+
+    action: Tensor
+    mode: Tensor
+    entropy: Tensor
+    scaled_entropy: Tensor
+    log_std: Tensor | None = None
+    probs: Tensor | None = None
+
+
+class SquashedNormal(MLP):
+    """Continuous actions in [-1, 1]: tanh of a normal (Hansen et al. 2024, section 3.1)."""
+
+    def __init__(
+        self, inputs: int, units: int, action_dim: int, log_std_min: float, log_std_max: float
+    ) -> None:
+        super().__init__(inputs, 2 * [units], 2 * action_dim)
+        self.log_std_min, self.log_std_max = log_std_min, log_std_max
+
+    def choose(self, x: Tensor, mask: Tensor | None = None) -> Choice:
+        """Sample for x [*batch, inputs]; mask [*batch, A] is 1 for the dimensions a task has."""
+        mean, raw = self(x).chunk(2, -1)
+        log_std = self.bounded(raw)
+        eps = distributions.standard_normal(mean)
+        if mask is not None:
+            mean, log_std, eps = mean * mask, log_std * mask, eps * mask
+        return squash(mean, log_std, eps, mean.shape[-1] if mask is None else mask.sum(-1))
+
+    def bounded(self, raw: Tensor) -> Tensor:
+        """Map raw numbers to log deviations between the bounds."""
+        spread = self.log_std_max - self.log_std_min
+        return self.log_std_min + 0.5 * spread * (torch.tanh(raw) + 1)
+
+
+def squash(mean: Tensor, log_std: Tensor, eps: Tensor, dims: Tensor | int) -> Choice:
+    """Squash mean + eps * exp(log_std), all [*batch, A]; `dims` counts the real dimensions.
+
+    The log-probability has the correction for tanh, the entropy bonus of the official code has not:
+    it is -dims times the log-probability of the normal, but for a guard against division by zero.
+    """
+    gaussian = (-0.5 * eps.square() - log_std - HALF_LOG_TAU).sum(-1)
+    action = torch.tanh(mean + eps * log_std.exp())
+    log_prob = gaussian - torch.log((1 - action.square()).relu() + 1e-6).sum(-1)
+    scaled = -log_prob * (gaussian * dims / (log_prob + 1e-8))
+    return Choice(action, torch.tanh(mean), -log_prob, scaled, log_std)
+
+
+class Categorical(MLP):
+    """Discrete actions, one-hot. Not part of the official model: see `TDMPC2`."""
+
+    def __init__(self, inputs: int, units: int, action_dim: int) -> None:
+        super().__init__(inputs, 2 * [units], action_dim)
+
+    def choose(self, x: Tensor, mask: Tensor | None = None) -> Choice:
+        """Sample for x [*batch, inputs]; a choice has no mask."""
+        logits = self(x)
+        log_probs = logits.log_softmax(-1)
+        probs = log_probs.exp()
+        classes = logits.shape[-1]
+        index = distributions.sample_classes(probs.detach())
+        entropy = -(probs * log_probs).sum(-1)
+        action = one_hot(index, classes, probs.dtype)
+        mode = one_hot(logits.argmax(-1), classes, probs.dtype)
+        return Choice(action, mode, entropy, entropy, probs=probs)
+
+
+class RunningScale(nn.Module):
+    """The range of values that a running average sees between two percentiles, at least 1.
+
+    value <- value + tau * (max(1, p95 - p5) - value), from 1 on.
+    """
+
+    def __init__(self, tau: float) -> None:
+        super().__init__()
+        self.tau = tau
+        self.register_buffer("value", torch.ones(()))
+        self.value: Tensor
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take in a batch of values [B]."""
+        levels = torch.tensor([0.05, 0.95], dtype=self.value.dtype, device=x.device)
+        low, high = x.detach().to(self.value.dtype).quantile(levels).unbind()
+        self.value.lerp_((high - low).clamp(min=1.0), self.tau)
