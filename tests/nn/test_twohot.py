@@ -3,7 +3,13 @@ import math
 import pytest
 import torch
 
-from worldloom.nn.twohot import symexp_bins, twohot_loss, twohot_mean
+from worldloom.nn.twohot import (
+    symexp_bins,
+    symlog_twohot_loss,
+    symlog_twohot_mean,
+    twohot_loss,
+    twohot_mean,
+)
 
 F64 = torch.float64
 CPU = torch.device("cpu")
@@ -98,3 +104,85 @@ def test_half_precision_is_computed_in_float32():
 def test_one_bin_is_refused():
     with pytest.raises(ValueError, match="count of at least 2, got 1"):
         symexp_bins(1, F64, CPU)
+
+
+# ---- bins that are even in symlog space (TD-MPC2) ------------------------------------------------
+
+RANGES = [(-10.0, 10.0, 101), (-3.0, 5.0, 9), (-1.0, 1.0, 2)]
+EVEN = [-2e4, -7.3, -1.0, -1e-6, 0.0, 0.4, 1.5, 784.77, 2e4]
+
+
+def symexp_by_hand(y):
+    return math.copysign(math.expm1(abs(y)), y)
+
+
+def even_code(target, low, high, bins):
+    """The code by its definition: linear interpolation between the bins around symlog(target)."""
+    y = min(max(math.copysign(math.log1p(abs(target)), target), low), high)
+    centres = torch.linspace(low, high, bins, dtype=F64)
+    return (1 - (y - centres).abs() / ((high - low) / (bins - 1))).clamp(min=0.0)
+
+
+@pytest.mark.parametrize(("low", "high", "bins"), RANGES)
+@pytest.mark.parametrize("target", EVEN)
+def test_even_bins_cross_entropy_and_gradient(target, low, high, bins):
+    torch.manual_seed(0)
+    logits = torch.randn(bins, dtype=F64, requires_grad=True)
+    loss = symlog_twohot_loss(logits, torch.tensor(target, dtype=F64), low, high)
+    (grad,) = torch.autograd.grad(loss, logits)
+    code = even_code(target, low, high, bins)
+    # A position among 101 bins is off by up to 100 roundings, and so is the code.
+    torch.testing.assert_close(loss, -(code * logits.log_softmax(-1)).sum(), rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(grad, logits.softmax(-1).detach() - code, rtol=0.0, atol=1e-13)
+
+
+@pytest.mark.parametrize(("low", "high", "bins"), RANGES)
+@pytest.mark.parametrize("target", EVEN)
+def test_even_bins_code_and_mean_are_inverse_within_the_range(target, low, high, bins):
+    mean = symlog_twohot_mean(even_code(target, low, high, bins).log(), low, high)
+    expected = min(max(target, symexp_by_hand(low)), symexp_by_hand(high))
+    # An error of 1e-14 in symlog space is that much of 1 + |x| outside it.
+    assert mean.item() == pytest.approx(expected, rel=1e-13, abs=1e-13)
+
+
+@pytest.mark.parametrize("index", [0, 1, 50, 73, 99, 100])
+def test_a_certain_bin_means_its_own_number(index):
+    """The mean is taken in symlog space: two bins mean the number halfway between them there."""
+    logits = torch.full((101,), -math.inf, dtype=F64)
+    logits[index] = 0.0
+    mean = symlog_twohot_mean(logits, -10.0, 10.0)
+    assert mean.item() == pytest.approx(symexp_by_hand(-10 + 0.2 * index), rel=1e-13, abs=1e-13)
+    if index < 100:
+        logits[index + 1] = 0.0
+        mean = symlog_twohot_mean(logits, -10.0, 10.0)
+        halfway = symexp_by_hand(-10 + 0.2 * index + 0.1)
+        assert mean.item() == pytest.approx(halfway, rel=1e-13, abs=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize(("target", "end"), [(1e9, -1), (math.inf, -1), (-1e9, 0), (-math.inf, 0)])
+def test_beyond_even_bins_the_end_takes_all(target, end, dtype):
+    torch.manual_seed(0)
+    logits = torch.randn(101, dtype=dtype)
+    loss = symlog_twohot_loss(logits, torch.tensor(target, dtype=dtype), -10.0, 10.0)
+    torch.testing.assert_close(loss, -logits.log_softmax(-1)[end])
+
+
+def test_uniform_even_bins_mean_nothing():
+    # A hundred roundings of terms below 0.1 each.
+    assert symlog_twohot_mean(torch.zeros(101), -10.0, 10.0).abs() < 100 * 0.1 * 6e-8
+
+
+def test_even_bins_keep_shapes_and_half_precision_is_computed_in_float32():
+    target = torch.randn(3, 4, requires_grad=True)
+    logits = torch.randn(3, 4, 101, requires_grad=True)
+    loss = symlog_twohot_loss(logits, target, -10.0, 10.0)
+    loss.sum().backward()
+    assert loss.shape == (3, 4) and target.grad is None and logits.grad.any()
+    half = logits.detach().bfloat16()
+    for function in (
+        lambda x: symlog_twohot_mean(x, -10.0, 10.0),
+        lambda x: symlog_twohot_loss(x, target, -10.0, 10.0),
+    ):
+        assert function(half).dtype == torch.float32
+        assert torch.equal(function(half), function(half.float()))

@@ -20,6 +20,8 @@ class Transitions:
     obs: {key: [H + 1, B, *shape]}; actions: [H, B, A]; rewards, terminated: [H, B] float.
     alive: [H, B] float, 0 from the first transition on that would leave the row's episode.
     task: [B] int64, or None for a single task.
+    acts: [B] float, 0 where the first state is terminal, so that nobody acts in it; None if
+        nobody is.
     """
 
     obs: dict[str, Tensor]
@@ -28,6 +30,13 @@ class Transitions:
     terminated: Tensor
     alive: Tensor
     task: Tensor | None
+    acts: Tensor | None = None
+
+    @property
+    def states_alive(self) -> Tensor:
+        """Which states [H + 1, B] the policy learns in: the first, and where one arrives alive."""
+        first = torch.ones_like(self.alive[0]) if self.acts is None else self.acts
+        return torch.cat([first.unsqueeze(0), self.alive])
 
     @classmethod
     def from_batch(
@@ -68,6 +77,7 @@ class Transitions:
             batch["is_terminal"][:, 1:].t().to(dtype),
             (~leaves).cumprod(1).t().to(dtype),
             task,
+            (~batch["is_terminal"][:, 0]).to(dtype),
         )
 
 

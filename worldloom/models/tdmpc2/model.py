@@ -165,7 +165,7 @@ class TDMPC2(LatentModel):
         if self.decoder is not None:
             obs = {key: value.flatten(0, 1) for key, value in data.obs.items()}
             each = self.decoder.loss(z.flatten(0, 1), obs).unflatten(0, z.shape[:2])
-            terms["reconstruction"] = mean_over(each, _states_alive(data.alive)).mean()
+            terms["reconstruction"] = mean_over(each, data.states_alive).mean()
             total = total + terms["reconstruction"]
         losses = {f"{name}_loss": term.detach() for name, term in terms.items()}
         return {"loss": total, **losses, **{k: v.detach() for k, v in (stats | more).items()}}
@@ -252,9 +252,9 @@ class TDMPC2(LatentModel):
         """
         choice = self.prior(z, data.task)
         q = self.policy_value(z, choice, data.task)
+        alive = data.states_alive
         if self.training:
-            self.scale.update(q[0])
-        alive = _states_alive(data.alive)
+            self.scale.update(q[0].masked_fill(alive[0] == 0, torch.nan))
         gain = self.entropy_coef * choice.scaled_entropy + q / self.scale.value
         loss = discounted_mean(mean_over(-gain, alive), self.rho)
         stats = {
@@ -282,8 +282,3 @@ class TDMPC2(LatentModel):
 
     def _arrive(self, before: LatentState, z: Tensor, reward: Tensor) -> LatentState:
         return LatentState(z, None, z, {**before.extras, "reward": reward.unsqueeze(-1)})
-
-
-def _states_alive(alive: Tensor) -> Tensor:
-    """Return which states [H + 1, B] belong to the episode: the first, and where one arrives."""
-    return torch.cat([torch.ones_like(alive[:1]), alive])

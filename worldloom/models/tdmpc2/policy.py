@@ -106,7 +106,7 @@ class RunningScale(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Take in a batch of values [B]."""
+        """Take in a batch of values [B]; NaN stands for none."""
         levels = torch.tensor([0.05, 0.95], dtype=self.value.dtype, device=x.device)
-        low, high = x.detach().to(self.value.dtype).quantile(levels).unbind()
-        self.value.lerp_((high - low).clamp(min=1.0), self.tau)
+        low, high = x.detach().to(self.value.dtype).nanquantile(levels).unbind()
+        self.value.lerp_((high - low).nan_to_num(1.0).clamp(min=1.0), self.tau)
