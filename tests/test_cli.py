@@ -197,7 +197,7 @@ def test_a_family_brings_how_it_is_trained(command):
                 *(1000, 1000),
                 5,
             )
-            assert training.pretrain and not cfg.data.across_episodes and not cfg.data.online
+            assert training.pretrain and cfg.data.across_episodes and not cfg.data.online
             assert cfg.optimizer._target_ == "worldloom.training.optimizers.Adam"
             assert (cfg.optimizer.lr, cfg.optimizer.clip) == (3e-4, 20.0)
     # What is asked for on the line wins.
