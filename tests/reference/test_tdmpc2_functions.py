@@ -105,6 +105,6 @@ def parts(
 
 def plan_values(model: TDMPC2, z: Tensor, actions: Tensor, task: Tensor | None) -> Tensor:
     """Return the value [N, 1] of one plan [H, N, A] for each of N states."""
-    planner: LatentMPPI = model._planner()
+    planner: LatentMPPI = model.planner()
     extras = {} if task is None else {"task": task.expand(len(z))}
     return planner.returns(LatentState(z, None, z, extras), actions.transpose(0, 1).unsqueeze(1))

@@ -74,7 +74,8 @@ class Report:
         inputs = dict(zip(SIGNATURES[method][0], args, strict=False))
         kept = clone(inputs)
         try:
-            with self.data.seeded():
+            with self.data.seeded(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a model may warn of data that are only random
                 result = getattr(self.model, method)(*args, **options)
         except Exception as error:
             self.first_error = self.first_error or error

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # From here on the ratio rounds to one in double precision, and n does not overflow in single.
 SATURATED = 20.0
@@ -37,11 +38,12 @@ class _Mish(torch.autograd.Function):
         ratio, e, d = _ratio(x)
         y = ratio * x
         # The slope is n / d + x * 4 e (e + 1) / d^2; it costs least while all of this is at hand.
-        slope = e.add(1).mul_(e).mul_(x).mul_(4).div_(d.square_()).add_(ratio)
+        slope = e.add(1).mul_(e).mul_(x.clamp(max=SATURATED)).mul_(4).div_(d.square_()).add_(ratio)
         ctx.save_for_backward(slope)
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (slope,) = ctx.saved_tensors
         return grad * slope

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from worldloom.models.spaces import ActSpaces, ObsSpaces
 from worldloom.models.tdmpc2 import draws
 from worldloom.models.tdmpc2.networks import MLP, Decoder, Encoder, Ensemble
+from worldloom.models.tdmpc2.planner import LatentMPPI
 from worldloom.models.tdmpc2.policy import Categorical, Choice, RunningScale, SquashedNormal
 from worldloom.models.tdmpc2.tasks import Tasks, discount_from, tensor_of
 from worldloom.nn.simnorm import simnorm
@@ -74,6 +75,7 @@ class LatentModel(nn.Module):
         self.config = {"model": "tdmpc2", **copy.deepcopy(arguments)}
         self.obs_shape, self.action_dim, self.discrete = obs_shape, action_dim, discrete
         self.act_spaces = _act_spaces(action_dim, discrete, bool(action_dims))
+        self.chooses = any(space.classes for space in self.act_spaces.values())
         self.obs_spaces = ObsSpaces(_without_task(obs_shape) if action_dims else obs_shape)
         _require(num_q >= 2, "num_q", num_q, "at least 2: two of them make a target")
         groups = f"a multiple of simnorm_dim = {simnorm_dim}"
@@ -91,7 +93,6 @@ class LatentModel(nn.Module):
             "termination": termination_coef,
         }
         self.mpc = mpc
-        self._warned = False
         self.planning: dict[str, Any] = {
             "horizon": horizon,
             "iterations": iterations + 2 * (self.act_spaces.width >= 20),  # as officially
@@ -126,7 +127,7 @@ class LatentModel(nn.Module):
         self.termination = MLP(seen, hidden, 1) if episodic else None
         self.actor: SquashedNormal | Categorical = (
             Categorical(seen, mlp_dim, width)
-            if discrete
+            if self.chooses
             else SquashedNormal(seen, mlp_dim, width, log_std_min, log_std_max)
         )
         self.critic = Ensemble(num_q, seen + width, hidden, num_bins)
@@ -138,6 +139,12 @@ class LatentModel(nn.Module):
             self.terminates: Tensor
         # Last, so that asking for it changes no other initial value.
         self.decoder = Decoder(self.obs_spaces, latent_dim, mlp_dim) if decoder else None
+        self.planner()  # for its complaints, before anything is trained
+
+    def planner(self) -> LatentMPPI:
+        """Make the planner, which remembers nothing; the plan is in the states."""
+        actions: dict[str, Any] = {"action_dim": self.act_spaces.width, "discrete": self.chooses}
+        return LatentMPPI(model=self, **actions, **self.planning)
 
     # Functions of latents [..., B, L] and tasks [B] or None ---------------------------------------
 
@@ -259,7 +266,8 @@ class LatentModel(nn.Module):
 
 def _act_spaces(action_dim: Any, discrete: Any, several_tasks: bool) -> ActSpaces:
     spaces = ActSpaces(action_dim, discrete)
-    if len(spaces) > 1 or (several_tasks and bool(discrete)):
+    chooses = any(space.classes for space in spaces.values())
+    if len(spaces) > 1 or (several_tasks and chooses):
         what = f"{len(spaces)} actions at once" if len(spaces) > 1 else "discrete tasks"
         raise ValueError(
             f"TD-MPC2 cannot act with {what} (action_dim={action_dim}, discrete={discrete}); it "
@@ -281,7 +289,7 @@ def _lengths(
     one: int | None, several: Sequence[int] | None, action_dims: Sequence[int] | None
 ) -> list[int | None]:
     """Return the episode length of each task."""
-    if action_dims is None:
+    if not action_dims:
         return [one]
     if several is not None and len(several) != len(action_dims):
         raise ValueError(

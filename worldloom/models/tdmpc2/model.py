@@ -22,7 +22,6 @@ from worldloom.models.tdmpc2.losses import (
     termination_loss,
     termination_stats,
 )
-from worldloom.models.tdmpc2.planner import LatentMPPI
 from worldloom.nn.twohot import symlog_twohot_loss
 from worldloom.protocol import Batch, LatentState, Obs, Trajectory
 
@@ -77,7 +76,7 @@ class TDMPC2(LatentModel):
         z = self._encode(spaces, ids)
         state = LatentState(z, None, z, {"reward": z.new_zeros(len(z), 1)})
         if self.mpc:
-            state.extras["plan"] = self._planner().blank(len(z)).to(z)
+            state.extras["plan"] = self.planner().blank(len(z)).to(z)
         if ids is not None:
             state.extras["task"] = ids
         return state
@@ -134,7 +133,7 @@ class TDMPC2(LatentModel):
             choice = self.prior(state.deterministic, self.task_of(state))
             return choice.mode if deterministic else choice.action, state
         plan = state.extras["plan"]
-        action, plan = self._planner()(state, plan, deterministic=deterministic)
+        action, plan = self.planner()(state, plan, deterministic=deterministic)
         return action, replace(state, extras={**state.extras, "plan": plan})
 
     @staticmethod
@@ -266,14 +265,9 @@ class TDMPC2(LatentModel):
 
     # Small things ---------------------------------------------------------------------------
 
-    def _planner(self) -> LatentMPPI:
-        actions: dict[str, Any] = {"action_dim": self.act_spaces.width, "discrete": self.discrete}
-        return LatentMPPI(model=self, **actions, **self.planning)
-
     def _warn_of_terminations(self, data: Transitions) -> None:
         # Asked on a CPU only: a GPU would have to be waited for.
-        if not self._warned and data.alive.device.type == "cpu" and data.terminated.any():
-            self._warned = True
+        if data.alive.device.type == "cpu" and data.terminated.any():
             warnings.warn(
                 "a batch holds terminations, but this model has no head to foresee them in "
                 "planning; create it with episodic=True (values are right all the same)",

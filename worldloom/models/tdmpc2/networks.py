@@ -209,7 +209,8 @@ class Encoder(nn.Module):
         parts = []
         if self.vector_keys:
             like = next(self.vector.parameters())
-            inputs = [obs[key].flatten(1).to(like.dtype) for key in self.vector_keys]
+            vectors = [obs[key] for key in self.vector_keys]
+            inputs = [x.reshape(len(x), -1).to(like.dtype) for x in vectors]
             inputs += [] if task is None else [task]
             parts.append(self.vector(torch.cat(inputs, -1)))
         if self.image_keys:
@@ -251,7 +252,7 @@ class Decoder(nn.Module):
         for key, out in self._outputs(z).items():
             target = obs[key].to(out.dtype)
             target = target / 255 if self.spaces[key].is_image else symlog(target)
-            errors.append((out - target).square().flatten(1).mean(1))
+            errors.append((out - target).square().reshape(len(z), -1).mean(1))
         return torch.stack(errors).sum(0)
 
     def _outputs(self, z: Tensor) -> dict[str, Tensor]:

@@ -35,6 +35,15 @@ class LatentMPPI(MPPI):
     model: Any
     num_pi_trajs: int = 24
 
+    def __post_init__(self) -> None:
+        """Refuse settings that cannot plan."""
+        super().__post_init__()
+        if not 0 <= self.num_pi_trajs <= self.num_samples:
+            raise ValueError(
+                f"num_pi_trajs is {self.num_pi_trajs}; expected from 0 to num_samples = "
+                f"{self.num_samples}"
+            )
+
     def proposals(self, state: LatentState) -> Tensor | None:
         """Let the policy prior act in imagination, [B, P, H, A]."""
         if not self.num_pi_trajs:

@@ -45,12 +45,13 @@ class Tasks(nn.Module):
                 f"{self.count - 1}, as batch['task'], encode(obs, task=…) or obs['task']"
             )
         ids = torch.as_tensor(task, device=self.masks.device)
-        if ids.is_floating_point() and ids.ndim == 2:
+        if ids.ndim == 2 and ids.shape[-1] == self.count:
             ids = ids.argmax(-1)
         ids = ids.long().expand(rows) if ids.ndim == 0 else ids.long()
         if ids.shape != (rows,):
             raise ValueError(
-                f"the task ids have shape {tuple(ids.shape)}; expected [{rows}], one for each row"
+                f"the task ids have shape {tuple(ids.shape)}; expected [{rows}], one for each row, "
+                f"or one-hot [{rows}, {self.count}]"
             )
         # On a GPU looking would wait for it; there an impossible id fails in the look-up.
         if ids.device.type == "cpu" and not bool(((ids >= 0) & (ids < self.count)).all()):
