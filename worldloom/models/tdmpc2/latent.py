@@ -239,9 +239,10 @@ class LatentModel(nn.Module):
             task = obs["task"] if task is None else task
             obs = {key: value for key, value in obs.items() if key != "task"}
         spaces = self.obs_spaces.split(obs, lead)
-        if lead == 2 and isinstance(task, Tensor) and task.ndim > 1:
+        steps = next(iter(spaces.values())).shape[:lead]
+        if lead == 2 and isinstance(task, Tensor) and task.shape[:2] == steps:
             task = task[:, 0]  # a sequence belongs to one task
-        return spaces, self.tasks.ids(task, len(next(iter(spaces.values()))))
+        return spaces, self.tasks.ids(task, steps[0])
 
     def _encode(self, obs: dict[str, Tensor], task: Tensor | None) -> Tensor:
         """Encode observations [B, *shape]."""
