@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.test_run import curve, metrics, python, without_clocks
 from worldloom import create_world_model
@@ -90,3 +91,6 @@ def test_a_decoder_lets_one_look_at_the_imagination(tmp_path):
     done = python("run", *TINY, "model.decoder=true", "hydra.run.dir=run", cwd=tmp_path)
     names = {name for row in metrics(tmp_path / "run") for name, value in row.items() if value}
     assert "train/reconstruction_loss" in names and "final return" in done.stdout
+    events = EventAccumulator(str(tmp_path / "run"), {"images": 0}).Reload()
+    # Longer than the slices that are trained on, for it is read from the replay.
+    assert len(events.Images("imagination/open_loop")) == 5

@@ -295,8 +295,10 @@ def test_pictures_are_drawn_every_so_many_updates():
         (step, "imagination/open_loop") for step in (3, 6, 9)
     ]
     assert fit(offline(9), OpenLoop(every=0), model=dreamer()).pictures == []
-    # Sequences of 4 rows are too short to watch 3 and imagine 2.
-    assert fit(offline(9), OpenLoop(every=3, context=3), model=dreamer()).pictures == []
+    # No episode is long enough to watch 50 rows and imagine 2.
+    assert fit(offline(9), OpenLoop(every=3, context=50), model=dreamer()).pictures == []
+    # Batches of 4 rows are not: the replay has more.
+    assert len(fit(offline(9), OpenLoop(every=3, context=4), model=dreamer()).pictures) == 3
 
 
 def test_looking_does_not_change_what_is_learned():

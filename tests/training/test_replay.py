@@ -463,3 +463,20 @@ def test_import_needs_no_lightning():
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'Replay'; it has"):
         _ = worldloom.training.Replay
+
+
+def test_the_newest_rows_are_read_without_drawing():
+    buffer = ReplayBuffer(20, (1,), 1, num_envs=2, seed=3)
+    row = np.arange(26)
+    for t in row:
+        first = np.array([t % 7 == 0] * 2)
+        last = np.array([t % 7 == 6] * 2)
+        buffer.add(np.full((2, 1), t), np.zeros((2, 1)), np.zeros(2), first, last, last)
+    before = buffer.state_dict()["rng"]
+    assert buffer.newest(4)["obs"].tolist() == [[[22], [23], [24], [25]]]
+    assert buffer.newest(4)["is_first"].tolist() == [[False] * 4]
+    newest = buffer.newest(100)  # the ring of each stream holds 10
+    assert newest["obs"].flatten().tolist() == list(range(16, 26))
+    assert newest["is_last"].flatten().tolist() == [t % 7 == 6 for t in range(16, 26)]
+    assert buffer.state_dict()["rng"] == before
+    assert ReplayBuffer(20, (1,), 1).newest(4)["obs"].shape == (1, 0, 1)

@@ -160,10 +160,14 @@ class Evaluation(Callback):
 
 
 class OpenLoop(Callback):
-    """Show what the model imagines: truth, prediction and error of one replayed sequence."""
+    """Show what the model imagines: truth, prediction and error of what was collected last.
 
-    def __init__(self, every: int = 1000, context: int = 5) -> None:
-        self.every, self.context = every, context
+    every: updates between pictures; 0 for none. context: rows that are watched before imagining.
+    length: rows of a picture, if so many are within one episode.
+    """
+
+    def __init__(self, every: int = 1000, context: int = 5, length: int = 50) -> None:
+        self.every, self.context, self.length = every, context, length
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -174,8 +178,10 @@ class OpenLoop(Callback):
         assert isinstance(pl_module, WorldModelModule)
         if not self.every or pl_module.updates % self.every:
             return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        sequence: Any = data.buffer.newest(self.length, pl_module.device)
         with torch.random.fork_rng(devices=[]):  # looking must not change what is learned
-            pictures = open_loop(pl_module.model, batch, self.context)
+            pictures = open_loop(pl_module.model, sequence, self.context)
         for logger in trainer.loggers:
             if hasattr(logger, "log_picture"):
                 for name, picture in pictures.items():

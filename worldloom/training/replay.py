@@ -208,17 +208,13 @@ class ReplayBuffer:
         if self.online:
             fresh_env, fresh_start = self._fresh(batch_size, seq_len)
             env[: len(fresh_env)], start[: len(fresh_env)] = fresh_env, fresh_start
-        slots = env[:, None] * self.rows + (start[:, None] + np.arange(seq_len)) % self.rows
-        batch: dict[str, Any] = {"obs": self._take_obs(slots)}
-        batch |= {name: self._take(name, slots) for name in ("actions", "rewards", *FLAGS)}
-        # That an episode was abandoned (a resumed run resets its environments) was not known when
-        # its last row was written.
-        batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
-        batch["index"] = torch.from_numpy(np.stack([env, start], 1))
-        if self.keeps_latents:
-            names = self._format.latent_names.items()
-            batch["context"] = {k: self._take(name, slots[:, 0]).float() for k, name in names}
-        return cast(Batch, to_device(batch, device))
+        return cast(Batch, to_device(self._read(env, start, seq_len), device))
+
+    def newest(self, rows: int, device: str | torch.device = "cpu") -> Batch:
+        """Return the newest rows of the first stream, at most so many, [1, T]; draw nothing."""
+        length = min(rows, int(self._written[0] - self._oldest[0]))
+        start = self._written[:1] - length
+        return cast(Batch, to_device(self._read(np.zeros(1, np.int64), start, length), device))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything stored as tensors and plain data.
@@ -259,6 +255,20 @@ class ReplayBuffer:
         return sizes | {
             name: f"{dtype}{shape}" for name, (shape, dtype) in self._format.fields.items()
         }
+
+    def _read(self, env: np.ndarray, start: np.ndarray, length: int) -> dict[str, Any]:
+        """Read sequences of streams env [B] from rows start [B] on."""
+        slots = env[:, None] * self.rows + (start[:, None] + np.arange(length)) % self.rows
+        batch: dict[str, Any] = {"obs": self._take_obs(slots)}
+        batch |= {name: self._take(name, slots) for name in ("actions", "rewards", *FLAGS)}
+        # That an episode was abandoned (a resumed run resets its environments) was not known when
+        # its last row was written.
+        batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
+        batch["index"] = torch.from_numpy(np.stack([env, start], 1))
+        if self.keeps_latents and length:
+            names = self._format.latent_names.items()
+            batch["context"] = {k: self._take(name, slots[:, 0]).float() for k, name in names}
+        return batch
 
     @property
     def _oldest(self) -> np.ndarray:
