@@ -1,7 +1,7 @@
 """Collect the curves of finished runs: python experiments/plot.py FOLDER RUN…
 
-Writes FOLDER/curves.csv (seed, step, name, value; the score of the final model is "final/return")
-and FOLDER/curves.png.
+Writes FOLDER/curves.csv (run, seed, step, name, value; the score of the final model is
+"final/return") and FOLDER/curves.png, in which runs of the same name= share a style.
 """
 
 import csv
@@ -19,7 +19,13 @@ def read_run(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     curve = [
-        {"seed": str(config.seed), "step": row["step"], "name": name, "value": row[name]}
+        {
+            "run": str(config.name),
+            "seed": str(config.seed),
+            "step": row["step"],
+            "name": name,
+            "value": row[name],
+        }
         for row in rows
         for name in NAMES
         if row.get(name)
@@ -33,15 +39,19 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     curves = {run: read_run(run) for run in runs}
     with (folder / "curves.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["seed", "step", "name", "value"])
+        writer = csv.DictWriter(file, ["run", "seed", "step", "name", "value"])
         writer.writeheader()
         for rows in curves.values():
             writer.writerows(rows)
+    kinds = sorted({rows[0]["run"] for rows in curves.values()})
+    styles = dict(zip(kinds, ("-", "--", ":", "-."), strict=False))
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, name in zip(axes, NAMES, strict=True):
         for rows in curves.values():
             points = [(int(r["step"]), float(r["value"])) for r in rows if r["name"] == name]
-            axis.plot(*zip(*points, strict=True), label=f"seed {rows[0]['seed']}", alpha=0.8)
+            kind, seed = rows[0]["run"], rows[0]["seed"]
+            label = f"{kind} {seed}" if len(kinds) > 1 else f"seed {seed}"
+            axis.plot(*zip(*points, strict=True), styles[kind], label=label, alpha=0.8)
         axis.set(title=name, xlabel="environment steps")
         axis.grid(alpha=0.3)
     axes[0].legend()
