@@ -199,7 +199,7 @@ def test_a_family_brings_how_it_is_trained(command):
             )
             assert training.pretrain and cfg.data.across_episodes and not cfg.data.online
             assert cfg.optimizer._target_ == "worldloom.training.optimizers.Adam"
-            assert (cfg.optimizer.lr, cfg.optimizer.clip) == (3e-4, 20.0)
+            assert (cfg.optimizer.lr, cfg.optimizer.max_norm) == (3e-4, 20.0)
     # What is asked for on the line wins.
     _, (cfg,), *_ = command("model=tdmpc2_1m", "optimizer=laprop", "training.batch_size=8")
     assert cfg.optimizer._target_ == "worldloom.training.optimizers.LaProp"
@@ -237,7 +237,7 @@ def test_values_are_set_added_and_removed(command):
     [
         (["model=custom", "model._target_=my_pkg.M"], {"_target_"}),
         (["env=custom", "env._target_=my_pkg.E"], {"_target_", "num_envs", "workers"}),
-        (["optimizer=adam"], {"_target_", "_partial_", "lr", "betas", "eps", "clip"}),
+        (["optimizer=adam"], {"_target_", "_partial_", "lr", "betas", "eps", "max_norm"}),
     ],
 )
 def test_a_recipe_does_not_reach_into_choices_that_are_not_its_own(command, choice, keys):

@@ -112,8 +112,10 @@ def build_data(plain: Mapping[str, Any], task: Task, actor: Actor) -> Any:
     )
     settings = ("batch_size", "sequence_length", "train_ratio", "pretrain", "total_steps")
     options = {k: training[k] for k in settings}
-    if training["prefill"] is not None or seed_steps:
-        options["prefill"] = max(training["prefill"] or 0, seed_steps)
+    prefill = training["prefill"]
+    if prefill is None:
+        prefill = training["batch_size"] * training["sequence_length"]
+    options["prefill"] = max(prefill, seed_steps)
     return ReplayDataModule(buffer, collector, across_episodes=data["across_episodes"], **options)
 
 

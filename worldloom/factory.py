@@ -239,13 +239,13 @@ def _typed(key: str, value: Any, old: Any) -> Any:
 
 def _describe(name: str) -> dict[str, Any]:
     with torch.device("meta"):
-        model = build_model(load_preset(name), (3, 64, 64), 6)
+        model: Any = build_model(load_preset(name), (3, 64, 64), 6)
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {
         "description": describe_preset(name),
         "parameters": count,
-        "observations": "vectors, images, dicts of both",
-        "actions": "continuous, discrete, multi-discrete",
+        "observations": model.takes[0],
+        "actions": model.takes[1],
         "aliases": [alias for alias, preset in aliases().items() if preset == name],
     }
 

@@ -238,7 +238,7 @@ class SamplingPlanner:
     ) -> GaussianPlan | CategoricalPlan:
         # A model in half precision is still planned with in float32.
         dtype = torch.promote_types(state.features.dtype, torch.float32)
-        start = self.blank(len(state)).to(state.features.device, dtype)
+        start = self.blank(state.features.to(dtype))
         if plan is not None:
             start = self._warm_start(start, plan, is_first)
         if self.discrete:
@@ -246,11 +246,15 @@ class SamplingPlanner:
         std = torch.full_like(start, self.max_std)
         return GaussianPlan(start, std, self.min_std, self.max_std)
 
-    def blank(self, batch: int) -> Tensor:
-        """Return the plan [B, H, A] of one who knows nothing: zeros, or uniform probabilities."""
-        sizes = torch.tensor(self.groups).repeat_interleave(torch.tensor(self.groups))
-        step = 1 / sizes if self.discrete else torch.zeros(len(sizes))
-        return step.repeat(batch, self.horizon, 1)
+    def blank(self, like: Tensor) -> Tensor:
+        """Return the plan [B, H, A] of one who knows nothing: zeros, or uniform probabilities.
+
+        It has the rows, dtype and device of `like` [B, ...].
+        """
+        if not self.discrete:
+            return like.new_zeros(len(like), self.horizon, sum(self.groups))
+        step = torch.cat([like.new_full((size,), 1 / size) for size in self.groups])
+        return step.repeat(len(like), self.horizon, 1)
 
     def _warm_start(self, blank: Tensor, plan: Tensor, is_first: Tensor | None) -> Tensor:
         """Shift the plan [B, H, A] by the step that has passed; begin rows of is_first afresh."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from worldloom.factory import official_format
+from worldloom.factory import REGISTERED, import_target, official_format
 from worldloom.saving import read_weights
 
 
@@ -79,7 +79,7 @@ def _tensors(model: nn.Module, source: Path) -> Mapping[str, Tensor]:
     if module is None:
         return read_weights(source)[1]
     family = module.__name__.split(".")[-2]
-    if not type(model).__module__.startswith(f"worldloom.models.{family}."):
+    if not isinstance(model, import_target(REGISTERED[family])):
         raise ValueError(
             f"init_from: {source} holds official weights of {family}, but the model is a "
             f"{type(model).__name__}; expected weights of the same family of models"

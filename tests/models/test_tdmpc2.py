@@ -410,3 +410,41 @@ def test_bad_batches(case):
     change(batch)
     with pytest.raises(ValueError, match=message):
         model.compute_loss(batch)
+
+
+# ---- beside the loss itself ----------------------------------------------------------------------
+
+
+def test_two_losses_may_share_a_backward_pass():
+    model = build(episodic="auto")
+    one, two = batch_for(model, seed=1), batch_for(model, seed=2)
+    two["is_terminal"][0, -1] = two["is_last"][0, -1] = True
+    total = model.compute_loss(one)["loss"] + model.compute_loss(two)["loss"]
+    total.backward()  # nothing that the first loss needs may have moved in place
+    assert model.actor.layers[0].linear.weight.grad.abs().sum() > 0
+
+
+def test_acting_in_inference_mode_spoils_no_training():
+    model = build(action_dims=[1, 2], task_dim=3, num_bins=37, episode_lengths=[70, 90])
+    batch = batch_for(model)
+    rows = len(batch["rewards"])
+    ids = torch.arange(rows) % 2
+    with torch.inference_mode():
+        model.policy(model.encode(torch.randn(rows, 4), ids))
+    model.compute_loss({**batch, "task": ids})["loss"].backward()
+
+
+def test_mixed_precision_keeps_distributions_in_full():
+    model = build()
+    z = model.encode(torch.randn(64, 4)).deterministic
+    with torch.no_grad():
+        torch.manual_seed(3)
+        exact = model.prior(z, None)
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model.prior(z, None)
+            again = model.next(z, mixed.action, None)
+    assert again.dtype == mixed.action.dtype == mixed.entropy.dtype == torch.float32
+    # The raw outputs are off by 2^-8 of themselves; nothing after them may add to that.
+    raw = model.actor(z).abs().max() * 2**-7
+    assert (mixed.log_std - exact.log_std).abs().max() <= 6 * raw  # half the range of log_std

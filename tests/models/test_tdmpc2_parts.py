@@ -254,7 +254,7 @@ def test_a_decoder_changes_no_other_number(shape):
     plain, decoding = create(shape, 2), create(shape, 2, decoder=True)
     assert_same(decoding.state_dict(), plain.state_dict(), DECODER)
     batch = batch_for(plain)
-    adams = [Adam(m.parameter_groups(), lr=1e-2, clip=20) for m in (plain, decoding)]
+    adams = [Adam(m.parameter_groups(), lr=1e-2, max_norm=20) for m in (plain, decoding)]
     for step in range(3):
         (losses, grads), wanted = losses_of(decoding, batch, step), losses_of(plain, batch, step)
         total = losses.pop("loss")
@@ -306,6 +306,41 @@ def test_the_decoder_learns_to_show_what_was_seen():
         # Much less than the best constant would leave: the observations are told apart.
         best = (value.float() - value.float().mean(0)).square().mean()
         assert (seen[key] - value).square().mean() < best / 5
+
+
+def test_a_decoder_draws_no_random_number_of_others():
+    after = []
+    for decoder in (False, True):
+        torch.manual_seed(7)
+        create_world_model("tdmpc2:1m", (4,), 2, decoder=decoder, **SMALL)
+        after.append(torch.rand(3))
+    assert torch.equal(*after)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_bins": 1}, "num_bins is 1; expected at least 2"),
+        ({"vmin": 10.0, "vmax": -10.0}, r"vmin is 10.0; expected a number below vmax = -10.0"),
+        ({"dropout": 1.5}, "dropout is 1.5; expected a probability"),
+        ({"tau": -1.0}, r"tau is -1.0; expected above 0"),
+        ({"discount_denom": 0}, "discount_denom is 0; expected above 0"),
+        ({"discount_min": 2.0}, r"discount_min is 2.0; expected from 0 to discount_max = 0.995"),
+        ({"episode_length": "abc"}, "episode_length is 'abc'; expected at least 1, or null"),
+        ({"episode_length": 0}, "episode_length is 0; expected at least 1, or null"),
+        ({"num_pi_trajs": 16}, "num_pi_trajs is 16; expected from 0 to below num_samples = 16"),
+        ({"num_elites": 17}, "num_elites is 17; expected at most num_samples = 16"),
+        ({"task_dim": 64}, "task_dim is 64; expected 0 for a single task"),
+        ({"episode_lengths": [5, 6]}, "several tasks are named by action_dims"),
+        ({"action_dims": [1.5, 2]}, r"action_dims is \[1.5, 2\]; expected a whole number"),
+        ({"latent_dim": 20}, "latent_dim is 20; expected a multiple of simnorm_dim = 8"),
+        ({"num_q": 1}, "num_q is 1; expected at least 2"),
+        ({"episodic": "yes"}, "episodic is yes; expected true, false, auto or null"),
+    ],
+)
+def test_hyperparameters_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        create((4,), 2, **options)
 
 
 # ---- pixels --------------------------------------------------------------------------------------

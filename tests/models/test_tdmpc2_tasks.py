@@ -115,3 +115,20 @@ def test_tasks_that_do_not_exist_are_refused(task, message):
 def test_tasks_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         create((4,), 3, **(TASKS | options))
+
+
+def test_as_many_tasks_as_steps_are_not_mixed_up():
+    """One-hot tasks [B, 4] have the shape of ids [B, T] where T is 4."""
+    model = build((4,), 2, action_dims=[1, 2, 2, 1], task_dim=3)
+    ids = torch.tensor([3, 0, 2])
+    batch = batch_for(model, length=4)
+    wanted = losses_of(model, {**batch, "task": ids})
+    for task in (F.one_hot(ids, 4).float(), ids[:, None].expand(B, 4)):
+        for mine, theirs in zip(wanted, losses_of(model, {**batch, "task": task}), strict=True):
+            assert_same(mine, theirs)
+
+
+def test_a_task_may_come_as_a_box_of_one_number():
+    named = build({"obs": (4,), "task": (1,)}, 3, **TASKS)
+    obs = {"obs": torch.randn(B, 4), "task": IDS[:, None].float()}
+    assert torch.equal(named.encode(obs).extras["task"], IDS)

@@ -78,7 +78,7 @@ def kind(name: str) -> str:
 
 def adams(agent: Agent, model: TDMPC2) -> tuple[Adam, Adam]:
     """Return the optimisers of the model and of the policy, made of the groups that users have."""
-    options = {"lr": agent.config["lr"], "clip": agent.config["grad_clip_norm"]}
+    options = {"lr": agent.config["lr"], "max_norm": agent.config["grad_clip_norm"]}
     groups = model.parameter_groups()
     assert {group["clip"] for group in groups} == {"model", "policy"}
     mine = [group for group in groups if group["clip"] == "model"]

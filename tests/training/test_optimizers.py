@@ -257,7 +257,7 @@ def groups(params):
 def test_adam_is_two_official_optimisers_in_one(clip):
     """Like two plain Adams with clip_grad_norm_ of their own, as the official code has them."""
     ours, theirs = parameters(), parameters()
-    adam = Adam(groups(ours), lr=0.01, clip=clip)
+    adam = Adam(groups(ours), lr=0.01, max_norm=clip)
     model = torch.optim.Adam(
         [{"params": theirs[:2], "lr": 0.003}, {"params": theirs[2:3]}], lr=0.01
     )
@@ -292,11 +292,11 @@ def test_adam_takes_plain_parameters_and_a_closure():
 
 def test_adam_goes_on_exactly_after_a_restart():
     params = parameters()
-    adam = Adam(groups(params), lr=0.01, clip=1.0)
+    adam = Adam(groups(params), lr=0.01, max_norm=1.0)
     first, second = gradients(params, steps=2)
     take(adam, params, first)
     copies = [nn.Parameter(p.detach().clone()) for p in params]
-    again = Adam(groups(copies), lr=0.01, clip=1.0)
+    again = Adam(groups(copies), lr=0.01, max_norm=1.0)
     again.load_state_dict(copy.deepcopy(adam.state_dict()))
     take(adam, params, [g.clone() for g in second])
     take(again, copies, [g.clone() for g in second])
@@ -304,5 +304,5 @@ def test_adam_goes_on_exactly_after_a_restart():
 
 
 def test_adam_refuses_to_clip_to_nothing():
-    with pytest.raises(ValueError, match=r"clip=0\.0; expected a norm above 0, or None"):
-        Adam(parameters(), clip=0.0)
+    with pytest.raises(ValueError, match=r"max_norm=0\.0; expected one above 0, or None"):
+        Adam(parameters(), max_norm=0.0)

@@ -8,6 +8,7 @@ from worldloom.nn.layers import full
 def simnorm(x: Tensor, group: int) -> Tensor:
     """Apply a softmax to every `group` neighbours of the last axis, in float32 or better.
 
-    x: [..., width], `group` divides the width. Each group of the result sums to one.
+    x: [..., width], `group` divides the width. Each group of the result sums to one; it stays in
+    float32 where x is in half precision, for latents are compared with each other.
     """
-    return full(x).unflatten(-1, (-1, group)).softmax(-1).flatten(-2).to(x.dtype)
+    return full(x).unflatten(-1, (-1, group)).softmax(-1).flatten(-2)

@@ -19,10 +19,11 @@ def symexp_bins(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return `count` bins from symexp(-20) to symexp(20), mirrored exactly around zero."""
     if count < 2:
         raise ValueError(f"symexp bins need a count of at least 2, got {count}")
-    half = torch.linspace(-20, 0, (count + 1) // 2, dtype=torch.float64)
-    half = symexp(half).to(dtype)
-    mirror = -half.flip(0)
-    return torch.cat([half, mirror[1:] if count % 2 else mirror]).to(device)
+    with torch.inference_mode(False):  # or training could not use what acting made
+        half = torch.linspace(-20, 0, (count + 1) // 2, dtype=torch.float64)
+        half = symexp(half).to(dtype)
+        mirror = -half.flip(0)
+        return torch.cat([half, mirror[1:] if count % 2 else mirror]).to(device)
 
 
 def twohot_mean(logits: Tensor) -> Tensor:
@@ -63,7 +64,8 @@ def symlog_bins(
     count: int, low: float, high: float, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Return `count` evenly spaced bins from low to high."""
-    return torch.linspace(low, high, count, dtype=dtype, device=device)
+    with torch.inference_mode(False):  # or training could not use what acting made
+        return torch.linspace(low, high, count, dtype=dtype, device=device)
 
 
 def symlog_twohot_mean(logits: Tensor, low: float, high: float) -> Tensor:

@@ -180,7 +180,8 @@ class OpenLoop(Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         sequence: Any = data.buffer.newest(self.length, pl_module.device)
-        with torch.random.fork_rng(devices=[]):  # looking must not change what is learned
+        own = [pl_module.device] if pl_module.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=own):  # looking must not change what is learned
             pictures = open_loop(pl_module.model, sequence, self.context)
         for logger in trainer.loggers:
             if hasattr(logger, "log_picture"):

@@ -118,7 +118,8 @@ class ReplayDataModule(lightning.LightningDataModule):
             raise ValueError(
                 f"training would start after {self._start} environment steps but total_steps is "
                 f"{self.total_steps}; raise training.total_steps, or lower training.prefill, "
-                "training.batch_size or training.sequence_length"
+                "training.seed_episodes (of the environment's time limit), training.batch_size or "
+                "training.sequence_length"
             )
 
     @property

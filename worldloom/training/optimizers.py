@@ -105,8 +105,8 @@ class Adam(torch.optim.Adam):
     """Adam whose learning rates and gradient clipping follow the groups that a model makes.
 
     A group may hold "lr_scale", which multiplies `lr`, and "clip", a name: before each step the
-    gradients of all groups of the same name are scaled together to a norm of at most `clip`, as
-    `torch.nn.utils.clip_grad_norm_` does. None clips nothing. A group's own "eps" holds.
+    gradients of all groups of the same name are scaled together to a norm of at most `max_norm`,
+    as `torch.nn.utils.clip_grad_norm_` does. None clips nothing. A group's own "eps" holds.
     """
 
     def __init__(
@@ -115,14 +115,14 @@ class Adam(torch.optim.Adam):
         lr: float = 3e-4,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
-        clip: float | None = None,
+        max_norm: float | None = None,
     ) -> None:
-        if clip is not None and clip <= 0:
-            raise ValueError(f"clip={clip}; expected a norm above 0, or None for no clipping")
+        if max_norm is not None and max_norm <= 0:
+            raise ValueError(f"max_norm={max_norm}; expected one above 0, or None for no clipping")
         super().__init__(params, lr, (betas[0], betas[1]), eps)
-        self.max_norm = clip
         for group in self.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
+            group["max_norm"] = max_norm
 
     def step(self, closure: Any = None) -> Any:
         """Clip by groups, then update; return the closure's value."""
@@ -130,17 +130,15 @@ class Adam(torch.optim.Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.max_norm is not None:
-            for params in self._clipped_together():
-                torch.nn.utils.clip_grad_norm_(params, self.max_norm)
+        together: dict[tuple[str, float], list[Tensor]] = {}
+        for group in self.param_groups:
+            if group["max_norm"] is not None:
+                key = group.get("clip", ""), group["max_norm"]
+                together.setdefault(key, []).extend(group["params"])
+        for (_, norm), params in together.items():
+            torch.nn.utils.clip_grad_norm_(params, norm)
         super().step()
         return loss
-
-    def _clipped_together(self) -> list[list[Tensor]]:
-        names: dict[str, list[Tensor]] = {}
-        for group in self.param_groups:
-            names.setdefault(group.get("clip", ""), []).extend(group["params"])
-        return list(names.values())
 
 
 def _scheduled(lr: float, done: int, warmup: int, anneal: int) -> float:

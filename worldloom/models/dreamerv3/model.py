@@ -60,6 +60,8 @@ class DreamerV3(nn.Module):
         ValueError: a shape that no encoder takes, or an impossible number of actions.
     """
 
+    takes = ("vectors, images, dicts of both", "continuous, discrete, multi-discrete")
+
     def __init__(
         self,
         obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]],

@@ -24,6 +24,8 @@ from worldloom.protocol import Obs
 class LatentModel(nn.Module):
     """Everything of `TDMPC2` that has weights; see there for the arguments."""
 
+    takes = ("vectors, 64x64 images, dicts of both", "continuous, discrete")
+
     def __init__(
         self,
         obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]],
@@ -80,6 +82,17 @@ class LatentModel(nn.Module):
         _require(num_q >= 2, "num_q", num_q, "at least 2: two of them make a target")
         groups = f"a multiple of simnorm_dim = {simnorm_dim}"
         _require(latent_dim % simnorm_dim == 0, "latent_dim", latent_dim, groups)
+        _require(num_bins >= 2, "num_bins", num_bins, "at least 2")
+        _require(vmin < vmax, "vmin", vmin, f"a number below vmax = {vmax}")
+        _require(0 <= dropout < 1, "dropout", dropout, "a probability from 0 to below 1")
+        _require(0 < tau <= 1, "tau", tau, "above 0 and at most 1")
+        _require(discount_denom > 0, "discount_denom", discount_denom, "above 0")
+        least = f"from 0 to discount_max = {discount_max}, which is at most 1"
+        _require(0 <= discount_min <= discount_max <= 1, "discount_min", discount_min, least)
+        if not action_dims:
+            several = "null for a single task; several tasks are named by action_dims"
+            _require(episode_lengths is None, "episode_lengths", episode_lengths, several)
+            _require(task_dim == 0, "task_dim", task_dim, "0 for a single task")
         modes = (None, False, True, "auto")
         _require(episodic in modes, "episodic", episodic, "true, false, auto or null")
         self.latent_dim, self.simnorm_dim = latent_dim, simnorm_dim
@@ -137,8 +150,9 @@ class LatentModel(nn.Module):
             # Whether terminations take part: always, or with "auto" from the first one seen on.
             self.register_buffer("terminates", torch.tensor(episodic is True))
             self.terminates: Tensor
-        # Last, so that asking for it changes no other initial value.
-        self.decoder = Decoder(self.obs_spaces, latent_dim, mlp_dim) if decoder else None
+        # Last, and with random numbers of its own, so that asking for it changes no other number.
+        with torch.random.fork_rng(devices=[]):
+            self.decoder = Decoder(self.obs_spaces, latent_dim, mlp_dim) if decoder else None
         self.planner()  # for its complaints, before anything is trained
 
     def planner(self) -> LatentMPPI:
@@ -225,7 +239,8 @@ class LatentModel(nn.Module):
         """Return the probability [..., 1] that the episode goes on after z [..., L]."""
         if self.termination is None:
             return z.new_ones(*z.shape[:-1], 1)
-        return 1 - torch.sigmoid(self.termination(self._join(z, task))) * self.terminates
+        prob = torch.sigmoid(self.termination(self._join(z, task)))
+        return 1 - prob * self.terminates.to(prob.dtype)
 
     # Encoding ----
 
@@ -235,13 +250,14 @@ class LatentModel(nn.Module):
         """Take the tasks out of the observations; return what the encoder reads, and ids [B]."""
         if self.tasks is None:
             return self.obs_spaces.split(obs, lead), None
-        if isinstance(obs, dict) and "task" in obs and "task" not in self.obs_spaces:
-            task = obs["task"] if task is None else task
+        if isinstance(obs, dict) and "task" in obs:
+            if task is None:  # [B, …] or [B, T, …]; a sequence belongs to one task
+                task = obs["task"] if lead == 1 else obs["task"][:, 0]
             obs = {key: value for key, value in obs.items() if key != "task"}
         spaces = self.obs_spaces.split(obs, lead)
         steps = next(iter(spaces.values())).shape[:lead]
-        if lead == 2 and isinstance(task, Tensor) and task.shape[:2] == steps:
-            task = task[:, 0]  # a sequence belongs to one task
+        if isinstance(task, Tensor) and task.shape == steps and not task.is_floating_point():
+            task = task[:, 0] if lead == 2 else task
         return spaces, self.tasks.ids(task, steps[0])
 
     def _encode(self, obs: dict[str, Tensor], task: Tensor | None) -> Tensor:

@@ -20,8 +20,8 @@ class Transitions:
     obs: {key: [H + 1, B, *shape]}; actions: [H, B, A]; rewards, terminated: [H, B] float.
     alive: [H, B] float, 0 from the first transition on that would leave the row's episode.
     task: [B] int64, or None for a single task.
-    acts: [B] float, 0 where the first state is terminal, so that nobody acts in it; None if
-        nobody is.
+    acts: [B] float, 0 where the row begins in a terminal state, in which nobody acts; None if no
+        row does. (Terminal states that a transition leads to count for the policy, as officially.)
     """
 
     obs: dict[str, Tensor]

@@ -44,7 +44,9 @@ class TDMPC2(LatentModel):
 
     One backward pass and one optimiser step train it all, where the official code first steps the
     model and then the policy: the policy's loss here reads the Q-functions before their update, not
-    after it (experiments/tdmpc2_order compares the curves).
+    after it (experiments/tdmpc2_order compares the curves), and its gradient on the task embedding
+    counts in the same step, not in the next. Batches may run on past the end of an episode; what
+    lies beyond is masked.
 
     Discrete actions are not part of the paper. Here the prior is a categorical, and its loss is the
     exact expectation of the Q-functions over all choices, with the categorical's own entropy as the
@@ -76,7 +78,7 @@ class TDMPC2(LatentModel):
         z = self._encode(spaces, ids)
         state = LatentState(z, None, z, {"reward": z.new_zeros(len(z), 1)})
         if self.mpc:
-            state.extras["plan"] = self.planner().blank(len(z)).to(z)
+            state.extras["plan"] = self.planner().blank(z)
         if ids is not None:
             state.extras["task"] = ids
         return state
@@ -239,7 +241,7 @@ class TDMPC2(LatentModel):
         if self.termination is not None:
             logits = self.termination(self._join(z[1:], data.task)).squeeze(-1)
             loss = termination_loss(logits, data.terminated, data.alive)
-            terms["termination"] = loss * self.terminates
+            terms["termination"] = loss * self.terminates.to(loss.dtype)
             last = (torch.sigmoid(logits[-1]), data.terminated[-1], data.alive[-1])
             stats = termination_stats(*last)
         return terms, stats, Rollout(z, next_z, q_logits, target)
@@ -254,14 +256,15 @@ class TDMPC2(LatentModel):
         alive = data.states_alive
         if self.training:
             self.scale.update(q[0].masked_fill(alive[0] == 0, torch.nan))
-        gain = self.entropy_coef * choice.scaled_entropy + q / self.scale.value
+        scale = self.scale.value.clone()  # the next batch moves it in place
+        gain = self.entropy_coef * choice.scaled_entropy + q / scale
         loss = discounted_mean(mean_over(-gain, alive), self.rho)
         stats = {
             "policy_entropy": choice.entropy,
             "policy_scaled_entropy": choice.scaled_entropy,
         }
         means = {name: mean_over(value, alive).mean() for name, value in stats.items()}
-        return loss, means | {"policy_scale": self.scale.value.clone()}
+        return loss, means | {"policy_scale": scale}
 
     # Small things ---------------------------------------------------------------------------
 

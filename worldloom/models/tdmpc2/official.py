@@ -4,6 +4,7 @@ Official tensors keep names such as `_dynamics.0.ln.weight`; those of the Q-func
 before they were named. Nothing but tensors is ever unpickled.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from worldloom.models.tdmpc2.model import TDMPC2
+
+log = logging.getLogger(__name__)
 
 # Our names, then theirs; {0} and {1} are the groups of the pattern.
 _MODULES = "dynamics|reward|termination|actor|encoder.vector"
@@ -103,7 +106,18 @@ def arguments_of(
 
     What leaves no trace in them, such as simnorm_dim or the range of the bins, keeps its default.
     """
-    return False, {**sizes_of(tensors), **overrides}
+    found = {**sizes_of(tensors), **overrides}
+    several = "_task_emb.weight" in tensors
+    wanted = ["episode_lengths"] if several else ["episode_length"]
+    wanted += ["action_dims"] if several and "_action_masks" not in tensors else []
+    if unknown := [name for name in wanted if name not in overrides]:
+        log.warning(
+            "official TD-MPC2 weights do not say %s; taking the highest discount%s. Pass %s",
+            " and ".join(unknown),
+            " and all actions for every task" if "action_dims" in unknown else "",
+            ", ".join(f"{name}=…" for name in unknown),
+        )
+    return False, found
 
 
 def sizes_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

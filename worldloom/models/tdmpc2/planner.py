@@ -30,6 +30,7 @@ class LatentMPPI(MPPI):
     official code takes such a value for zero).
 
     num_pi_trajs: sequences that the policy prior proposes.
+    discount, terminal_value: not used; the model knows its own.
     """
 
     model: Any
@@ -38,9 +39,9 @@ class LatentMPPI(MPPI):
     def __post_init__(self) -> None:
         """Refuse settings that cannot plan."""
         super().__post_init__()
-        if not 0 <= self.num_pi_trajs <= self.num_samples:
+        if not 0 <= self.num_pi_trajs < self.num_samples:
             raise ValueError(
-                f"num_pi_trajs is {self.num_pi_trajs}; expected from 0 to num_samples = "
+                f"num_pi_trajs is {self.num_pi_trajs}; expected from 0 to below num_samples = "
                 f"{self.num_samples}"
             )
 
@@ -49,8 +50,7 @@ class LatentMPPI(MPPI):
         if not self.num_pi_trajs:
             return None
         batch, model = len(state), self.model
-        rows = state.map(lambda x: x.repeat_interleave(self.num_pi_trajs, 0))
-        z, task = rows.deterministic, model.task_of(rows)
+        z, task = self._repeated(state, self.num_pi_trajs)
         actions = []
         for t in range(self.horizon):
             actions.append(model.prior(z, task).action)
@@ -65,8 +65,7 @@ class LatentMPPI(MPPI):
         """
         batch, num = actions.shape[:2]
         model = self.model
-        rows = state.map(lambda x: x.repeat_interleave(num, 0))
-        z, task = rows.deterministic, model.task_of(rows)
+        z, task = self._repeated(state, num)
         discount = model.discount_of(task)
         total, weight = z.new_zeros(len(z)), z.new_ones(len(z))
         dead = torch.zeros_like(total)
@@ -102,6 +101,12 @@ class LatentMPPI(MPPI):
     def pick(self, weights: Tensor) -> Tensor:
         """Draw one of K elites by weight, [B, K] -> [B] (by the Gumbel-max trick)."""
         return (weights.log() - draws.exponential(weights).log()).argmax(1)
+
+    def _repeated(self, state: LatentState, num: int) -> tuple[Tensor, Tensor | None]:
+        """Return latents and tasks with each row so many times."""
+        task = self.model.task_of(state)
+        z = state.deterministic.repeat_interleave(num, 0)
+        return z, None if task is None else task.repeat_interleave(num, 0)
 
     def _start(
         self, state: LatentState, plan: Tensor | None, is_first: Tensor | None

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from worldloom.models.tdmpc2.networks import MLP
+from worldloom.models.tdmpc2.tasks import tensor_of
 from worldloom.nn import distributions
 from worldloom.nn.distributions import one_hot
+from worldloom.nn.layers import full
 
 # log(2 pi) / 2 as the official code has it, which rounds it to single precision.
 HALF_LOG_TAU = 0.9189385175704956
@@ -47,7 +49,7 @@ class SquashedNormal(MLP):
 
     def choose(self, x: Tensor, mask: Tensor | None = None) -> Choice:
         """Sample for x [*batch, inputs]; mask [*batch, A] is 1 for the dimensions a task has."""
-        mean, raw = self(x).chunk(2, -1)
+        mean, raw = full(self(x)).chunk(2, -1)
         log_std = self.bounded(raw)
         eps = distributions.standard_normal(mean)
         if mask is not None:
@@ -81,7 +83,7 @@ class Categorical(MLP):
 
     def choose(self, x: Tensor, mask: Tensor | None = None) -> Choice:
         """Sample for x [*batch, inputs]; a choice has no mask."""
-        logits = self(x)
+        logits = full(self(x))
         log_probs = logits.log_softmax(-1)
         probs = log_probs.exp()
         classes = logits.shape[-1]
@@ -107,6 +109,8 @@ class RunningScale(nn.Module):
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Take in a batch of values [B]; NaN stands for none."""
-        levels = torch.tensor([0.05, 0.95], dtype=self.value.dtype, device=x.device)
-        low, high = x.detach().to(self.value.dtype).nanquantile(levels).unbind()
-        self.value.lerp_((high - low).nan_to_num(1.0).clamp(min=1.0), self.tau)
+        values = full(x.detach().to(self.value.dtype))
+        levels = tensor_of((0.05, 0.95), values.dtype, values.device)
+        low, high = values.nanquantile(levels).unbind()
+        width = (high - low).nan_to_num(1.0).clamp(min=1.0)
+        self.value.lerp_(width.to(self.value.dtype), self.tau)

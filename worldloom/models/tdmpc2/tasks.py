@@ -19,6 +19,8 @@ class Tasks(nn.Module):
 
     def __init__(self, action_dims: Sequence[int], task_dim: int, width: int) -> None:
         super().__init__()
+        if not all(isinstance(n, int) for n in action_dims):
+            raise ValueError(f"action_dims is {action_dims}; expected a whole number for each task")
         if min(action_dims) < 1 or max(action_dims) > width:
             raise ValueError(
                 f"action_dims is {list(action_dims)}, but action_dim is {width}; expected from 1 "
@@ -30,7 +32,8 @@ class Tasks(nn.Module):
                 "officially, 64 for 30 tasks at the middle sizes)"
             )
         self.count = len(action_dims)
-        # Rows that are looked up are rescaled in place, as the official code has it.
+        # Rows that are looked up are rescaled in place, as the official code has it. Processes that
+        # train together would have to rescale the same rows.
         self.embedding = nn.Embedding(self.count, task_dim, max_norm=1.0)
         nn.init.uniform_(self.embedding.weight, -0.02, 0.02)
         exists = torch.arange(width) < torch.tensor(list(action_dims)).unsqueeze(1)
@@ -45,8 +48,10 @@ class Tasks(nn.Module):
                 f"{self.count - 1}, as batch['task'], encode(obs, task=…) or obs['task']"
             )
         ids = torch.as_tensor(task, device=self.masks.device)
-        if ids.ndim == 2 and ids.shape[-1] == self.count:
+        if ids.is_floating_point() and ids.shape[1:] == (self.count,):
             ids = ids.argmax(-1)
+        if ids.ndim == 2 and ids.shape[-1] == 1:  # as a box of one number has it
+            ids = ids.squeeze(-1)
         ids = ids.long().expand(rows) if ids.ndim == 0 else ids.long()
         if ids.shape != (rows,):
             raise ValueError(
@@ -68,7 +73,8 @@ class Tasks(nn.Module):
 @functools.lru_cache
 def tensor_of(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return numbers as a tensor, made once for each dtype and device."""
-    return torch.tensor(values, dtype=dtype, device=device)
+    with torch.inference_mode(False):  # or training could not use what acting made
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
 def discount_from(length: int | None, denom: float, least: float, most: float) -> float:
@@ -78,7 +84,7 @@ def discount_from(length: int | None, denom: float, least: float, most: float) -
     """
     if length is None:
         return most
-    if length < 1:
-        raise ValueError(f"episode_length is {length}; expected at least 1, or null for no end")
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(f"episode_length is {length!r}; expected at least 1, or null for no end")
     share = length / denom
     return min(max((share - 1) / share, least), most)
