@@ -17,7 +17,7 @@ def test_links_lead_somewhere(page):
 
 
 def test_every_recorded_result_has_its_page():
-    folders = [f for f in (ROOT / "experiments").iterdir() if f.is_dir() and "_" != f.name[0]]
+    folders = [f for f in (ROOT / "experiments").iterdir() if f.is_dir() and f.name[0] != "_"]
     assert not [f.name for f in folders if not (f / "README.md").is_file()]
 
 
