@@ -7,6 +7,7 @@ Writes FOLDER/curves.csv (run, seed, step, name, value; the score of the final m
 import csv
 import sys
 from pathlib import Path
+from statistics import mean
 
 import matplotlib.pyplot as plt
 from omegaconf import OmegaConf
@@ -48,7 +49,11 @@ def main() -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for axis, name in zip(axes, NAMES, strict=True):
         for rows in curves.values():
-            points = [(int(r["step"]), float(r["value"])) for r in rows if r["name"] == name]
+            values: dict[int, list[float]] = {}  # episodes that end together count as their mean
+            for row in rows:
+                if row["name"] == name:
+                    values.setdefault(int(row["step"]), []).append(float(row["value"]))
+            points = [(step, mean(found)) for step, found in values.items()]
             kind, seed = rows[0]["run"], rows[0]["seed"]
             label = f"{kind} {seed}" if len(kinds) > 1 else f"seed {seed}"
             axis.plot(*zip(*points, strict=True), styles[kind], label=label, alpha=0.8)

@@ -1,6 +1,7 @@
 """The table's arithmetic and the count of operations; never how long anything takes."""
 
 import sys
+from dataclasses import replace
 from statistics import median
 
 import pytest
@@ -102,10 +103,11 @@ def test_share_is_floor_by_median():
     config = BenchConfig(**SMALL)
     result = measure(config, **TINY)
     seconds = result.seconds
-    assert list(seconds) == ["update", "compute_loss", "backward", "optimizer"]
-    assert [len(times) for times in seconds.values()] == [2] * 4
+    names = ["update", "compute_loss", "backward", "optimizer"]
+    assert list(seconds) == [*names, "policy, 1 env", "policy, 16 envs"]
+    assert [len(times) for times in seconds.values()] == [2] * 6
     assert len(result.rates) == 6
-    for whole, *parts in zip(*seconds.values(), strict=True):
+    for whole, *parts in zip(*(seconds[name] for name in names), strict=True):
         assert whole == sum(parts)
         assert min(parts) > 0
     assert result.floor == result.flops / median(result.rates)
@@ -125,6 +127,26 @@ def test_batch_has_context_where_the_model_keeps_latents(context):
     model.compute_loss(batch)
     if context:
         assert batch["latents"]["deter"].shape == (2, 3, 16)
+
+
+def test_a_preset_brings_its_batch_and_its_optimiser():
+    assert (BenchConfig().batch, BenchConfig().length) == (16, 64)
+    config = BenchConfig(model="tdmpc2:1m")
+    assert (config.batch, config.length) == (256, 4)
+    assert BenchConfig(model="tdmpc2:1m", batch=3).batch == 3
+    tiny = {"enc_dim": 8, "mlp_dim": 8, "latent_dim": 16, "num_samples": 8, "num_elites": 2}
+    config = BenchConfig(model="tdmpc2:1m", repeats=2, matrix=64, envs=3)
+    result = measure(config, num_pi_trajs=2, **tiny)
+    assert list(result.seconds)[-2:] == ["policy, 1 env", "policy, 3 envs"]
+    # Twelve times the rows of 21 transitions and states: all its work is in them.
+    small = measure(replace(config, batch=21), num_pi_trajs=2, **tiny)
+    large = measure(replace(config, batch=252), num_pi_trajs=2, **tiny)
+    assert large.flops == 12 * small.flops < result.flops
+
+
+def test_a_model_that_cannot_act_is_measured_without():
+    result = measure(BenchConfig(**SMALL), actor_critic=False, **TINY)
+    assert list(result.seconds) == ["update", "compute_loss", "backward", "optimizer"]
 
 
 def test_images():
@@ -153,6 +175,8 @@ def test_table_is_consistent(monkeypatch, capsys):
         "compute_loss": ("ms", 3),
         "backward": ("ms", 3),
         "optimizer": ("ms", 3),
+        "policy, 1 env": ("ms", 3),
+        "policy, 16 envs": ("ms", 3),
         "work of an update": ("GFLOP", 1),
         "matrix product": ("GFLOP/s", 3),
         "floor = work / rate": ("ms", 1),
