@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from worldloom import planning
 from worldloom.planning import CEM, MPPI
 from worldloom.protocol import LatentState, Trajectory
 
@@ -67,6 +68,23 @@ def test_goes_to_the_goal_of_each_row(planner):
     best = torch.tensor([[0.4, 0, 0], [-0.3, 0, 0], [-1, -0.7, 0], [1, 1, 1]])
     torch.testing.assert_close(plan.squeeze(-1), best, atol=0.05, rtol=0)
     assert torch.equal(action, plan[:, 0])
+
+
+@pytest.mark.parametrize("planner", PLANNERS)
+def test_many_states_are_imagined_in_parts_with_the_same_result(planner, monkeypatch):
+    state = state_of(torch.randn(7, 2))
+    rows, plans = [], []
+
+    def counted(s, action):
+        rows.append(len(s))
+        return reach(s, action)
+
+    for limit in (10**6, 50, 1):  # all seven at once, two at a time, one at a time
+        monkeypatch.setattr(planning, "CPU_ROWS", limit)
+        torch.manual_seed(0)
+        plans.append(planner(Toy(counted), 1, horizon=2, num_samples=20, num_elites=5)(state)[1])
+    assert torch.equal(plans[0], plans[1]) and torch.equal(plans[0], plans[2])
+    assert set(rows) == {7 * 20, 2 * 20, 20}
 
 
 @pytest.mark.parametrize("planner", PLANNERS)

@@ -17,6 +17,8 @@ from worldloom.protocol import LatentState, WorldModel
 # How much of a remembered categorical plan is forgotten when it is taken up again. Without it a
 # plan that has become certain would never sample anything else.
 RESTART_UNIFORM = 0.5
+# Sequences that are imagined at once on a CPU: more leave its cache, and take longer each.
+CPU_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class SamplingPlanner:
         for _ in range(self.iterations):
             samples = distribution.sample(num)
             samples = samples if given is None else torch.cat([given, samples], 1)
-            returns = self.returns(state, samples)
+            returns = self._returns_in_parts(state, samples)
             best, index = returns.topk(self.num_elites, dim=1)  # [B, K]
             elites = samples.take_along_dim(index[:, :, None, None], dim=1)  # [B, K, H, A]
             weights = self.weights(best)
@@ -194,6 +196,15 @@ class SamplingPlanner:
             distribution = distribution.update(elites, weights, keep)
         action = self.first_action(distribution, elites, weights, deterministic)
         return action, distribution.memory()
+
+    def _returns_in_parts(self, state: LatentState, samples: Tensor) -> Tensor:
+        """Call `returns` for as many states at once as suit the device."""
+        at_once = len(samples)
+        if samples.device.type == "cpu":
+            at_once = max(1, CPU_ROWS // samples.shape[1])
+        starts = range(0, len(samples), at_once)
+        parts = [slice(start, start + at_once) for start in starts]
+        return torch.cat([self.returns(state[part], samples[part]) for part in parts])
 
     def proposals(self, state: LatentState) -> Tensor | None:
         """Return action sequences [B, P, H, A] that compete in every round, or None."""
