@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.models.test_tdmpc2_parts import batch_for as whole_episodes
+from tests.models.test_tdmpc2_parts import losses_of
 from worldloom import check_world_model, create_world_model
-from worldloom.check.data import RandomData
 from worldloom.models.tdmpc2 import draws
 from worldloom.nn import distributions
 from worldloom.training.replay import ReplayBuffer
@@ -34,22 +35,7 @@ def build(*spaces, **options):
 
 
 def batch_for(model, seed=1):
-    """Rows of one episode each, without a border."""
-    torch.manual_seed(seed)
-    batch = RandomData.for_model(model, None, None, None, B, T).batch()
-    for key in ("is_first", "is_last", "is_terminal"):
-        batch[key] = torch.zeros(B, T, dtype=torch.bool)
-    return batch
-
-
-def losses_of(model, batch, seed=2):
-    """The losses and statistics, and the gradients of those parameters that have one."""
-    model.zero_grad()
-    torch.manual_seed(seed)
-    losses = model.compute_loss(batch)
-    losses["loss"].backward()
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {name: value.detach() for name, value in losses.items()}, grads
+    return whole_episodes(model, seed, B, T)
 
 
 def assert_equal(left, right):

@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worldloom.protocol import Obs
+from worldloom.protocol import Batch, Obs
 
 Shape = tuple[int, ...]
+
+# What every batch holds; all but the first two are one number for each row.
+BATCH_KEYS = ("obs", "actions", "rewards", "is_first", "is_last", "is_terminal")
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,36 @@ class ActSpaces(dict[str, ActSpace]):
                 f"action has shape {tuple(action.shape)}; expected "
                 f"[{', '.join([*lead, str(self.width)])}], discrete actions one-hot"
             )
+
+
+def require_keys(batch: Batch) -> None:
+    """Raise ValueError for a batch that is not whole."""
+    if missing := [key for key in BATCH_KEYS if key not in batch]:
+        raise ValueError(
+            f"the batch lacks {missing}; compute_loss needs {list(BATCH_KEYS)} as "
+            "ReplayBuffer.sample returns them"
+        )
+
+
+def check_rows(batch: Batch, obs: Mapping[str, Tensor], act_spaces: ActSpaces) -> tuple[int, int]:
+    """Return [B, T] of a whole batch with split observations; ValueError unless all agree on it."""
+    act_spaces.check(batch["actions"], ("B", "T"))
+    rows, steps = batch["actions"].shape[:2]
+    for key in BATCH_KEYS[2:]:
+        value: Tensor = batch[key]  # type: ignore[literal-required]
+        if tuple(value.shape) != (rows, steps):
+            raise ValueError(
+                f"batch[{key!r}] has shape {tuple(value.shape)}; expected {(rows, steps)}"
+            )
+        if key != "rewards" and value.dtype != torch.bool:
+            raise ValueError(f"batch[{key!r}] has dtype {value.dtype}; expected torch.bool")
+    for key, value in obs.items():
+        if tuple(value.shape[:2]) != (rows, steps):
+            raise ValueError(
+                f"obs {key!r} starts with {tuple(value.shape[:2])}; expected [B, T] = "
+                f"{(rows, steps)}"
+            )
+    return rows, steps
 
 
 def _shape(key: str, shape: Shape) -> Shape:

@@ -23,7 +23,7 @@ from worldloom.models.dreamerv3.behavior import (
 )
 from worldloom.models.dreamerv3.networks import Actor, Decoder, Encoder, Head, Policy
 from worldloom.models.dreamerv3.rssm import RSSM
-from worldloom.models.spaces import ActSpaces, ObsSpaces
+from worldloom.models.spaces import ActSpaces, ObsSpaces, check_rows, require_keys
 from worldloom.nn.distributions import binary_cross_entropy, class_entropy, kl_divergence
 from worldloom.nn.normalizer import Normalizer
 from worldloom.nn.twohot import twohot_loss, twohot_mean
@@ -267,9 +267,12 @@ class DreamerV3(nn.Module):
 
     def sequences(self, batch: Batch) -> Sequences:
         """Check a batch and align each row with the action that led to it."""
-        _check_batch(batch, self.obs_spaces, self.act_spaces)
+        require_keys(batch)
         dtype = self.rssm.gru.bias.dtype
         obs = self.obs_spaces.split(batch["obs"], lead=2)
+        steps = check_rows(batch, obs, self.act_spaces)[1]
+        if steps < 2:
+            raise ValueError(f"sequences have {steps} rows; a loss over time needs at least 2")
         actions = batch["actions"].to(dtype)
         rows = {k: batch[k] for k in ("rewards", "is_first", "is_last", "is_terminal")}
         if self.replay_context and (context := batch.get("context")):
@@ -421,27 +424,3 @@ def _latent(state: LatentState) -> tuple[Tensor, Tensor]:
 
 def _twohot_head(options: dict[str, Any]) -> dict[str, Any]:
     return {"outputs" if k == "bins" else k: v for k, v in options.items()}
-
-
-def _check_batch(batch: Batch, obs_spaces: ObsSpaces, act_spaces: ActSpaces) -> None:
-    needed = ("obs", "actions", "rewards", "is_first", "is_last", "is_terminal")
-    if missing := [key for key in needed if key not in batch]:
-        raise ValueError(
-            f"the batch lacks {missing}; compute_loss needs {list(needed)} as "
-            "ReplayBuffer.sample returns them"
-        )
-    act_spaces.check(batch["actions"], ("B", "T"))
-    shape = tuple(batch["actions"].shape[:2])
-    for key in needed[2:]:
-        value: Tensor = batch[key]  # type: ignore[literal-required]
-        if tuple(value.shape) != shape:
-            raise ValueError(f"batch[{key!r}] has shape {tuple(value.shape)}; expected {shape}")
-        if key != "rewards" and value.dtype != torch.bool:
-            raise ValueError(f"batch[{key!r}] has dtype {value.dtype}; expected torch.bool")
-    for key, value in obs_spaces.split(batch["obs"], lead=2).items():
-        if tuple(value.shape[:2]) != shape:
-            raise ValueError(
-                f"obs {key!r} starts with {tuple(value.shape[:2])}; expected [B, T] = {shape}"
-            )
-    if shape[1] < 2:
-        raise ValueError(f"sequences have {shape[1]} rows; a loss over time needs at least 2")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldloom.models.spaces import ActSpaces
+from worldloom.models.spaces import ActSpaces, check_rows
 from worldloom.protocol import Batch
 
 
@@ -48,27 +48,9 @@ class Transitions:
         dtype: torch.dtype,
     ) -> "Transitions":
         """Check a batch [B, T, ...] and take its T - 1 transitions; a truncation ends nothing."""
-        needed = ("obs", "actions", "rewards", "is_first", "is_last", "is_terminal")
-        if missing := [key for key in needed if key not in batch]:
-            raise ValueError(
-                f"the batch lacks {missing}; compute_loss needs {list(needed)} as "
-                "ReplayBuffer.sample returns them"
-            )
-        spaces.check(batch["actions"], ("B", "T"))
-        shape = tuple(batch["actions"].shape[:2])
-        for key in needed[2:]:
-            value: Tensor = batch[key]  # type: ignore[literal-required]
-            if tuple(value.shape) != shape:
-                raise ValueError(f"batch[{key!r}] has shape {tuple(value.shape)}; expected {shape}")
-            if key != "rewards" and value.dtype != torch.bool:
-                raise ValueError(f"batch[{key!r}] has dtype {value.dtype}; expected torch.bool")
-        for key, value in obs.items():
-            if tuple(value.shape[:2]) != shape:
-                raise ValueError(
-                    f"obs {key!r} starts with {tuple(value.shape[:2])}; expected [B, T] = {shape}"
-                )
-        if shape[1] < 2:
-            raise ValueError(f"sequences have {shape[1]} rows; a transition needs at least 2")
+        steps = check_rows(batch, obs, spaces)[1]
+        if steps < 2:
+            raise ValueError(f"sequences have {steps} rows; a transition needs at least 2")
         leaves = batch["is_last"][:, :-1] | batch["is_first"][:, 1:]
         return cls(
             {key: value.transpose(0, 1) for key, value in obs.items()},

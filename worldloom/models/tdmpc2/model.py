@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from worldloom.models.spaces import require_keys
 from worldloom.models.tdmpc2.latent import LatentModel
 from worldloom.models.tdmpc2.losses import (
     Transitions,
@@ -205,6 +206,7 @@ class TDMPC2(LatentModel):
         """Check a batch and put time first."""
         if "obs" not in batch:
             raise ValueError("the batch lacks 'obs'; compute_loss needs it")
+        require_keys(batch)
         obs, task = self._split(batch["obs"], batch.get("task"), lead=2)
         return Transitions.from_batch(batch, obs, self.act_spaces, task, self.scale.value.dtype)
 
