@@ -1,28 +1,24 @@
-"""Any gymnasium id as an environment that models can learn: pixels, sizes, action repeat.
-
-Letters used in shapes: H, W height and width, C channels.
-"""
+"""Any gymnasium id as an environment that models can learn."""
 
 import difflib
 import importlib
-import os
-import sys
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
-from gymnasium import spaces
-from PIL import Image
 
 import worldloom.envs.catch  # noqa: F401  (registers worldloom/Catch-v0)
-from worldloom.envs.spaces import flatten, is_channels_last, is_image
+from worldloom.envs.extras import naming_the_extra
+from worldloom.envs.renderer import use_renderer
+from worldloom.envs.wrappers import wrap
 
-# What a missing package calls itself in error messages -> our extra that installs it. Box2D's
-# complaint about pygame names both, so pygame comes first.
-EXTRAS = {"pygame": "pixels", "box2d": "box2d", "mujoco": "mujoco", "ale_py": "atari"}
+# Packages whose ids gymnasium knows only after their import -> how those ids begin.
+PACKAGES = {
+    "ale_py": ("ALE/",),
+    "minigrid": ("MiniGrid-", "BabyAI-"),
+    "metaworld": ("Meta-World/",),
+    "gymnasium_robotics": ("Fetch", "Hand", "Adroit", "AntMaze", "PointMaze", "Franka"),
+}
+MUJOCO = ("gymnasium.envs.mujoco", "gymnasium_robotics", "metaworld")
 
 
 def make_env(
@@ -37,185 +33,32 @@ def make_env(
 ) -> gym.Env:
     """Make the environment that is registered under a gymnasium id.
 
-    size: side in pixels to which images are resized; a multiple of 16.
-    pixels: observe the rendered picture, [size, size, 3] (64 if no size is given), and nothing
-        else. Without it no renderer is touched.
-    repeat: do each action so many times; their rewards are summed.
+    size, pixels, repeat, stack: as in `worldloom.envs.wrappers.wrap`. Without pixels no renderer
+        is touched.
     time_limit: steps of the simulator (not of `repeat`) after which an episode is truncated,
         instead of the limit that is registered with the id.
-    stack: newest images that are observed at once, on top of each other along their channels,
-        oldest first; for models without memory, such as TD-MPC2.
     kwargs: go to the environment.
     """
-    for name, value in (("repeat", repeat), ("stack", stack)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; expected at least 1; set env.{name}=1 for none")
-    if pixels:
-        kwargs["render_mode"] = "rgb_array"
-        if sys.platform.startswith("linux"):
-            # MuJoCo picks its renderer when it is imported, and only this one needs no display.
-            os.environ.setdefault("MUJOCO_GL", "egl")
     if time_limit is not None:
         kwargs["max_episode_steps"] = time_limit
-    with _naming_the_extra(id):
-        _check_registered(id)
-        env = gym.make(id, **kwargs)
-    if repeat > 1:
-        env = ActionRepeat(env, repeat)
-    if pixels:
-        env = RenderedObservation(env, size or 64)
-    elif size is not None:
-        env = ResizedImages(env, size)
-    return env if stack == 1 else StackedImages(env, stack)
+    with naming_the_extra(id):
+        spec = _registered(id)
+        if pixels:
+            kwargs["render_mode"] = "rgb_array"
+            if str(spec.entry_point).startswith(MUJOCO):
+                use_renderer()
+        env = gym.make(spec, **kwargs)
+    return wrap(env, repeat=repeat, pixels=pixels, size=size, stack=stack)
 
 
-class ActionRepeat(gym.Wrapper):
-    """Do every action several times, or until the episode ends, and sum the rewards."""
-
-    def __init__(self, env: gym.Env, repeat: int) -> None:
-        super().__init__(env)
-        self.repeat = repeat
-
-    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Return the last observation and info, and the sum of the rewards."""
-        total = 0.0
-        for _ in range(self.repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
-            if terminated or truncated:
-                break
-        return obs, total, terminated, truncated, info
-
-
-class RenderedObservation(gym.ObservationWrapper):
-    """Observe the rendered picture, [size, size, 3] uint8, instead of the observation."""
-
-    def __init__(self, env: gym.Env, size: int) -> None:
-        super().__init__(env)
-        self.size = size
-        self.observation_space = spaces.Box(0, 255, (size, size, 3), np.uint8)
-
-    def observation(self, observation: Any) -> np.ndarray:
-        """Render the environment; its own observation is dropped."""
-        name = str(self.unwrapped)
-        with _naming_the_extra(name):
-            frame: Any = self.env.render()
-        if not isinstance(frame, np.ndarray) or frame.shape[2:] != (3,):
-            raise TypeError(
-                f"{name} rendered {getattr(frame, 'shape', type(frame).__name__)}; expected an "
-                "RGB picture [H, W, 3]; set env.pixels=false if it cannot render 'rgb_array'"
-            )
-        return resize_image(frame, self.size)
-
-
-class ResizedImages(gym.ObservationWrapper):
-    """Resize every image of the observations; other arrays stay as they are."""
-
-    def __init__(self, env: gym.Env, size: int) -> None:
-        super().__init__(env)
-        self.size = size
-        if not any(is_image(space) for space in flatten(env.observation_space).values()):
-            raise ValueError(
-                f"size={size} was given, but {env.unwrapped} observes no image but "
-                f"{env.observation_space}; expected images (3-D uint8); set env.pixels=true to "
-                "observe what it renders, or leave env.size out"
-            )
-        self.observation_space = self._resized_space(env.observation_space)
-
-    def observation(self, observation: Any) -> Any:
-        """Resize the images of one observation."""
-        return self._resized(self.env.observation_space, observation)
-
-    def _resized_space(self, space: spaces.Space) -> spaces.Space:
-        if isinstance(space, spaces.Dict):
-            return spaces.Dict({key: self._resized_space(value) for key, value in space.items()})
-        if not is_image(space):
-            return space
-        shape = space.shape or ()
-        last = is_channels_last(shape)
-        new = (self.size, self.size, shape[2]) if last else (shape[0], self.size, self.size)
-        return spaces.Box(0, 255, new, np.uint8)
-
-    def _resized(self, space: spaces.Space, obs: Any) -> Any:
-        if isinstance(space, spaces.Dict):
-            return {key: self._resized(value, obs[key]) for key, value in space.items()}
-        if not is_image(space):
-            return obs
-        if is_channels_last(space.shape or ()):
-            return resize_image(obs, self.size)
-        return np.moveaxis(resize_image(np.moveaxis(obs, 0, -1), self.size), -1, 0)
-
-
-class StackedImages(gym.ObservationWrapper):
-    """Observe the last images of an episode along their channels; other arrays stay as they are.
-
-    At its start the first image stands for those that there were not.
-    """
-
-    def __init__(self, env: gym.Env, stack: int) -> None:
-        super().__init__(env)
-        leaves = flatten(env.observation_space)
-        if not any(is_image(space) for space in leaves.values()):
-            raise ValueError(
-                f"stack={stack} was given, but {env.unwrapped} observes no image but "
-                f"{env.observation_space}; expected images (3-D uint8); leave env.stack out"
-            )
-        self.stack = stack
-        self._frames: dict[str, deque[np.ndarray]] = {}
-        self.observation_space = self._mapped(self._stacked_space, env.observation_space)
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        """Forget the images of the last episode."""
-        self._frames = {}
-        return super().reset(seed=seed, options=options)
-
-    def observation(self, observation: Any) -> Any:
-        """Return the observation with its newest images stacked."""
-        return self._mapped(self._stacked, self.env.observation_space, observation)
-
-    def _stacked_space(self, key: str, space: spaces.Space) -> spaces.Space:
-        shape = list(space.shape or ())
-        shape[2 if is_channels_last(space.shape or ()) else 0] *= self.stack
-        return spaces.Box(0, 255, tuple(shape), np.uint8)
-
-    def _stacked(self, key: str, space: spaces.Space, image: np.ndarray) -> np.ndarray:
-        image = image.copy()  # an environment may draw into the same array again
-        frames = self._frames.setdefault(key, deque([image] * self.stack, self.stack))
-        if frames[-1] is not image:
-            frames.append(image)
-        return np.concatenate(frames, axis=2 if is_channels_last(space.shape or ()) else 0)
-
-    def _mapped(self, fn: Any, space: Any, obs: Any = None, key: str = "") -> Any:
-        """Apply fn to every image of a space, or of an observation of it."""
-        if isinstance(space, spaces.Dict):
-            parts = {
-                k: self._mapped(fn, s, None if obs is None else obs[k], f"{key}/{k}")
-                for k, s in space.items()
-            }
-            return spaces.Dict(parts) if obs is None else parts
-        if not is_image(space):
-            return space if obs is None else obs
-        return fn(key, space) if obs is None else fn(key, space, obs)
-
-
-def resize_image(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize [H, W, C] uint8 to [size, size, C] by averaging areas (repeating pixels if larger)."""
-    if image.shape[:2] == (size, size):
-        return image
-    # Channel by channel: Pillow knows no 9 channels, and would weigh colours by a fourth one.
-    planes = [Image.fromarray(plane) for plane in np.moveaxis(image, -1, 0)]
-    box = Image.Resampling.BOX
-    return np.stack([np.asarray(plane.resize((size, size), box)) for plane in planes], axis=-1)
-
-
-def _check_registered(id: str) -> None:
-    if id.startswith("ALE/"):
-        importlib.import_module("ale_py")  # gymnasium knows these ids only after this import
+def _registered(id: str) -> Any:
+    """Return what gymnasium knows of an id, importing the package that registers it first."""
+    package = next((name for name, starts in PACKAGES.items() if id.startswith(starts)), None)
     module, _, name = id.rpartition(":")
-    if module:
-        importlib.import_module(module)
+    if package or module:
+        importlib.import_module(package or module)
     try:
-        gym.spec(name)
+        return gym.spec(name)
     except gym.error.Error as error:
         names = {known.lower(): known for known in gym.registry}
         near = [names[name] for name in difflib.get_close_matches(name.lower(), names, cutoff=0.4)]
@@ -223,18 +66,4 @@ def _check_registered(id: str) -> None:
             f"There is no environment '{id}' ({error}); expected an id that gymnasium knows, "
             f"such as {', '.join(near or sorted(names.values())[:3])}; set env.id to one, or to "
             "'module:id' if importing a module registers yours"
-        ) from error
-
-
-@contextmanager
-def _naming_the_extra(name: str) -> Iterator[None]:
-    """Turn the error of a missing package into one that says which of our extras has it."""
-    try:
-        yield
-    except (gym.error.DependencyNotInstalled, ImportError) as error:
-        complaint = str(error).lower()
-        extra = next((EXTRAS[word] for word in EXTRAS if word in complaint), None)
-        remedy = f"pip install 'worldloom[{extra}]'" if extra else "install what the message names"
-        raise ImportError(
-            f"{name} needs a package that cannot be imported ({error}); {remedy}"
         ) from error

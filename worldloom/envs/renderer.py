@@ -1,0 +1,49 @@
+"""Choose a renderer for MuJoCo's pictures that needs no screen."""
+
+import functools
+import os
+import subprocess
+import sys
+
+# The first that works: the graphics card (or its software stand-in), then plain software.
+CANDIDATES = ("egl", "osmesa")
+PROBE = "import mujoco; context = mujoco.GLContext(16, 16); context.make_current(); context.free()"
+
+
+def use_renderer() -> None:
+    """Set MUJOCO_GL to a renderer that works here, unless the user has set it.
+
+    To be called before MuJoCo is imported, and only for tasks that render.
+
+    Raises:
+        RuntimeError: no renderer works; says what to install.
+    """
+    if not sys.platform.startswith("linux") or os.environ.get("MUJOCO_GL"):
+        return
+    working = next((name for name in CANDIDATES if _failure(name) is None), None)
+    if working is None:
+        tried = "; ".join(f"{name}: {_failure(name)}" for name in CANDIDATES)
+        raise RuntimeError(
+            f"pixels were asked for but MuJoCo can render with neither of them ({tried}); install "
+            "one with apt install libegl1 libegl-mesa0 libgl1-mesa-dri (or libosmesa6), or set "
+            "MUJOCO_GL=glfw where there is a screen"
+        )
+    os.environ["MUJOCO_GL"] = working
+
+
+@functools.cache
+def _failure(name: str) -> str | None:
+    """Return why a renderer does not work, or None if it does.
+
+    Asked in a process of its own, for MuJoCo decides when it is imported and never again.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        env={**os.environ, "MUJOCO_GL": name},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode == 0:
+        return None
+    lines = done.stderr.strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"
