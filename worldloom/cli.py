@@ -38,6 +38,7 @@ USER_ERRORS = (
     FileNotFoundError,
     FloatingPointError,
     MemoryError,
+    ChildProcessError,
 )
 
 
@@ -126,6 +127,8 @@ def job_errors() -> Iterator[None]:
 def explain(error: BaseException) -> str:
     """Return one line that says what was wrong, what was expected and how to fix it."""
     text = str(error)
+    if isinstance(error, ChildProcessError):
+        return text  # with the traceback of a worker process, which is the user's to read
     cause = error.__cause__
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match[1])

@@ -4,11 +4,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium import spaces
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from worldloom.envs.gymnasium import make_env
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.vector import Rows, episode_length, make_vector_env
+from worldloom.envs.workers import WorkerError, WorkerVectorEnv
 
 catch = partial(make_env, "worldloom/Catch-v0", size=16)
 
@@ -66,8 +67,8 @@ def test_zero_workers_step_in_this_process():
 def test_workers_give_the_same_rows_from_processes_of_their_own():
     here, there = make_vector_env(catch, 2), make_vector_env(catch, 2, workers=1)
     try:
-        assert isinstance(there, AsyncVectorEnv)
-        assert there.context in ("forkserver", "spawn") and there.max_concurrency == 1
+        assert isinstance(there, WorkerVectorEnv) and there.num_envs == 2
+        assert there.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
         a, b = rows_of(here), rows_of(there)
         rng = np.random.default_rng(0)
         a.reset(3)
@@ -131,6 +132,11 @@ def test_numbers_that_make_no_sense_are_refused():
         make_vector_env(catch, num_envs=0)
     with pytest.raises(ValueError, match=r"num_envs=1 and workers=-1"):
         make_vector_env(catch, workers=-1)
+    with pytest.raises(ValueError, match=r"workers is 'many'; expected a number or auto"):
+        make_vector_env(catch, workers="many")
+    for timeout in (0.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=rf"timeout is {timeout}; expected seconds, above 0"):
+            make_vector_env(catch, timeout=timeout)
 
 
 def test_one_environment_for_all_is_refused():
@@ -139,12 +145,12 @@ def test_one_environment_for_all_is_refused():
         make_vector_env(lambda: env, num_envs=2)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_what_is_no_environment_is_refused(workers):
+@pytest.mark.parametrize(("workers", "error"), [(0, TypeError), (1, WorkerError)])
+def test_what_is_no_environment_is_refused(workers, error):
     old = type("OldEnv", (type("Env", (), {"__module__": "gym.core"}),), {})
-    with pytest.raises(TypeError, match=r"OldEnv, an environment of the old gym; expected a gymn"):
+    with pytest.raises(error, match=r"OldEnv, an environment of the old gym; expected a gymn"):
         make_vector_env(old, workers=workers)
-    with pytest.raises(TypeError, match=r"returned a builtins\.NoneType; expected a gymnasium.Env"):
+    with pytest.raises(error, match=r"returned a builtins\.NoneType; expected a gymnasium.Env"):
         make_vector_env(lambda: None, workers=workers)
 
 

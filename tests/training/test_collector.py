@@ -280,6 +280,48 @@ def test_loading_in_mid_episode_starts_new_episodes():
     ]
 
 
+def test_an_interrupted_step_starts_new_episodes(monkeypatch):
+    collector = run(make([5], [5]), 2)
+
+    def interrupted(actions):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(collector.rows, "step", interrupted)
+        collector.step()
+    run(collector, 3)
+    obs, is_first = collector.buffer.column("obs"), collector.buffer.column("is_first")
+    assert obs[:, 0, 0].tolist() == [0, 0, 0, 1, 1, 1]
+    assert obs[:, 1, 1].tolist() == [0, 1, 2, 0, 1, 2]
+    assert is_first.tolist() == [[True] * 2, *[[False] * 2] * 2, [True] * 2, *[[False] * 2] * 2]
+    assert collector.env_steps == 10 and collector.restarts == 0
+
+
+def test_a_restart_abandons_an_episode():
+    collector = run(make([5], [3]), 2)
+    env, step = collector.rows.env, collector.rows.env.step
+
+    def crashing(actions):
+        """Replace environment 0, as WorkerVectorEnv does it."""
+        obs, rewards, terminated, truncated, infos = step(actions)
+        obs[0], rewards[0] = (9, 0), 0
+        return obs, rewards, terminated, truncated, {**infos, "restarted": np.array([True, False])}
+
+    env.step = crashing
+    collector.step()
+    env.step, env.restarts = step, 1
+    run(collector, 3)
+    assert collector.restarts == 1
+    # One of six ticks was a reset, and in environment 0 one more was the crash.
+    assert collector.env_steps == (6 - 2) + (6 - 1)
+    is_first, is_last = map(collector.buffer.column, ("is_first", "is_last"))
+    assert np.flatnonzero(is_first[:, 0]).tolist() == [0, 3] and not is_last[:5, 0].any()
+    assert np.flatnonzero(is_first[:, 1]).tolist() == [0, 4]
+    # The rewards 1 and 2 of before, and 3 of the step that crashed, belong to no episode.
+    run(collector, 2)
+    assert [e["return"] for e in collector.finished if e["length"] == 2] == [4 + 5.0]
+
+
 def test_discrete_actions_and_images():
     env = make_vector_env(lambda: gym.make("worldloom/Catch-v0", size=16), num_envs=2)
     obs_spec = ObsSpec.from_space(env.single_observation_space)

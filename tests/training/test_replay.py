@@ -49,7 +49,9 @@ class Recorder:
     def expected(self, env: int, start: int, length: int) -> dict[str, np.ndarray]:
         rows = self.log[env][start : start + length]
         out = {key: np.stack([r[key] for r in rows]) for key in rows[0]}
-        out["is_last"][:-1] |= out["is_first"][1:]
+        abandoned = out["is_first"][1:] & ~out["is_last"][:-1]
+        out["is_last"][:-1] |= abandoned
+        out["actions"][:-1][abandoned] = 0.0
         return out
 
 
@@ -182,6 +184,17 @@ def test_abandoned_episode_gets_is_last_in_the_batch():
     batch = buffer.sample(1, 4)
     assert batch["is_last"].tolist() == [[False, True, False, False]]
     assert not batch["is_terminal"].any()
+
+
+def test_the_action_of_an_abandoned_last_row_led_nowhere_and_is_zero():
+    buffer = ReplayBuffer(12)
+    no = np.array([False])
+    for t, first in enumerate((True, False, True, False)):
+        actions = np.full((1, 2), t + 1.0)
+        buffer.add(np.zeros((1, 4)), actions, np.zeros(1), np.array([first]), no, no)
+    batch = buffer.sample(1, 4)
+    assert batch["actions"][0, :, 0].tolist() == [1.0, 0.0, 3.0, 4.0]
+    assert [buffer.newest(n)["actions"][0, 0, 0].item() for n in (4, 3, 2)] == [1.0, 0.0, 3.0]
 
 
 # ---- add_episode --------------------------------------------------------------------------------

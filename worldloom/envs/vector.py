@@ -4,19 +4,21 @@ Letters used in shapes: N environments, A = width of a model's action.
 """
 
 import math
-import multiprocessing
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from gymnasium.wrappers import TimeLimit
 
+from worldloom.envs.process import INFOS
 from worldloom.envs.spaces import ActionSpec, Obs, ObsSpec
+from worldloom.envs.workers import WorkerVectorEnv, measured_workers
 
 MakeEnv = Callable[[], gym.Env]
+MAX_TIMEOUT = 86_400  # seconds; the system's way of waiting cannot count to infinity
 
 
 def episode_length(env: gym.Env) -> int | None:
@@ -34,12 +36,18 @@ def episode_length(env: gym.Env) -> int | None:
     return None if limit is None else math.ceil(limit / repeat)
 
 
-def make_vector_env(make_env: MakeEnv, num_envs: int = 1, workers: int = 0) -> VectorEnv:
+def make_vector_env(
+    make_env: MakeEnv,
+    num_envs: int = 1,
+    workers: int | Literal["auto"] = 0,
+    timeout: float = 120.0,
+) -> VectorEnv:
     """Make N copies of an environment that are stepped together.
 
     make_env: any function without arguments that returns a new gymnasium environment.
-    workers: 0 steps the copies one after the other in this process. More give each copy a process
-        of its own, so many of which run at a time; worth it when a step takes over 0.5 ms.
+    workers: 0 steps the copies one after the other in this process. More share them out to so many
+        processes, which is worth it when a step takes over 0.5 ms; "auto" measures that first.
+    timeout: seconds that a worker has for a step before it is replaced, as one that crashed is.
 
     The step after an end ignores its action and returns the next episode's first observation
     (gymnasium's NEXT_STEP autoreset); `Rows` turns that into rows.
@@ -49,23 +57,31 @@ def make_vector_env(make_env: MakeEnv, num_envs: int = 1, workers: int = 0) -> V
             f"make_env is {make_env!r}; expected a function that makes an environment; wrap what "
             "you have: make_vector_env(lambda: gymnasium.make('CartPole-v1'))"
         )
-    if num_envs < 1 or workers < 0:
+    if isinstance(workers, str) and workers != "auto":
+        raise ValueError(f"workers is {workers!r}; expected a number or auto; set env.workers=auto")
+    if num_envs < 1 or (workers != "auto" and workers < 0):
         raise ValueError(
             f"Got num_envs={num_envs} and workers={workers}; expected at least one environment "
             "and no negative number of workers; set env.num_envs=1 and env.workers=0"
         )
-    make_checked = partial(_make_checked, make_env)
-    if workers:
-        # Forked workers hang if this process has rendered before, so they start clean.
-        clean = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        # Only gymnasium >= 1.4 can have fewer running than there are, so others are not asked to.
-        limit: dict[str, Any] = {"max_concurrency": workers} if workers < num_envs else {}
-        return AsyncVectorEnv(
-            [make_checked] * num_envs,
-            context=clean,
-            autoreset_mode=AutoresetMode.NEXT_STEP,
-            **limit,
+    if not 0 < timeout <= MAX_TIMEOUT:
+        raise ValueError(
+            f"timeout is {timeout}; expected seconds, above 0 and at most {MAX_TIMEOUT} (a day); "
+            "set it to several times what the slowest reset takes"
         )
+    if workers == "auto":
+        probe = _make_checked(make_env)
+        workers = measured_workers(probe, num_envs)
+        probe.close()
+    make_envs = partial(_make_envs, make_env)
+    if workers:
+        return WorkerVectorEnv(make_envs, num_envs, workers, timeout)
+    return make_envs(num_envs)
+
+
+def _make_envs(make_env: MakeEnv, num_envs: int) -> SyncVectorEnv:
+    """Make environments that are stepped one after the other in this process."""
+    make_checked = partial(_make_checked, make_env)
     env = SyncVectorEnv([make_checked] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
     if len({id(copy.unwrapped) for copy in env.envs}) < num_envs:
         raise ValueError(
@@ -114,6 +130,11 @@ class Rows:
         self.env, self.obs_spec, self.action_spec = env, obs_spec, action_spec
         self.num_envs = env.num_envs
 
+    @property
+    def restarts(self) -> int:
+        """Count the environment processes that were replaced so far."""
+        return getattr(self.env, "restarts", 0)
+
     def reset(self, seed: int | None = None) -> None:
         """Start a new episode in every environment; environment i gets seed + i."""
         obs, _ = self.env.reset(seed=seed)
@@ -129,13 +150,14 @@ class Rows:
         """Act with model actions [N, A] and move on to the next rows.
 
         Where the present row is an episode's last, the action is ignored and the next row is a
-        new episode's first. Returns (environment, {"return", "length", "success" if the
+        new episode's first. So it is where an environment crashed in its worker: the episode is
+        abandoned, without a last row. Returns (environment, {"return", "length", "success" if the
         environment's info has it}) for the episodes that ended.
         """
         obs, rewards, terminated, truncated, infos = self.env.step(self.action_spec.decode(actions))
         self.obs = self.obs_spec.encode(obs)
         self.rewards = rewards.astype(np.float32)
-        self.is_first = self.is_last
+        self.is_first = self.is_last | infos.get("restarted", False)
         self.is_last, self.is_terminal = terminated | truncated, terminated
         self._returns = np.where(self.is_first, 0.0, self._returns + rewards)
         self._lengths = np.where(self.is_first, 0, self._lengths + 1)
@@ -143,6 +165,7 @@ class Rows:
 
     def _summary(self, index: int, infos: dict[str, Any]) -> dict[str, float]:
         episode = {"return": float(self._returns[index]), "length": int(self._lengths[index])}
-        if "success" in infos and infos["_success"][index]:
-            episode["success"] = float(infos["success"][index])
+        value, told = INFOS
+        if value in infos and infos[told][index]:
+            episode["success"] = float(infos[value][index])
         return episode

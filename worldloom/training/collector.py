@@ -84,12 +84,20 @@ class Collector:
             rows.is_terminal,
             latents=self._latents(self._memory.state),
         )
-        # After a last row the environment only resets; that is no step.
-        self.env_steps += int(np.count_nonzero(~rows.is_last))
-        for _, episode in rows.step(actions):
+        self._running = False  # interrupted in a step, the environments start anew
+        ended = rows.step(actions)
+        self._running = True
+        # What leads to a first row is no step but a reset.
+        self.env_steps += int(np.count_nonzero(~rows.is_first))
+        for _, episode in ended:
             self.episodes += 1
             self.last_return = episode["return"]
             self.finished.append({**episode, "env_steps": self.env_steps})
+
+    @property
+    def restarts(self) -> int:
+        """Count the environment processes that were replaced so far; they stay out of a state."""
+        return self.rows.restarts
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters, random state and unlogged episodes, as plain data.

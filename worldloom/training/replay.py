@@ -261,9 +261,11 @@ class ReplayBuffer:
         slots = env[:, None] * self.rows + (start[:, None] + np.arange(length)) % self.rows
         batch: dict[str, Any] = {"obs": self._take_obs(slots)}
         batch |= {name: self._take(name, slots) for name in ("actions", "rewards", *FLAGS)}
-        # That an episode was abandoned (a resumed run resets its environments) was not known when
-        # its last row was written.
-        batch["is_last"][:, :-1] |= batch["is_first"][:, 1:]
+        # That an episode was abandoned (a resumed run resets its environments, a crashed one is
+        # replaced) was not known when its last row was written, with an action that led nowhere.
+        abandoned = batch["is_first"][:, 1:] & ~batch["is_last"][:, :-1]
+        batch["is_last"][:, :-1] |= abandoned
+        batch["actions"][:, :-1][abandoned] = 0.0
         batch["index"] = torch.from_numpy(np.stack([env, start], 1))
         if self.keeps_latents and length:
             names = self._format.latent_names.items()
