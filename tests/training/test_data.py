@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import threading
 
 import lightning
 import numpy as np
@@ -158,6 +159,75 @@ def test_latents_come_back_without_a_trainer():
     next(stream)["latents"] = {"deter": torch.full((4, 6, 1), -1.0)}
     next(stream)
     assert data.buffer.sample(500, 1)["context"]["deter"].min() == -1
+
+
+# ---- collecting while the trainer works ---------------------------------------------------------
+
+
+class Waiting(FakeCollector):
+    """Step only while the trainer holds a batch, once it was held for the first time."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.held = threading.Event()
+        self.held.set()
+        self.threads = set()
+
+    def step(self):
+        assert self.held.wait(10), "collected while the replay was in use"
+        self.threads.add(threading.current_thread())
+        super().step()
+
+
+def overlapped(refresh=lambda: None, collector=Waiting, **changes):
+    buffer = ReplayBuffer(4000, num_envs=2, online=True)
+    settings = {"batch_size": 4, "sequence_length": 6, "train_ratio": 8.0, "total_steps": 300}
+    return ReplayDataModule(buffer, collector(buffer), refresh=refresh, **(settings | changes))
+
+
+def test_overlapped_collecting_happens_while_a_batch_is_held_and_not_else():
+    data, refreshed = overlapped(lambda: refreshed.append(data.updates)), []
+    collector = data.collector
+    for _ in data.train_dataloader():
+        collector.held.set()
+        data.settle()  # what a callback calls that looks at the replay
+        collector.held.clear()
+        if data.env_steps >= data.total_steps:
+            collector.held.set()
+    assert collector.threads - {threading.current_thread()}
+    assert refreshed == list(range(1, data.updates + 1))  # before each
+
+
+def test_overlapped_collecting_keeps_the_ratio_and_the_total():
+    plain, data = online(), overlapped()
+    for one in (plain, data):
+        for _ in one.train_dataloader():
+            owed = (one.env_steps - one._origin[0]) * one.train_ratio
+            assert one.replayed_steps <= owed
+    assert (data.updates, data.env_steps) == (plain.updates, plain.env_steps)
+
+
+def test_a_mistake_of_the_collector_shows_in_the_trainer():
+    class Broken(FakeCollector):
+        def step(self):
+            if self.env_steps > 30:
+                raise RuntimeError("the robot fell off the table")
+            super().step()
+
+    with pytest.raises(RuntimeError, match="fell off the table"):
+        list(overlapped(collector=Broken).train_dataloader())
+
+
+def test_a_checkpoint_waits_for_what_is_being_collected():
+    data = overlapped()
+    stream = iter(data.train_dataloader())
+    next(stream)
+    data.settle()
+    data.collector.held.clear()
+    next(stream)  # collecting for the third batch now waits
+    threading.Timer(0.2, data.collector.held.set).start()
+    before = data.env_steps
+    assert data.state_dict()["collector"]["env_steps"] == data.env_steps > before
 
 
 # ---- resume -------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class MetricsWriter(Callback):
         """Write everything since the last flush."""
         assert isinstance(pl_module, WorldModelModule)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data.settle()
         episodes = _drain(data.collector)
         for episode in episodes:
             step = int(episode.pop("env_steps"))
@@ -150,6 +151,8 @@ class Evaluation(Callback):
 
     def _score(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, WorldModelModule)
+        # The random numbers of an evaluation are its own only while nobody else draws any.
+        trainer.datamodule.settle()  # type: ignore[attr-defined]
         step, scores = x_axis(trainer, module), self.evaluate()
         self._scored = module.updates
         log(trainer, scores, step)
@@ -179,6 +182,7 @@ class OpenLoop(Callback):
         if not self.every or pl_module.updates % self.every:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data.settle()
         sequence: Any = data.buffer.newest(self.length, pl_module.device)
         own = [pl_module.device] if pl_module.device.type == "cuda" else []
         with torch.random.fork_rng(devices=own):  # looking must not change what is learned

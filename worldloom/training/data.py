@@ -4,6 +4,7 @@ B is batch_size and T sequence_length throughout.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import lightning
@@ -72,6 +73,9 @@ class ReplayDataModule(lightning.LightningDataModule):
     sequence_length: rows that are trained on; where the replay keeps latents, one more row is
         sampled in front of them as context.
     across_episodes: whether a sequence may run on into the next episode.
+    refresh: None to collect between updates, where a run is bit for bit reproducible. A function
+        to collect what the next batch is owed in a thread, while the trainer works on this one;
+        it is called before, to give the collector's own copy of the model the newest weights.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class ReplayDataModule(lightning.LightningDataModule):
         pretrain: bool = False,
         total_steps: int,
         across_episodes: bool = True,
+        refresh: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
         self.buffer = buffer
@@ -98,6 +103,9 @@ class ReplayDataModule(lightning.LightningDataModule):
         self.prefill = batch_size * sequence_length if prefill is None else prefill
         self.total_steps = total_steps
         self.across_episodes = across_episodes
+        self.refresh = refresh
+        self._pool = None if refresh is None else ThreadPoolExecutor(1, "collector")
+        self._ahead: Future[None] | None = None
         self.updates = 0
         self.replayed_steps = 0
         # Environment and replayed steps from which the train ratio counts: the end of prefill.
@@ -149,6 +157,7 @@ class ReplayDataModule(lightning.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters, replay and collector, so that the ratio is exact after a resume."""
+        self.settle()
         self._store_latents()
         return {
             "updates": self.updates,
@@ -177,6 +186,12 @@ class ReplayDataModule(lightning.LightningDataModule):
             # A changed ratio holds from now on; applied to the past it would owe a huge burst.
             self._origin = (self.env_steps, self.replayed_steps)
 
+    def settle(self) -> None:
+        """Wait until nothing is being collected; to be called before looking at the replay."""
+        if self._ahead is not None:
+            ahead, self._ahead = self._ahead, None
+            ahead.result()
+
     def _offline(self) -> Iterator[Batch]:
         while self.updates < self.total_steps:
             yield from self._next_batch()
@@ -192,8 +207,14 @@ class ReplayDataModule(lightning.LightningDataModule):
                 yield from self._next_batch()
             if self.env_steps >= self.total_steps:
                 break
-            self.collector.step()
+            self._collect_owed()
         self._stop()
+
+    def _collect_owed(self) -> None:
+        """Collect until the next batch is owed, or everything is collected."""
+        assert self.collector is not None
+        while not self._owes_batch() and self.env_steps < self.total_steps:
+            self.collector.step()
 
     @property
     def _rows(self) -> int:
@@ -229,7 +250,11 @@ class ReplayDataModule(lightning.LightningDataModule):
         self.updates += 1
         self.replayed_steps += self.batch_size * self.sequence_length
         self._batch, self._batch_moves = batch, True
+        if self.collector is not None and self.refresh is not None and self._pool is not None:
+            self.refresh()
+            self._ahead = self._pool.submit(self._collect_owed)
         yield batch
+        self.settle()
         self._store_latents()
         self._batch = None
 
