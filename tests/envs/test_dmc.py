@@ -47,6 +47,24 @@ def test_every_task_is_found_under_its_own_name():
         assert _find(f"dmc_{domain}_{name}", suite.ALL_TASKS) == (domain, name)
 
 
+def step_once(task):
+    env = make_env(task)
+    env.reset(seed=0)
+    obs, reward, *_ = env.step(env.action_space.sample())
+    env.close()
+    assert obs in env.observation_space and np.isfinite(reward)
+
+
+def test_quadrupeds_walk_with_any_numpy():
+    step_once("quadruped-walk")
+
+
+@pytest.mark.slow
+def test_every_task_of_the_benchmark_can_be_stepped():
+    for domain, name in suite.BENCHMARKING:
+        step_once(f"{domain}-{name}")
+
+
 def test_unknown_tasks_name_near_ones():
     with pytest.raises(ValueError, match=r"env\.task is 'walker-wolk'.*walker-walk"):
         make_env("walker-wolk")

@@ -46,6 +46,10 @@ def make_env(
     logging.getLogger("absl").setLevel(logging.WARNING)  # it tells of every import
     with naming_the_extra(f"dmc task {task}"), _rendering(pixels):
         from dm_control import suite
+    if not hasattr(np, "in1d"):
+        # Gone in numpy 2.4, but the quadrupeds of dm_control 1.0.28 call it, the newest that
+        # Meta-World's mujoco allows.
+        setattr(np, "in1d", np.isin)  # noqa: B010 (mypy knows that it is gone)
     domain, name = _find(task, suite.ALL_TASKS)
     # The limit below takes the place of the suite's own, so that it can be raised too.
     loaded = suite.load(domain, name, task_kwargs={"time_limit": math.inf})
@@ -106,7 +110,7 @@ class ControlTask(gym.Env):
         self.env.close()
 
     def __str__(self) -> str:
-        return f"dmc {self.name}"
+        return f"<dmc {self.name}>"
 
     def _obs(self, step: Any) -> dict[str, np.ndarray]:
         return {

@@ -17,7 +17,7 @@ EXTRAS = {
     "ale_py": "atari",
     "crafter": "crafter",
     "minigrid": "minigrid",
-    "memory_maze": "memory_maze",
+    "memory_maze": "memory-maze",
 }
 
 

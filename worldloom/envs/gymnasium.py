@@ -47,6 +47,8 @@ def make_env(
             kwargs["render_mode"] = "rgb_array"
             if str(spec.entry_point).startswith(MUJOCO):
                 use_renderer()
+                # Drawn at this size: 480 pixels a side take two to six times as long in software.
+                kwargs = {"width": size or 64, "height": size or 64, **kwargs}
         env = gym.make(spec, **kwargs)
     return wrap(env, repeat=repeat, pixels=pixels, size=size, stack=stack)
 
