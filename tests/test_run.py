@@ -97,7 +97,7 @@ NAMES = [
     *("train/continue_loss", "train/policy_loss", "train/value_loss", "train/replay_value_loss"),
     *("train/grad_norm", "train/updates", "episode/return", "episode/length"),
     *("eval/return", "eval/return_std", "eval/length", "fps/env", "fps/train"),
-    *("replay/size", "replay/ratio"),
+    *("replay/size", "replay/ratio", "env/frames", "env/episodes", "env/restarts"),
 ]
 
 
@@ -204,6 +204,21 @@ def test_it_says_nothing_on_stderr(finished):
 
 def test_the_same_seed_gives_the_same_metrics(finished, sweep):
     assert without_clocks(sweep / "0") == without_clocks(finished[0])
+
+
+def test_environments_in_processes_give_the_same_metrics(finished, tmp_path):
+    done = python("run", *TINY, "env.workers=2", "hydra.run.dir=r", cwd=tmp_path)
+    assert "environments: 4 in 2 processes" in done.stdout
+    assert without_clocks(tmp_path / "r") == without_clocks(finished[0])
+
+
+def test_collecting_beside_the_updates_collects_and_trains_as_much(finished, tmp_path):
+    python("run", *TINY, "data.overlap=true", "hydra.run.dir=r", cwd=tmp_path)
+    last, usual = ({k: curve(f, k)[-1] for k in SAME} for f in (tmp_path / "r", finished[0]))
+    assert last == usual
+
+
+SAME = ("train/updates", "replay/ratio", "env/frames")
 
 
 def test_another_seed_gives_others(sweep):
@@ -399,7 +414,7 @@ def test_a_model_of_ones_own_is_trained_and_planned_with(package, tmp_path, scor
 
 def test_an_environment_of_ones_own(package, tmp_path, score):
     """Images, vectors and choices in nested dicts, actions with bounds, success at the end."""
-    own = ["env=custom", "env._target_=my_envs.make_env", "+env.level=3"]
+    own = ["env._target_=my_envs.make_env", "+env.level=3"]
     tiny = [*TINY_MODEL, "model.depth=2", "training.total_steps=200", "evaluation.every=100"]
     python("run", *own, *SHORT, *tiny, "hydra.run.dir=r", cwd=tmp_path, path=package)
     folder = tmp_path / "r"

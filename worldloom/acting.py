@@ -107,6 +107,41 @@ class Actor:
         return torch.as_tensor(obs, device=self.device)
 
 
+# Chooses the actions [N, A] for the present rows of N environments.
+Act = Callable[[Rows], np.ndarray]
+
+
+def acting(actor: Actor, deterministic: bool) -> Act:
+    """Return a function that acts with the actor and remembers what it needs for the next call."""
+    memory: Memory | None = None
+
+    def act(rows: Rows) -> np.ndarray:
+        nonlocal memory
+        action, memory = actor(rows.obs, rows.is_first, memory, deterministic)
+        return action.cpu().numpy()
+
+    return act
+
+
+def play(
+    act: Act, rows: Rows, episodes: int
+) -> Iterator[tuple[np.ndarray, list[tuple[int, dict[str, float]]]]]:
+    """Step the environments until they have run `episodes` episodes; `rows` must be reset.
+
+    Each environment runs a number of episodes that is fixed beforehand: taking the first ones to
+    end would favour short episodes. After every step this yields the actions [N, A] and (number
+    of the environment, summary) for each of those episodes that ended; `rows` then shows where
+    the step led.
+    """
+    left = [len(range(i, episodes, rows.num_envs)) for i in range(rows.num_envs)]
+    while any(left):
+        actions = act(rows)
+        ended = [(i, episode) for i, episode in rows.step(actions) if left[i]]
+        for index, _ in ended:
+            left[index] -= 1
+        yield actions, ended
+
+
 def evaluate(
     actor: Actor,
     env: VectorEnv,
@@ -118,28 +153,24 @@ def evaluate(
 ) -> list[dict[str, float]]:
     """Run exactly `episodes` episodes and return {"return", "length", "success"} of each.
 
-    "success" is there where the environment's info has it in an episode's last step. Each
-    environment runs a number of episodes that is fixed beforehand: taking the first ones to end
-    would favour short episodes. The same seed gives the same episodes, and the random numbers of
-    whatever runs around an evaluation are left as they were.
+    "success" is there where the environment's info has it in an episode's last step. The same
+    seed gives the same episodes, and the random numbers of whatever runs around an evaluation are
+    left as they were.
     """
     if episodes < 1:
         raise ValueError(f"episodes is {episodes}; expected at least 1; evaluate more episodes")
     rows = Rows(env, obs_spec, action_spec)
     done: list[list[dict[str, float]]] = [[] for _ in range(rows.num_envs)]
-    quota = [len(range(i, episodes, rows.num_envs)) for i in range(rows.num_envs)]
-    memory = None
-    with _seeded(seed, actor.device):
+    with seeded(seed, actor.device):
         rows.reset(seed)
-        while any(len(mine) < wanted for mine, wanted in zip(done, quota, strict=True)):
-            action, memory = actor(rows.obs, rows.is_first, memory, deterministic)
-            for index, episode in rows.step(action.cpu().numpy()):
+        for _, ended in play(acting(actor, deterministic), rows, episodes):
+            for index, episode in ended:
                 done[index].append(episode)
-    return [episode for mine, wanted in zip(done, quota, strict=True) for episode in mine[:wanted]]
+    return [episode for mine in done for episode in mine]
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch inside, and continue its old random numbers afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)

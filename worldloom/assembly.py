@@ -1,122 +1,178 @@
-"""From a composed configuration to environments, models and actors; shared by run and eval."""
+"""From a composed configuration to tasks, data and scores; shared by the commands."""
 
-import functools
+import copy
 import logging
+import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from worldloom.acting import Actor, evaluate
-from worldloom.envs.spaces import ActionSpec, ObsSpec
-from worldloom.envs.vector import episode_length, make_vector_env
-from worldloom.factory import build_model, import_target
-
-# Keys of the env section that say how environments are run, not which.
-RUNNING = ("num_envs", "workers")
+from worldloom.datasets import Dataset, open_dataset
+from worldloom.datasets.folder import read_about
+from worldloom.envs.spaces import flatten
+from worldloom.task import RUNNING, Task
 
 
-@dataclass
-class Task:
-    """An environment as the configuration names it, and what models see of it."""
+def settle_env(plain: dict[str, Any]) -> None:
+    """Put the environment that the data set names into the env section, if the user named none.
 
-    make_env: Callable[[], Any]
-    num_envs: int
-    workers: int
-    obs: ObsSpec
-    actions: ActionSpec
-    episode_length: int | None  # decisions until the time limit, if there is one
-
-    @classmethod
-    def from_config(cls, env: Mapping[str, Any]) -> "Task":
-        """Read the env section; one environment is made, looked at and closed."""
-        options = {k: v for k, v in env.items() if k not in RUNNING and not k.startswith("_")}
-        make_env = functools.partial(import_target(str(env["_target_"])), **options)
-        probe: Any = make_vector_env(make_env)
-        obs = ObsSpec.from_space(probe.single_observation_space)
-        actions = ActionSpec.from_space(probe.single_action_space)
-        length = episode_length(probe.envs[0])
-        probe.close()
-        return cls(make_env, int(env["num_envs"]), int(env["workers"]), obs, actions, length)
-
-    def vector_env(self, num_envs: int | None = None) -> Any:
-        """Make the environments of a run, or as many as asked for in this process."""
-        if num_envs is not None:
-            return make_vector_env(self.make_env, num_envs)
-        return make_vector_env(self.make_env, self.num_envs, self.workers)
-
-    def build_model(self, config: Mapping[str, Any]) -> nn.Module:
-        """Build the model section's class for this task.
-
-        Where the section has a null for something that only the environment knows, it is told.
-        """
-        knows = {"episode_length": self.episode_length, "episodic": "auto"}
-        told = {k: v for k, v in knows.items() if k in config and config[k] is None}
-        spaces = (self.obs.shape, self.actions.action_dim, self.actions.discrete)
-        return build_model({**config, **told}, *spaces)
-
-    def build_actor(self, model: Any, planner: Mapping[str, Any]) -> Actor:
-        """Let the model act with its policy, or plan with it if it has none."""
-        if callable(getattr(model, "policy", None)):
-            return Actor(model)
-        options = {k: v for k, v in planner.items() if k != "_target_"}
-        cls = import_target(str(planner["_target_"]))
-        return Actor(model, cls(model, self.actions.action_dim, self.actions.discrete, **options))
-
-    def describe(self, model: nn.Module) -> str:
-        """Say in a few lines what the model sees, does and weighs."""
-        shape = self.obs.shape
-        shapes = shape if isinstance(shape, dict) else {"obs": shape}
-        kinds = {3: "image encoder", 2: "vector encoder", 1: "vector encoder"}
-        lines = [f"  {key:<16}{s!s:<16}{kinds[len(s)]}" for key, s in shapes.items()]
-        kind = "one-hot choices" if self.actions.discrete else "continuous in [-1, 1]"
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        return "\n".join(
-            [
-                f"{type(model).__name__} with {count:,} parameters on "
-                f"{next(model.parameters()).device}, {torch.get_num_threads()} threads",
-                "observations:",
-                *lines,
-                f"actions: {self.actions.action_dim} ({kind})",
-            ]
+    The path of the data set becomes absolute, so that the configuration says where it is.
+    """
+    env, path = plain["env"], plain["data"].get("path")
+    wanted = env.pop("from_data", False)
+    if path is None:
+        return
+    folder = Path(str(path)).expanduser()
+    if folder.exists():
+        plain["data"]["path"] = str(folder.resolve())
+    if not wanted:
+        return
+    given = {key: value for key, value in env.items() if key != "_target_"}
+    plain["env"] = {"_target_": None, **read_about(folder).get("env", {}), **given}
+    if plain["env"]["_target_"] is not None and (words := words_to_trust(plain["env"])):
+        raise ValueError(
+            f"{path} names an environment whose code is not part of worldloom; if you trust it, "
+            f"say so: {words}; or train without one: env=none"
         )
 
 
-def build_data(plain: Mapping[str, Any], task: Task, actor: Actor) -> Any:
-    """Build the replay, the collector and the data module that feeds the trainer."""
-    from worldloom.training import Collector, ReplayBuffer, ReplayDataModule
+def words_to_trust(env: Mapping[str, Any]) -> str:
+    """Return how a user names this environment, or "" for one that data may name themselves.
 
-    training, data, seed = plain["training"], plain["data"], plain["seed"]
-    seed_steps = training["seed_episodes"] * (task.episode_length or 0)
+    Whoever made a data set must not choose which code is run.
+    """
+    ours = re.fullmatch(r"worldloom\.envs\.(\w+)\.make_env", str(env["_target_"]))
+    if ours and ":" not in str(env.get("id")):  # "module:id" imports the module
+        return ""
+    named = {key: value for key, value in env.items() if key not in (*RUNNING, "_target_")}
+    options = {key: value for key, value in flatten(named).items() if value is not None}
+    words = [f"env={ours[1]}"] if ours else ["env=custom", f"env._target_={env['_target_']}"]
+    words += [f"++env.{key.replace('/', '.')}={value}" for key, value in options.items()]
+    return " ".join(words)
+
+
+def open_task(plain: Mapping[str, Any]) -> tuple[Task, Dataset | None]:
+    """Return what a run is to learn, and the data set if it learns from one."""
+    env, path = plain["env"], plain["data"].get("path")
+    if path is None:
+        return Task.from_config(env), None
+    if env["_target_"] is None:
+        dataset = open_dataset(path)
+        return Task.from_dataset(dataset), dataset
+    task = Task.from_config(env, collects=False)
+    return task, open_dataset(path, task.obs, task.actions)
+
+
+def build_data(
+    plain: Mapping[str, Any], task: Task, actor: Actor, dataset: Dataset | None = None
+) -> Any:
+    """Build the data module that feeds the trainer, from a data set or what is collected."""
+    from worldloom.training import ReplayBuffer, ReplayDataModule
+
+    training, data = plain["training"], plain["data"]
+    capacity = data["capacity"]
+    if capacity is None:
+        if dataset is None:
+            raise ValueError("data.capacity is null; expected steps or memory, such as 2GB")
+        capacity = dataset.steps + len(dataset)
     buffer = ReplayBuffer(
-        data["capacity"],
+        capacity,
         task.obs.shape,
         task.actions.width,
-        num_envs=task.num_envs,
+        num_envs=task.running["num_envs"] if dataset is None else 1,
         latents=getattr(actor.model, "latents", None),
-        online=data["online"],
-        seed=seed,
+        online=dataset is None and data["online"],
+        seed=plain["seed"],
     )
+    names = ("batch_size", "sequence_length", "total_steps")
+    options = {k: training[k] for k in names} | {"across_episodes": data["across_episodes"]}
+    if dataset is None:
+        return _online(plain, task, actor, buffer, options)
+    print(fill(buffer, dataset), flush=True)
+    rows = training["sequence_length"] + buffer.keeps_latents
+    if not buffer.can_sample(rows, across_episodes=data["across_episodes"]):
+        raise ValueError(
+            f"a sequence needs {rows} rows, but {dataset.path} has {len(buffer)} and its longest "
+            f"episode {max(dataset.lengths) + 1}; lower training.sequence_length"
+        )
+    return ReplayDataModule(buffer, **options)
+
+
+def _online(
+    plain: Mapping[str, Any], task: Task, actor: Actor, buffer: Any, options: dict[str, Any]
+) -> Any:
+    """Build the data module that collects into the buffer."""
+    from worldloom.training import Collector, ReplayDataModule
+
+    training = plain["training"]
+    seed_steps = training["seed_episodes"] * (task.episode_length or 0)
+    if plain["data"]["overlap"]:
+        actor, options["refresh"] = twin(actor)
     collector = Collector(
         task.vector_env(),
         actor,
         buffer,
         obs_spec=task.obs,
         action_spec=task.actions,
-        seed=seed,
+        seed=plain["seed"],
         random_steps=max(training["random_steps"], seed_steps),
+        frames_per_step=task.frames_per_step,
     )
-    settings = ("batch_size", "sequence_length", "train_ratio", "pretrain", "total_steps")
-    options = {k: training[k] for k in settings}
+    options |= {name: training[name] for name in ("train_ratio", "pretrain")}
     prefill = training["prefill"]
     if prefill is None:
         prefill = training["batch_size"] * training["sequence_length"]
-    options["prefill"] = max(prefill, seed_steps)
-    return ReplayDataModule(buffer, collector, across_episodes=data["across_episodes"], **options)
+    return ReplayDataModule(buffer, collector, prefill=max(prefill, seed_steps), **options)
+
+
+def twin(actor: Actor) -> tuple[Actor, Callable[[], None]]:
+    """Return a copy of an actor, to act while its model is trained, and a function to update it."""
+    copied = copy.deepcopy(actor)
+    theirs: Any = copied.model
+    ours: Any = actor.model
+
+    def refresh() -> None:
+        theirs.to(actor.device).load_state_dict(ours.state_dict())
+
+    return copied, refresh
+
+
+def fill(buffer: Any, dataset: Dataset) -> str:
+    """Add the episodes of a data set to a replay, the first ones that fit; tell what it holds.
+
+    The latents that DreamerV3 remembers with every row start as zeros, as at the start of an
+    episode, and become what its training writes back.
+    """
+    returns: list[float] = []
+    for episode in dataset:
+        steps = len(episode.rewards)
+        if len(buffer) + steps + 1 > buffer.capacity:
+            break
+        ends = np.arange(steps) == steps - 1
+        buffer.add_episode(
+            episode.obs,
+            episode.actions,
+            episode.rewards,
+            terminations=ends & episode.terminated,
+            truncations=ends & episode.truncated,
+        )
+        returns.append(float(episode.rewards.sum(dtype=np.float64)))
+    if not returns:
+        raise ValueError(
+            f"the first episode of {dataset.path} has {dataset.lengths[0]} steps, but the replay "
+            f"holds {buffer.capacity}; raise data.capacity"
+        )
+    kept = f"the first {len(returns):,} of " if len(returns) < len(dataset) else ""
+    why = " (data.capacity has room for no more)" if kept else ""
+    return (
+        f"data: {kept}{len(dataset):,} episodes{why} of {dataset.path}, {len(buffer):,} rows, "
+        f"return {np.mean(returns):.1f} ± {np.std(returns):.1f}"
+    )
 
 
 def prepare(seed: int, threads: int | None) -> None:

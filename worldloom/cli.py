@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +51,24 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     for name, cls in SECTIONS.items():
         store.store(group=name, name="default", node=cls)
+
+
+def with_implied(words: Sequence[str]) -> list[str]:
+    """Return the words of a command line, each after what it implies if nothing else was said.
+
+    data=offline leaves the default recipe out, which is one environment's: a choice of data cannot
+    take it out of the defaults, because Hydra follows the recipe before it looks at the data.
+    env._target_=… is an environment of one's own, so the options of another are not for it.
+    """
+    said = {word.lstrip("+~").partition("=")[0] for word in words}
+    full = []
+    for word in words:
+        if word == "data=offline" and "experiment" not in said:
+            full.append("~experiment")
+        if word.startswith("env._target_=") and "env" not in said:
+            full.append("env=custom")
+        full.append(word)
+    return full
 
 
 def validate(cfg: DictConfig) -> None:

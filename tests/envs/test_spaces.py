@@ -163,6 +163,85 @@ def test_images_without_recognisable_channels_are_refused():
         ObsSpec.from_space(image(64, 64, 32))
 
 
+# ---- which key is what ---------------------------------------------------------------------------
+
+ROBOT = spaces.Dict(
+    {
+        "camera": image(64, 64, 3),
+        "depth": spaces.Box(0.5, 2.5, (32, 48), np.float32),
+        "map": image(16, 16, 2),
+        "arm": spaces.Dict({"joints": spaces.Box(-1, 1, (7,)), "id": spaces.Discrete(3)}),
+    }
+)
+
+
+def test_keys_that_are_not_kept_are_not_seen():
+    spec = ObsSpec.from_space(ROBOT["arm"], keep="joints")
+    assert spec.shape == {"joints": (7,)} and spec.dropped == ("id",)
+    obs = {"joints": np.ones((2, 7), np.float32), "id": np.zeros(2, np.int64)}
+    assert list(spec.encode(obs)) == ["joints"]
+
+
+def test_patterns_match_whole_keys_nested_ones_too():
+    assert set(ObsSpec.from_space(ROBOT, keep="arm/.*").shape) == {"arm/joints", "arm/id"}
+    with pytest.raises(ValueError, match=r"env\.obs\.keep is 'arm', which matches no .*arm/joints"):
+        ObsSpec.from_space(ROBOT, keep="arm")
+
+
+def test_what_looks_like_an_image_may_be_a_vector():
+    spec = ObsSpec.from_space(ROBOT, image="depth", vector="map")
+    assert spec.shape["map"] == (512,) and spec.dtypes["map"] == "float32"
+    assert spec.shape["camera"] == (3, 64, 64)
+    rng = np.random.default_rng(0)
+    obs = {
+        "camera": rng.integers(0, 256, (2, 64, 64, 3), np.uint8),
+        "depth": np.full((2, 32, 48), 1.0, np.float32),
+        "map": rng.integers(0, 9, (2, 16, 16, 2), np.uint8),
+        "arm": {"joints": np.ones((2, 7), np.float32), "id": np.zeros(2, np.int64)},
+    }
+    assert (spec.encode(obs)["map"] == obs["map"].reshape(2, -1)).all()
+
+
+def test_boxes_of_floats_and_of_two_axes_may_be_images():
+    spec = ObsSpec.from_space(ROBOT, image="depth")
+    assert spec.shape["depth"] == (1, 32, 48) and spec.dtypes["depth"] == "uint8"
+    depth = np.array([0.5, 1.5, 2.5, 9.0], np.float32)[:, None, None] * np.ones((1, 32, 48))
+    encoded = spec.parts["depth"].encode(depth)
+    assert encoded.shape == (4, 1, 32, 48) and encoded.dtype == np.uint8
+    assert encoded[:, 0, 0, 0].tolist() == [0, 128, 255, 255]
+    three = spaces.Dict({"rgb": spaces.Box(-1.0, 1.0, (32, 32, 3), np.float32)})
+    picture = ObsSpec.from_space(three, image="rgb").encode({"rgb": -np.ones((1, 32, 32, 3))})
+    assert picture["rgb"].shape == (1, 3, 32, 32) and not picture["rgb"].any()
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ({"image": "cam.*", "vector": "c.*"}, r"both match 'camera'"),
+        ({"image": "arm/joints"}, r"'arm/joints' has the space .* cannot be an image"),
+        ({"vector": "("}, r"env\.obs\.vector is '\(', which is no regular expression"),
+        (
+            {"image": "lidar"},
+            r"matches no observation; there is arm/id, arm/joints, camera, depth, map",
+        ),
+    ],
+)
+def test_choices_that_make_no_sense_are_refused(choice, message):
+    with pytest.raises(ValueError, match=message):
+        ObsSpec.from_space(ROBOT, **choice)
+
+
+def test_a_single_array_has_no_key_to_choose():
+    with pytest.raises(ValueError, match="there is a single array, which has no key"):
+        ObsSpec.from_space(spaces.Box(-1, 1, (3,)), keep="obs")
+
+
+def test_images_need_finite_bounds():
+    space = spaces.Dict({"heat": spaces.Box(-np.inf, np.inf, (32, 32))})
+    with pytest.raises(ValueError, match=r"'heat' lies in \[-inf, inf\]; expected finite bounds"):
+        ObsSpec.from_space(space, image="heat")
+
+
 # ---- actions -------------------------------------------------------------------------------------
 
 

@@ -8,8 +8,9 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from worldloom.envs.gymnasium import make_env
 from worldloom.envs.spaces import ActionSpec, ObsSpec
-from worldloom.envs.vector import Rows, episode_length, make_vector_env
+from worldloom.envs.vector import Rows, episode_length, frames_per_step, make_vector_env
 from worldloom.envs.workers import WorkerError, WorkerVectorEnv
+from worldloom.envs.wrappers import ActionRepeat
 
 catch = partial(make_env, "worldloom/Catch-v0", size=16)
 
@@ -178,6 +179,14 @@ def test_an_episode_is_as_long_as_its_time_limit_allows(options, decisions):
         *_, truncated, _ = env.step(env.action_space.sample())
         steps += 1
     assert steps == decisions
+
+
+@pytest.mark.parametrize(("repeat", "frames"), [(1, 1), (3, 3)])
+def test_frames_are_counted_through_the_wrappers(repeat, frames):
+    assert frames_per_step(make_env("Pendulum-v1", repeat=repeat)) == frames
+    own = Scripted([3])
+    own.repeat = 4  # a simulator that repeats by itself
+    assert frames_per_step(ActionRepeat(own, repeat)) == 4 * frames
 
 
 def test_without_a_time_limit_there_is_no_length():

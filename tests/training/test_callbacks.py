@@ -56,6 +56,12 @@ class FakeCollector:
             episode = {"return": self.last_return, "length": 5, "env_steps": self.env_steps}
             self.finished.append(episode)
 
+    def metrics(self):
+        return {"env/frames": 3 * self.env_steps}
+
+    def close(self):
+        self.closed = True
+
     def state_dict(self):
         return {"ticks": self.ticks}
 
@@ -132,6 +138,7 @@ def test_metrics_are_means_over_log_every_updates_at_the_env_step_of_the_last():
     assert [step for step, _ in notes.of("train/grad_norm")] == [28, 48]
     assert notes.of("replay/size") == [(28, 28), (48, 48), (60, 60)]
     assert notes.of("replay/ratio") == [(28, 2.0), (48, 2.0), (60, 2.0)]
+    assert notes.of("env/frames") == [(28, 84), (48, 144), (60, 180)]
 
 
 def test_nothing_is_logged_twice_when_the_run_ends_with_an_interval():

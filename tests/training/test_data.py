@@ -35,6 +35,9 @@ class FakeCollector:
         self.ticks += 1
         self.env_steps += envs * (step > 0)
 
+    def close(self) -> None:
+        self.closed = True
+
     def state_dict(self) -> dict:
         counts = {"ticks": self.ticks, "env_steps": self.env_steps}
         return counts | {"generator": self.generator.get_state()}
@@ -228,6 +231,13 @@ def test_a_checkpoint_waits_for_what_is_being_collected():
     threading.Timer(0.2, data.collector.held.set).start()
     before = data.env_steps
     assert data.state_dict()["collector"]["env_steps"] == data.env_steps > before
+
+
+def test_closing_waits_and_closes_the_environments():
+    for data in (online(), overlapped()):
+        next(iter(data.train_dataloader()))
+        data.close()
+        assert data.collector.closed
 
 
 # ---- resume -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Letters used in shapes: N environments, A = `ActionSpec.width`.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -48,17 +49,33 @@ class _Part:
 
 @dataclass(frozen=True)
 class ObsSpec:
-    """How observations of a space are given to a model."""
+    """How observations of a space are given to a model.
+
+    parts: what a model sees, by key. dropped: keys that it does not see.
+    """
 
     parts: dict[str, _Part]
+    dropped: tuple[str, ...] = ()
 
     @classmethod
-    def from_space(cls, space: Space) -> "ObsSpec":
+    def from_space(
+        cls,
+        space: Space,
+        *,
+        keep: str | None = None,
+        image: str | None = None,
+        vector: str | None = None,
+    ) -> "ObsSpec":
         """Work out the arrays that a model sees of a single environment's observation space.
 
         Images (3-D uint8 boxes) stay uint8 and become channels first; other boxes become float32
         vectors; Discrete and MultiDiscrete become one-hot vectors and MultiBinary a vector of
         zeros and ones; a Dict becomes a flat dict of these, its nested keys joined by "/".
+
+        keep: regular expression for the keys that models see; None for all.
+        image: for keys that are images although they do not look so: a box of two axes (grey), or
+            of floats, whose bounds become 0 and 255.
+        vector: for keys that are vectors although they look like images, such as maps of symbols.
         """
         leaves = flatten(space)
         if not leaves:
@@ -66,7 +83,26 @@ class ObsSpec:
                 f"The observation space {space} is empty; a model needs at least one array to see; "
                 "add an entry to the environment's observation_space."
             )
-        return cls({key: _part(key, leaf) for key, leaf in leaves.items()})
+        kept = set(leaves) if keep is None else _matching("keep", keep, leaves)
+        images, vectors = (
+            set() if pattern is None else _matching(name, pattern, leaves)
+            for name, pattern in (("image", image), ("vector", vector))
+        )
+        if both := images & vectors:
+            raise ValueError(
+                f"env.obs.image and env.obs.vector both match '{min(both)}'; an observation is "
+                "one of them; narrow one of the two"
+            )
+        parts = {
+            key: _as_image(key, leaf)
+            if key in images
+            else _as_vector(key, leaf)
+            if key in vectors
+            else _part(key, leaf)
+            for key, leaf in leaves.items()
+            if key in kept
+        }
+        return cls(parts, tuple(key for key in leaves if key not in kept))
 
     @property
     def shape(self) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
@@ -82,6 +118,11 @@ class ObsSpec:
             return self.parts[""].dtype
         return {key: part.dtype for key, part in self.parts.items()}
 
+    def describe(self, key: str) -> str:
+        """Say what a model sees of a key, and with which encoder."""
+        shape = self.parts[key].shape
+        return f"{shape!s:<16}{'image' if len(shape) == 3 else 'vector'} encoder"
+
     def encode(self, obs: Any) -> Obs:
         """Turn a vector environment's observations [N, ...] into [N, *shape], or a dict of such."""
         arrays = flatten(obs)
@@ -90,8 +131,72 @@ class ObsSpec:
         return {key: part.encode(np.asarray(arrays[key])) for key, part in self.parts.items()}
 
 
+def _matching(setting: str, pattern: str, keys: Mapping[str, Any]) -> set[str]:
+    """Return the keys that a pattern of the env.obs section matches as a whole."""
+    try:
+        found = {key for key in keys if re.fullmatch(pattern, key)}
+    except re.error as error:
+        raise ValueError(
+            f"env.obs.{setting} is {pattern!r}, which is no regular expression ({error}); such as "
+            "'camera|wrist_.*'"
+        ) from error
+    if not found:
+        known = ", ".join(keys) if "" not in keys else "a single array, which has no key"
+        raise ValueError(
+            f"env.obs.{setting} is {pattern!r}, which matches no observation; there is {known}"
+        )
+    return found
+
+
+def _name(key: str) -> str:
+    return f"The observation '{key}'" if key else "The observation"
+
+
+def _as_vector(key: str, space: Space) -> _Part:
+    """Treat any box as a vector of its numbers, as they are."""
+    if not isinstance(space, spaces.Box):
+        return _part(key, space)
+    return _Part((int(np.prod(space.shape)),), "float32", _vector)
+
+
+def _as_image(key: str, space: Space) -> _Part:
+    """Treat a box of two or three axes as an image."""
+    name = _name(key)
+    if not isinstance(space, spaces.Box) or len(space.shape) not in (2, 3):
+        raise ValueError(
+            f"{name} has the space {space}, which cannot be an image; expected a box of two or "
+            "three axes; leave it out of env.obs.image"
+        )
+    low, high = float(space.low.min()), float(space.high.max())
+    if not np.isfinite([low, high]).all():
+        raise ValueError(
+            f"{name} lies in [{low}, {high}]; expected finite bounds, which become 0 and 255; "
+            "give its space a finite low and high"
+        )
+    grey = len(space.shape) == 2
+    part = _image_part(name, (1, *space.shape) if grey else space.shape)
+    bounds = None if space.dtype == np.uint8 else (low, high)
+    return _Part(part.shape, "uint8", partial(_picture, grey=grey, bounds=bounds, then=part.encode))
+
+
+def _picture(
+    images: np.ndarray,
+    grey: bool,
+    bounds: tuple[float, float] | None,
+    then: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:
+    """Give images a channel and bytes where they lack them, then do as with any image."""
+    if grey:
+        images = images[:, None]
+    if bounds is not None:
+        low, high = bounds
+        unit = (np.clip(images, low, high) - low) / (high - low)
+        images = np.rint(255.0 * unit).astype(np.uint8)
+    return then(images)
+
+
 def _part(key: str, space: Space) -> _Part:
-    name = f"The observation '{key}'" if key else "The observation"
+    name = _name(key)
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
         sizes, start = _groups(space)
         return _Part((sum(sizes),), "float32", partial(_one_hot, sizes=sizes, start=start))
@@ -218,6 +323,19 @@ class ActionSpec:
             )
         return self._choices(actions) if self.discrete else self._stretched(actions)
 
+    def encode(self, actions: np.ndarray) -> np.ndarray:
+        """Turn an environment's actions [N, ...] into model actions [N, A] float32.
+
+        The inverse of `decode`. A joint that cannot move (low = high) becomes 0.
+        """
+        actions = np.asarray(actions)
+        if actions.shape[1:] != self.space.shape:
+            raise ValueError(
+                f"The actions have shape {actions.shape}; expected [N, *{self.space.shape}] for "
+                f"the action space {self.space}."
+            )
+        return self._one_hots(actions) if self.discrete else self._squeezed(actions)
+
     def sample(self, rng: np.random.Generator, num: int) -> np.ndarray:
         """Draw `num` uniform random model actions, [num, A] float32."""
         if not self.discrete:
@@ -227,9 +345,40 @@ class ActionSpec:
 
     def _choices(self, actions: np.ndarray) -> np.ndarray:
         sizes, start = _groups(self.space)
-        groups = np.split(actions, np.cumsum(sizes)[:-1], axis=1)
+        # Splitting off a single group costs as much as a step of a small environment.
+        groups = [actions]
+        if len(sizes) > 1:
+            groups = np.split(actions, np.cumsum(sizes)[:-1], axis=1)
         choices = np.stack([group.argmax(1) for group in groups], axis=1) + start
         return choices.reshape(len(actions), *(self.space.shape or ())).astype(self.space.dtype)
+
+    def _one_hots(self, actions: np.ndarray) -> np.ndarray:
+        sizes, start = _groups(self.space)
+        if actions.dtype.kind not in "iub":
+            raise ValueError(
+                f"The actions are {actions.dtype}; expected integers for {self.space}."
+            )
+        picks = actions.reshape(len(actions), -1).astype(np.int64) - start
+        self._require_inside(actions, (picks < 0) | (picks >= sizes))
+        return _one_hot(actions.astype(np.int64), sizes, start)
+
+    def _squeezed(self, actions: np.ndarray) -> np.ndarray:
+        assert isinstance(self.space, spaces.Box)
+        low, high = self.space.low.astype(np.float64), self.space.high.astype(np.float64)
+        # From the middle, so that a space of [-1, 1] returns float32 actions unchanged.
+        reach = np.where(high > low, (high - low) / 2.0, np.inf)
+        unit = (actions - (low + high) / 2.0) / reach
+        # What rescaling in float32 may round to is inside; NaN is not.
+        self._require_inside(actions, ~(abs(unit) <= 1.0 + 1e-6).reshape(len(actions), -1))
+        return np.clip(unit, -1.0, 1.0).reshape(len(actions), -1).astype(np.float32)
+
+    def _require_inside(self, actions: np.ndarray, outside: np.ndarray) -> None:
+        if outside.any():
+            at = int(outside.any(1).argmax())
+            raise ValueError(
+                f"The action {actions[at].tolist()} at index {at} lies outside the action space "
+                f"{self.space}; expected actions as the environment takes them."
+            )
 
     def _stretched(self, actions: np.ndarray) -> np.ndarray:
         assert isinstance(self.space, spaces.Box)

@@ -36,6 +36,15 @@ def episode_length(env: gym.Env) -> int | None:
     return None if limit is None else math.ceil(limit / repeat)
 
 
+def frames_per_step(env: gym.Env) -> int:
+    """Return how many steps of the simulator a decision is, whoever repeats its action."""
+    frames = getattr(env.unwrapped, "repeat", 1)
+    while isinstance(env, gym.Wrapper):
+        frames *= getattr(env, "repeat", 1)
+        env = env.env
+    return frames
+
+
 def make_vector_env(
     make_env: MakeEnv,
     num_envs: int = 1,

@@ -14,7 +14,7 @@ from worldloom.training.module import WorldModelModule
 
 
 class MetricsWriter(Callback):
-    """Send train/…, episode/…, fps/… and replay/… to the loggers every `log_every` updates.
+    """Send train/…, episode/…, env/…, fps/… and replay/… to the loggers every `log_every` updates.
 
     The x-axis is environment steps in online runs and updates in offline ones.
     """
@@ -60,6 +60,8 @@ class MetricsWriter(Callback):
         metrics["fps/train"] = replayed / seconds
         metrics["replay/size"] = len(data.buffer)
         metrics["replay/ratio"] = data.replay_ratio
+        if data.collector is not None:
+            metrics |= data.collector.metrics()
         log(trainer, metrics, x_axis(trainer, pl_module))
 
 

@@ -37,6 +37,7 @@ class Collector:
     """Step N environments with an actor and add one row per environment and tick to a buffer.
 
     random_steps: act at random until so many environment steps are done.
+    frames_per_step: of the simulator, where actions are repeated; published curves count frames.
     env_steps: steps that the environments have made, all of them together; resets do not count.
     episodes: episodes that have ended; last_return: the return of the newest, None before it.
     finished: their {"return", "length", "env_steps", "success" if the environment's info has it};
@@ -53,10 +54,11 @@ class Collector:
         action_spec: ActionSpec,
         seed: int = 0,
         random_steps: int = 0,
+        frames_per_step: int = 1,
     ) -> None:
         self.rows = Rows(env, obs_spec, action_spec)
         self.actor, self.buffer = actor, buffer
-        self.random_steps = random_steps
+        self.random_steps, self.frames_per_step = random_steps, frames_per_step
         self.num_envs = self.rows.num_envs
         self.env_steps = 0
         self.episodes = 0
@@ -98,6 +100,16 @@ class Collector:
     def restarts(self) -> int:
         """Count the environment processes that were replaced so far; they stay out of a state."""
         return self.rows.restarts
+
+    def metrics(self) -> dict[str, float]:
+        """Return env/frames, env/episodes and env/restarts for the loggers."""
+        frames = self.env_steps * self.frames_per_step
+        counts = {"frames": frames, "episodes": self.episodes, "restarts": self.restarts}
+        return {f"env/{name}": count for name, count in counts.items()}
+
+    def close(self) -> None:
+        """Close the environments."""
+        self.rows.env.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters, random state and unlogged episodes, as plain data.

@@ -28,6 +28,9 @@ class Collects(Protocol):
     def step(self) -> Any:
         """Step every environment once and add the rows to the replay."""
 
+    def close(self) -> None:
+        """Close the environments."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on, as tensors and plain data."""
 
@@ -191,6 +194,13 @@ class ReplayDataModule(lightning.LightningDataModule):
         if self._ahead is not None:
             ahead, self._ahead = self._ahead, None
             ahead.result()
+
+    def close(self) -> None:
+        """Close the environments, once nothing steps them any more."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+        if self.collector is not None:
+            self.collector.close()
 
     def _offline(self) -> Iterator[Batch]:
         while self.updates < self.total_steps:

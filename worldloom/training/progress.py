@@ -75,7 +75,9 @@ class Progress(Callback):
         return " | ".join(parts)
 
     def _postfix(self, data: Any) -> str:
-        last = getattr(data.collector, "last_return", None)
+        if data.collector is None:
+            return f"replay {len(data.buffer):,} rows"
+        last = data.collector.last_return
         result = "none yet" if last is None else f"{last:.4g}"
         return f"updates {data.updates:,} | last return {result}"
 

@@ -1,0 +1,216 @@
+"""Record episodes: `python -m worldloom.collect env=… policy=… episodes=… out=…`.
+
+usage: python -m worldloom.collect env=gymnasium env.id=Pendulum-v1 policy=random
+       episodes=100 out=data/pendulum [seed=0] [num_envs=…] [append=false]
+   or: python -m worldloom.collect policy=<run folder> [env.KEY=VALUE …]
+       episodes=100 out=data/cartpole [deterministic=false] …
+
+The environment is named as for worldloom.run; a run's policy acts in the run's own unless another
+is named. The folder gets one .npz per episode and a dataset.yaml (worldloom/datasets/folder.py
+says what is in them). append=true adds to a folder that holds episodes of the same environment.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import MISSING
+
+from worldloom.acting import Act, acting, play, seeded
+from worldloom.assembly import words_to_trust
+from worldloom.cli import readable_errors
+from worldloom.datasets import Episode
+from worldloom.datasets.folder import read_about
+from worldloom.datasets.writer import FolderWriter
+from worldloom.envs.spaces import Obs
+from worldloom.envs.vector import Rows
+from worldloom.finished import checked, env_section, load_actor, read_run, split_words
+from worldloom.task import RUNNING, Task
+
+BEAT = 20.0  # seconds between two lines of progress
+
+
+@dataclass
+class CollectConfig:
+    """What to record.
+
+    policy: "random", or the folder of a run whose model acts.
+    episodes: how many; each environment runs its share. out: the folder that gets them.
+    seed: of environments and policy; it counts on from the episodes that are in `out` already.
+    deterministic: the policy's mode instead of samples. num_envs: None for the environment's own.
+    append: add to the episodes that are in `out`.
+    """
+
+    policy: str = MISSING
+    episodes: int = MISSING
+    out: str = MISSING
+    seed: int = 0
+    deterministic: bool = False
+    num_envs: int | None = None
+    append: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for numbers that make no sense."""
+        for name in ("episodes", "num_envs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; expected at least 1")
+
+
+def collect(config: CollectConfig, env: Sequence[str] = ()) -> str:
+    """Record episodes as configured; return what came out, and what to do with it.
+
+    env: what the command line says about the environment.
+    """
+    run = None if config.policy == "random" else Path(config.policy).expanduser()
+    if run is None and not env:
+        raise ValueError("no environment was named; add env=gymnasium env.id=CartPole-v1")
+    settings = None if run is None else read_run(run)
+    section = env_section(env, None if settings is None else settings["env"])
+    out = Path(config.out).expanduser()
+    _require_room(out, config.append, section)
+    num_envs = min(config.num_envs or section.get("num_envs", 1), config.episodes)
+    task = Task.from_config({**section, "num_envs": num_envs})
+    actor = None
+    if run is not None and settings is not None:
+        torch.set_num_threads(settings["threads"] or torch.get_num_threads())
+        actor = load_actor(run, settings, task)
+    writer = FolderWriter(out, task.obs, task.actions, section)
+    seed = config.seed + writer.seen
+    vector_env, progress = task.vector_env(), Progress(config.episodes)
+    try:
+        with seeded(seed, torch.device("cpu") if actor is None else actor.device):
+            rows = Rows(vector_env, task.obs, task.actions)
+            rows.reset(seed)
+            act = acting(actor, config.deterministic) if actor else at_random(seed)
+            for ended in record(act, rows, config.episodes):
+                for episode in ended:
+                    writer.add(episode)
+                progress.count(int(np.count_nonzero(~rows.is_first)), ended)  # no resets
+    finally:
+        vector_env.close()
+    held = writer.finish()
+    size = sum(file.stat().st_size for file in out.iterdir())
+    return (
+        f"{progress.summary()}\n{out}: {len(held):,} episodes, {held.steps:,} steps, "
+        f"{size / 1e6:,.1f} MB\ntrain on it: python -m worldloom.run data=offline "
+        f"data.path={out} model=dreamerv3_size1m {words_to_trust(section)}".rstrip()
+    )
+
+
+def record(act: Act, rows: Rows, episodes: int) -> Iterator[list[Episode]]:
+    """Run so many episodes; after every step of the environments yield those that ended."""
+    open_ones = [_Open(_row(rows.obs, i)) for i in range(rows.num_envs)]
+    spec = rows.action_spec
+    for actions, ended in play(act, rows, episodes):
+        done = spec.encode(spec.decode(actions))  # what the environments did, clipped and rounded
+        for i in range(rows.num_envs):
+            obs = _row(rows.obs, i)
+            if rows.is_first[i]:
+                open_ones[i] = _Open(obs)
+            else:
+                open_ones[i].add(obs, done[i], rows.rewards[i])
+        yield [open_ones[i].end(bool(rows.is_terminal[i]), summary) for i, summary in ended]
+
+
+def at_random(seed: int) -> Act:
+    """Return a function that acts at random."""
+    rng = np.random.default_rng(seed)
+    return lambda rows: rows.action_spec.sample(rng, rows.num_envs)
+
+
+class _Open:
+    """An episode that goes on."""
+
+    def __init__(self, obs: Obs) -> None:
+        self.obs: list[Any] = [obs]
+        self.actions: list[np.ndarray] = []
+        self.rewards: list[np.ndarray] = []
+
+    def add(self, obs: Obs, action: np.ndarray, reward: np.ndarray) -> None:
+        self.obs.append(obs)
+        self.actions.append(action)
+        self.rewards.append(reward)
+
+    def end(self, terminated: bool, summary: Mapping[str, float]) -> Episode:
+        first = self.obs[0]
+        obs = (
+            {key: np.stack([o[key] for o in self.obs]) for key in first}
+            if isinstance(first, dict)
+            else np.stack(self.obs)
+        )
+        success = bool(summary["success"]) if "success" in summary else None
+        actions, rewards = np.stack(self.actions), np.stack(self.rewards)
+        return Episode("", obs, actions, rewards, terminated, not terminated, success)
+
+
+class Progress:
+    """Count what was recorded, and print a line now and then."""
+
+    def __init__(self, wanted: int) -> None:
+        self.wanted, self.steps = wanted, 0
+        self.returns: list[float] = []
+        self._start = self._told = time.monotonic()
+
+    def count(self, steps: int, ended: Sequence[Episode]) -> None:
+        """Take in what one step of the environments brought."""
+        self.steps += steps
+        self.returns += [float(e.rewards.sum(dtype=np.float64)) for e in ended]
+        if time.monotonic() - self._told > BEAT:
+            self._told = time.monotonic()
+            last = f"{self.returns[-1]:.4g}" if self.returns else "none yet"
+            print(
+                f"episodes {len(self.returns):,}/{self.wanted:,} | steps {self.steps:,} | "
+                f"{self.steps / (self._told - self._start):,.0f} steps/s | last return {last}",
+                flush=True,
+            )
+
+    def summary(self) -> str:
+        """Return one line about all episodes."""
+        return (
+            f"return {np.mean(self.returns):.2f} ± {np.std(self.returns):.2f} over "
+            f"{len(self.returns):,} new episodes"
+        )
+
+
+def _row(obs: Obs, index: int) -> Obs:
+    if isinstance(obs, dict):
+        return {key: array[index] for key, array in obs.items()}
+    return obs[index]
+
+
+def _require_room(out: Path, append: bool, env: Mapping[str, Any]) -> None:
+    """Refuse a folder that holds episodes, unless they are to be added to and are of this kind."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; expected a folder, or a name that is free")
+    held = len(list(out.glob("*.npz")))
+    if not held:
+        return
+    if not append:
+        raise ValueError(
+            f"{out} already holds {held} episodes; choose another folder, or add append=true"
+        )
+    before = read_about(out).get("env", {})
+    keys = [k for k in {**before, **env} if k not in RUNNING and env.get(k) != before.get(k)]
+    if keys:
+        theirs, ours = ({f"env.{k}": e.get(k) for k in keys} for e in (before, env))
+        raise ValueError(f"{out} holds episodes of {theirs}, not {ours}; choose another folder")
+
+
+def main() -> None:
+    """Run the command line."""
+    if len(sys.argv) < 2 or {"-h", "--help"} & set(sys.argv):
+        print(__doc__)
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    with readable_errors():
+        given, env = split_words(sys.argv[1:])
+        print(collect(checked(given, CollectConfig), env))
+
+
+if __name__ == "__main__":
+    main()
