@@ -214,11 +214,12 @@ def test_environments_in_processes_give_the_same_metrics(finished, tmp_path):
 
 def test_collecting_beside_the_updates_collects_and_trains_as_much(finished, tmp_path):
     python("run", *TINY, "data.overlap=true", "hydra.run.dir=r", cwd=tmp_path)
-    last, usual = ({k: curve(f, k)[-1] for k in SAME} for f in (tmp_path / "r", finished[0]))
-    assert last == usual
-
-
-SAME = ("train/updates", "replay/ratio", "env/frames")
+    (_, steps), (_, updates) = (
+        curve(tmp_path / "r", name)[-1] for name in ("env/frames", "train/updates")
+    )
+    # Other episodes than without, so the last tick may end a step earlier or later.
+    assert 400 <= steps < 404
+    assert abs(updates - curve(finished[0], "train/updates")[-1][1]) <= 1
 
 
 def test_another_seed_gives_others(sweep):
