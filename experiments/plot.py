@@ -57,7 +57,7 @@ def main() -> None:
             kind, seed = rows[0]["run"], rows[0]["seed"]
             label = f"{kind} {seed}" if len(kinds) > 1 else f"seed {seed}"
             axis.plot(*zip(*points, strict=True), styles[kind], label=label, alpha=0.8)
-        axis.set(title=name, xlabel="environment steps")
+        axis.set(title=name, xlabel="environment steps (offline: updates)")
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.tight_layout()
