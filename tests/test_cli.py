@@ -256,9 +256,10 @@ def test_a_recipe_does_not_reach_into_choices_that_are_not_its_own(command, choi
 @pytest.mark.parametrize(
     ("words", "full"),
     [
-        ("env._target_=a.b +env.level=3", "env=custom env._target_=a.b +env.level=3"),
-        ("-m seed=0,1 env._target_=a.b", "-m seed=0,1 env=custom env._target_=a.b"),
-        ("env=dmc env._target_=a.b", "env=dmc env._target_=a.b"),
+        ("env._target_=a.b +env.level=3", "~experiment env=custom env._target_=a.b +env.level=3"),
+        ("-m seed=0,1 env._target_=a.b", "-m seed=0,1 ~experiment env=custom env._target_=a.b"),
+        ("env=dmc env.task=a-b", "~experiment env=dmc env.task=a-b"),
+        ("env=dmc experiment=cartpole", "env=dmc experiment=cartpole"),
         ("data=offline data.path=x", "~experiment data=offline data.path=x"),
         ("data=offline experiment=pendulum", "data=offline experiment=pendulum"),
         ("seed=3", "seed=3"),

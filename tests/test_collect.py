@@ -134,16 +134,16 @@ def test_dataset_yaml_and_what_is_printed(tmp_path):
     assert held == f"{tmp_path / 'data'}: 7 episodes, {steps} steps, 0.0 MB"
     path = f"data.path={tmp_path / 'data'}"
     run = "train on it: python -m worldloom.run data=offline"
-    assert then == f"{run} {path} model=dreamerv3_size1m"
+    assert then == f"{run} {path} model=dreamerv3_size1m training.total_steps=20000"
 
 
 def test_an_environment_that_data_may_not_choose_is_named_in_the_command(tmp_path):
     words = ["env=custom", f"env._target_={__name__}.Script", "+env.action=discrete"]
     printed = collect(CollectConfig("random", 1, str(tmp_path)), [*words, "env.workers=0"])
     command = printed.partition("worldloom.run ")[2].split()
-    assert command[3:5] == words[:2] and "++env.action=discrete" in command
+    assert command[4:6] == words[:2] and "++env.action=discrete" in command
     # They name the same environment again.
-    again = collect(CollectConfig("random", 1, str(tmp_path), append=True), command[3:])
+    again = collect(CollectConfig("random", 1, str(tmp_path), append=True), command[4:])
     assert "2 episodes" in again
 
 
@@ -292,7 +292,7 @@ MISTAKES = {
     "env=cartpole env.idd=1 policy=random episodes=1 out=OUT": "'env.idd' (did you mean 'env.id'",
     "env=custom policy=random episodes=1 out=OUT": "env._target_ is not set; add env._target_=…",
     "env=none policy=random episodes=1 out=OUT": "there is no environment; name one: env=gymn",
-    "policy=zzz episodes=1 out=OUT": "zzz holds no config.yaml; expected a folder that python",
+    "policy=zzz episodes=1 out=OUT": "policy is 'zzz'; expected random, or the folder of a run",
     "policy=RUN episodes=1 out=OUT env.idd=3": "unknown key 'env.idd' (did you mean 'env.id'?)",
     "env=cartpole policy=random episodes=1 out=FILE": "is a file; expected a folder",
 }

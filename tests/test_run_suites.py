@@ -3,12 +3,13 @@
 import os
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from tests.test_run import SHORT, TINY_MODEL, curve
 from tests.test_run_tdmpc2 import TINY as TDMPC2
 from worldloom import create_world_model
-from worldloom.envs.renderer import use_renderer
+from worldloom.envs.renderer import RendererError, use_renderer
 from worldloom.presets import config_dir
 from worldloom.run import train
 
@@ -61,16 +62,37 @@ def test_a_suite_trains(suite, tmp_path):
     assert create_world_model(tmp_path).obs_shape == shape
 
 
-def test_pixels_of_dmc_train(tmp_path, monkeypatch):
-    needs("dm_control", "dmc")
+@pytest.fixture
+def renderer(monkeypatch):
+    pytest.importorskip("mujoco", reason="needs one of the extras mujoco, dmc, metaworld, robotics")
     monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", ""))  # so that the choice is undone
     try:
-        use_renderer()
-    except RuntimeError as error:
+        use_renderer("mujoco")
+    except RendererError as error:
         pytest.skip(str(error))
+
+
+def test_pixels_of_dmc_train(tmp_path, renderer):
+    needs("dm_control", "dmc")
     words = ["env=dmc", "env.task=cartpole-swingup", "env.pixels=true", "env.time_limit=20"]
-    words += ["env.num_envs=1", "training.total_steps=60"]
-    run(tmp_path, *DREAMER, *FEW, *words)
+    run(tmp_path, *DREAMER, *FEW, *words, "env.workers=2")
+    assert create_world_model(tmp_path).obs_shape == PIXELS
+
+
+def test_pixels_stay_right_when_an_evaluation_has_ended(tmp_path, renderer):
+    words = ["env.id=InvertedPendulum-v5", "env.pixels=true", "env.size=32", "env.time_limit=20"]
+    run(tmp_path, *DREAMER, *FEW, *words, "evaluation.every=60")
+    assert len(curve(tmp_path, "eval/return")) > 3
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    for stream in saved["ReplayDataModule"]["buffer"]["streams"]:
+        assert (stream["obs"].float().std((1, 2, 3)) > 1).all()  # no row is black
+
+
+def test_memory_maze_trains(tmp_path, renderer):
+    needs("labmaze", "memory-maze")
+    words = ["env=memory_maze", "env.time_limit=30", "env.workers=2", "training.total_steps=120"]
+    scores = run(tmp_path, *DREAMER, *FEW, *words)
+    assert scores["eval/length"] == 30
     assert create_world_model(tmp_path).obs_shape == PIXELS
 
 

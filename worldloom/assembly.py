@@ -111,10 +111,13 @@ def _online(
 
     training = plain["training"]
     seed_steps = training["seed_episodes"] * (task.episode_length or 0)
+    changes = {}
     if plain["data"]["overlap"]:
         actor, options["refresh"] = twin(actor)
+        # A process of their own at least: a renderer stays with the thread in which it began.
+        changes["workers"] = max(1, task.running.get("workers", 0))
     collector = Collector(
-        task.vector_env(),
+        task.vector_env(**changes),
         actor,
         buffer,
         obs_spec=task.obs,
@@ -205,7 +208,7 @@ class Evaluator:
     def __call__(self, episodes: int, seed: int | None = None) -> dict[str, float]:
         """Return eval/return (mean), eval/return_std, eval/length and eval/success if there is."""
         num_envs = min(self.settings["num_envs"], episodes)
-        env = self.task.vector_env(num_envs)
+        env = self.task.vector_env(num_envs=num_envs)
         model: Any = self.actor.model
         modes = [(module, module.training) for module in model.modules()]
         model.eval()

@@ -56,16 +56,17 @@ def register_schemas() -> None:
 def with_implied(words: Sequence[str]) -> list[str]:
     """Return the words of a command line, each after what it implies if nothing else was said.
 
-    data=offline leaves the default recipe out, which is one environment's: a choice of data cannot
-    take it out of the defaults, because Hydra follows the recipe before it looks at the data.
+    The default recipe is one environment's: who names another, or data, leaves it out. Data cannot
+    do so in the defaults, because Hydra follows the recipe before it looks at them.
     env._target_=… is an environment of one's own, so the options of another are not for it.
     """
     said = {word.lstrip("+~").partition("=")[0] for word in words}
-    full = []
+    full: list[str] = []
     for word in words:
-        if word == "data=offline" and "experiment" not in said:
-            full.append("~experiment")
-        if word.startswith("env._target_=") and "env" not in said:
+        own = word.startswith("env._target_=")
+        if (own or word == "data=offline" or word.startswith("env=")) and "experiment" not in said:
+            full += ["~experiment"] * ("~experiment" not in full)
+        if own and "env" not in said:
             full.append("env=custom")
         full.append(word)
     return full
@@ -86,6 +87,9 @@ def validate(cfg: DictConfig) -> None:
             cls(**values)
         except ValueError as error:
             raise ValueError(f"{name}.{error}") from None
+    for key in ("num_envs", "repeat", "stack"):
+        if (value := cfg.env.get(key)) is not None and not isinstance(value, int):
+            raise ValueError(f"env.{key} is {value!r}; expected a whole number")
     _check_model(cfg)
     _require_integer("seed", cfg.seed, 0, "an integer from 0 to 4294967295", limit=2**32)
     if cfg.threads is not None:

@@ -68,6 +68,8 @@ def collect(config: CollectConfig, env: Sequence[str] = ()) -> str:
     env: what the command line says about the environment.
     """
     run = None if config.policy == "random" else Path(config.policy).expanduser()
+    if run is not None and not run.exists():
+        raise ValueError(f"policy is '{config.policy}'; expected random, or the folder of a run")
     if run is None and not env:
         raise ValueError("no environment was named; add env=gymnasium env.id=CartPole-v1")
     settings = None if run is None else read_run(run)
@@ -99,7 +101,8 @@ def collect(config: CollectConfig, env: Sequence[str] = ()) -> str:
     return (
         f"{progress.summary()}\n{out}: {len(held):,} episodes, {held.steps:,} steps, "
         f"{size / 1e6:,.1f} MB\ntrain on it: python -m worldloom.run data=offline "
-        f"data.path={out} model=dreamerv3_size1m {words_to_trust(section)}".rstrip()
+        f"data.path={out} model=dreamerv3_size1m training.total_steps=20000 "
+        f"{words_to_trust(section)}".rstrip()
     )
 
 

@@ -56,7 +56,7 @@ def env_section(words: Sequence[str], default: Mapping[str, Any] | None = None) 
     """
     words = with_implied(words)
     if default is None or any(word.startswith("env=") for word in words):
-        env = composed("~experiment", *words).env
+        env = composed(*{"~experiment": None, **dict.fromkeys(words)}).env
         if missing := sorted(OmegaConf.missing_keys(env)):
             raise ValueError(f"{missing[0]} is not set; add {missing[0]}=…")
         section: Any = OmegaConf.to_container(env, resolve=True)

@@ -61,12 +61,10 @@ class Task:
         """Know of a data set alone; its longest episode stands for the time limit."""
         return cls(dataset.obs, dataset.actions, max(dataset.lengths))
 
-    def vector_env(self, num_envs: int | None = None) -> Any:
-        """Make the environments of a run, or as many as asked for in this process."""
+    def vector_env(self, **changes: int) -> Any:
+        """Make the environments of a run; changes of num_envs and workers are for these alone."""
         assert self.make_env is not None
-        if num_envs is not None:
-            return make_vector_env(self.make_env, num_envs)
-        return make_vector_env(self.make_env, **self.running)
+        return make_vector_env(self.make_env, **{**self.running, **changes})
 
     def build_model(self, config: Mapping[str, Any]) -> nn.Module:
         """Build the model section's class for this task.
@@ -88,8 +86,8 @@ class Task:
 
     def describe(self, model: nn.Module) -> str:
         """Say in a few lines what the model sees, does and weighs."""
-        lines = [f"  {key or 'obs':<16}{self.obs.describe(key)}" for key in self.obs.parts]
-        lines += [f"  {key:<16}left out" for key in self.obs.dropped]
+        lines = [f"  {key or 'obs':<16} {self.obs.describe(key)}" for key in self.obs.parts]
+        lines += [f"  {key:<16} left out" for key in self.obs.dropped]
         kind = "one-hot choices" if self.actions.discrete else "continuous in [-1, 1]"
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return "\n".join(

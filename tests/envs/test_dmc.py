@@ -12,7 +12,7 @@ from dm_control import suite
 from worldloom.envs.dmc import _find, make_env
 from worldloom.envs.vector import episode_length
 
-PIXELS = "from worldloom.envs.renderer import use_renderer; use_renderer()"
+PIXELS = "from worldloom.envs.renderer import use_renderer; use_renderer('mujoco')"
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +132,21 @@ def test_a_state_task_loads_no_renderer():
     clean = {key: value for key, value in os.environ.items() if key != "MUJOCO_GL"}
     done = subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_state_task_loads_none_though_one_is_named():
+    code = (
+        "import os, sys; from worldloom.envs.dmc import make_env; make_env('walker-walk');"
+        "print([m for m in sys.modules if m.startswith('OpenGL')], os.environ['MUJOCO_GL'])"
+    )
+    env = {**os.environ, "MUJOCO_GL": "egl"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "[] egl", done.stderr
+
+
+def test_tasks_without_bounds_are_refused():
+    with pytest.raises(ValueError, match=r"'lqr-lqr_2_1', whose actions have no bounds"):
+        make_env("lqr-lqr_2_1")
 
 
 def test_pixels_come_after_states_in_the_same_process(can_render):

@@ -6,7 +6,7 @@ import pytest
 from gymnasium import spaces
 
 from worldloom.envs.memory_maze import make_env
-from worldloom.envs.renderer import use_renderer
+from worldloom.envs.renderer import RendererError, use_renderer
 from worldloom.envs.vector import episode_length
 
 
@@ -16,8 +16,8 @@ def simulator(monkeypatch):
     pytest.importorskip("dm_control", reason="needs the extra memory-maze")
     monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", ""))  # so that the choice is undone
     try:
-        use_renderer()
-    except RuntimeError as error:
+        use_renderer("mujoco")
+    except RendererError as error:
         pytest.skip(str(error))
 
 

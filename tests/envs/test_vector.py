@@ -185,7 +185,7 @@ def test_an_episode_is_as_long_as_its_time_limit_allows(options, decisions):
 def test_frames_are_counted_through_the_wrappers(repeat, frames):
     assert frames_per_step(make_env("Pendulum-v1", repeat=repeat)) == frames
     own = Scripted([3])
-    own.repeat = 4  # a simulator that repeats by itself
+    own.frames_per_step = 4  # a simulator that repeats by itself
     assert frames_per_step(ActionRepeat(own, repeat)) == 4 * frames
 
 

@@ -198,7 +198,7 @@ def test_overlapped_collecting_happens_while_a_batch_is_held_and_not_else():
         if data.env_steps >= data.total_steps:
             collector.held.set()
     assert collector.threads - {threading.current_thread()}
-    assert refreshed == list(range(1, data.updates + 1))  # before each
+    assert refreshed == [0, *range(1, data.updates + 1)]  # before all, and before each
 
 
 def test_overlapped_collecting_keeps_the_ratio_and_the_total():

@@ -133,7 +133,7 @@ class AtariGame(gym.Env):
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # first: a new one says hello
         self.ale: Any = ale_py.ALEInterface()
         self.ale.setFloat("repeat_action_probability", rules.sticky)
-        self.repeat = rules.repeat
+        self.frames_per_step = rules.repeat
         self.rom, self.rules, self._path = rom, rules, roms.get_rom_path(rom)
         self._load()
         every = rules.actions == "all"

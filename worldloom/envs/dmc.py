@@ -41,11 +41,13 @@ def make_env(
     time_limit: control steps (not of `repeat`) after which an episode is truncated.
     camera: number of the camera; None for the one that follows the robot.
     """
-    if pixels:
-        use_renderer()
     logging.getLogger("absl").setLevel(logging.WARNING)  # it tells of every import
-    with naming_the_extra(f"dmc task {task}"), _rendering(pixels):
-        from dm_control import suite
+    draws = pixels or "escape" in task  # whose ground is drawn to be sensed
+    with naming_the_extra(f"dmc task {task}"):
+        if draws:
+            use_renderer("dm_control")
+        with _rendering(draws):
+            from dm_control import suite
     if not hasattr(np, "in1d"):
         # Gone in numpy 2.4, but the quadrupeds of dm_control 1.0.28 call it, the newest that
         # Meta-World's mujoco allows.
@@ -77,6 +79,11 @@ class ControlTask(gym.Env):
             }
         )
         action = env.action_spec()
+        if np.abs([action.minimum, action.maximum]).max() > 1e6:
+            raise ValueError(
+                f"env.task is '{name}', whose actions have no bounds to speak of; expected a task "
+                "whose actions lie in [-1, 1]; set env.task to another one"
+            )
         self.action_space = spaces.Box(
             np.broadcast_to(action.minimum, action.shape).astype(np.float32),
             np.broadcast_to(action.maximum, action.shape).astype(np.float32),
@@ -126,16 +133,19 @@ def _rendering(pixels: bool) -> Iterator[None]:
     It takes the one that MUJOCO_GL names, in its import and never again; unset, it would load
     whatever library it finds first.
     """
-    if "MUJOCO_GL" not in os.environ:
+    if not pixels:
+        chosen = os.environ.get("MUJOCO_GL")
         os.environ["MUJOCO_GL"] = "disable"
         try:
             yield
         finally:
             del os.environ["MUJOCO_GL"]
+            if chosen is not None:
+                os.environ["MUJOCO_GL"] = chosen
         return
     yield
     loaded: Any = sys.modules["dm_control._render"]
-    if pixels and loaded.BACKEND in loaded.constants.NO_RENDERER:
+    if loaded.BACKEND in loaded.constants.NO_RENDERER:
         importlib.reload(loaded)
 
 

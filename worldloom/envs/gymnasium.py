@@ -46,7 +46,7 @@ def make_env(
         if pixels:
             kwargs["render_mode"] = "rgb_array"
             if str(spec.entry_point).startswith(MUJOCO):
-                use_renderer()
+                use_renderer("mujoco")
                 # Drawn at this size: 480 pixels a side take two to six times as long in software.
                 kwargs = {"width": size or 64, "height": size or 64, **kwargs}
         env = gym.make(spec, **kwargs)

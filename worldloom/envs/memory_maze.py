@@ -56,8 +56,8 @@ def make_env(
             f"env.time_limit is {limit}, but a maze of {name} ends after {LENGTHS[name]} steps; "
             f"set env.time_limit={LENGTHS[name]} or less"
         )
-    use_renderer()
     with naming_the_extra(f"memory_maze {task}"):
+        use_renderer("memory_maze")
         make = getattr(_tasks(), f"memory_maze_{name}")
     return wrap(TimeLimit(MemoryMaze(make, name, size or 64), limit), repeat=repeat, stack=stack)
 

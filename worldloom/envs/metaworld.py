@@ -36,9 +36,9 @@ def make_env(
     fixed_goal: keep the goal and the objects' places of the first episode.
     time_limit: steps (not of `repeat`) after which an episode is truncated.
     """
-    if pixels:
-        use_renderer()
     with naming_the_extra(f"metaworld task {task}"):
+        if pixels:
+            use_renderer("metaworld")
         from metaworld import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as known
     make: Any = known[_find(task, known)]
     limit = LENGTH if time_limit is None else time_limit

@@ -66,7 +66,7 @@ class EnvProcess:
         pipe, theirs = context.Pipe()
         arguments = (theirs, self._make_envs, dict(os.environ))
         process = context.Process(target=_work, args=arguments, daemon=True)
-        with _hidden_main():
+        with _hidden_main(), _single_threaded():
             process.start()
         theirs.close()
         self._process, self._pipe = process, pipe
@@ -127,6 +127,21 @@ def _hidden_main() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """Give a process one thread for its numbers, unless the user says otherwise.
+
+    The fork server takes this from its environment when it imports numpy, once.
+    """
+    given = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = given or "1"
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["OMP_NUM_THREADS"]
 
 
 def _work(pipe: Any, make_envs: bytes, environ: dict[str, str]) -> None:

@@ -1,29 +1,57 @@
 """Choose a renderer for MuJoCo's pictures that needs no screen."""
 
 import functools
+import importlib.util
+import logging
 import os
 import subprocess
 import sys
+from typing import Any
 
 # The first that works: the graphics card (or its software stand-in), then plain software.
 CANDIDATES = ("egl", "osmesa")
 PROBE = "import mujoco; context = mujoco.GLContext(16, 16); context.make_current(); context.free()"
 
 
-def use_renderer() -> None:
+class RendererError(ValueError):
+    """No renderer works on this machine; says what to install."""
+
+
+def make_current(env: Any) -> None:
+    """Make gymnasium's MuJoCo renderer of an environment draw into its own picture again.
+
+    It believes that it always does, but where several environments render in one process the
+    newest has taken its place, or, if that was closed, none: pictures would be black.
+    """
+    inner = env.unwrapped
+    for owner in (inner, getattr(inner, "env", None)):
+        viewer = getattr(getattr(owner, "mujoco_renderer", None), "viewer", None)
+        if viewer is not None:
+            viewer.make_context_current()
+
+
+def use_renderer(package: str) -> None:
     """Set MUJOCO_GL to a renderer that works here, unless the user has set it.
 
     To be called before MuJoCo is imported, and only for tasks that render.
 
+    package: what renders with MuJoCo.
+
     Raises:
-        RuntimeError: no renderer works; says what to install.
+        ModuleNotFoundError: the package is not installed.
+        RendererError: no renderer works.
     """
+    for name in (package, "mujoco"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named '{package}'", name=package)
+    for name in ("OpenGL.acceleratesupport", "absl"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # they tell of every import
     if not sys.platform.startswith("linux") or os.environ.get("MUJOCO_GL"):
         return
     working = next((name for name in CANDIDATES if _failure(name) is None), None)
     if working is None:
         tried = "; ".join(f"{name}: {_failure(name)}" for name in CANDIDATES)
-        raise RuntimeError(
+        raise RendererError(
             f"pixels were asked for but MuJoCo can render with neither of them ({tried}); install "
             "one with apt install libegl1 libegl-mesa0 libgl1-mesa-dri (or libosmesa6), or set "
             "MUJOCO_GL=glfw where there is a screen"

@@ -16,6 +16,7 @@ from gymnasium.wrappers import TimeLimit
 from worldloom.envs.process import INFOS
 from worldloom.envs.spaces import ActionSpec, Obs, ObsSpec
 from worldloom.envs.workers import WorkerVectorEnv, measured_workers
+from worldloom.envs.wrappers import ActionRepeat
 
 MakeEnv = Callable[[], gym.Env]
 MAX_TIMEOUT = 86_400  # seconds; the system's way of waiting cannot count to infinity
@@ -30,17 +31,20 @@ def episode_length(env: gym.Env) -> int | None:
     while isinstance(env, gym.Wrapper):
         if isinstance(env, TimeLimit):
             return math.ceil(env._max_episode_steps / repeat)
-        repeat *= getattr(env, "repeat", 1)
+        repeat *= env.repeat if isinstance(env, ActionRepeat) else 1
         env = env.env
     limit = env.spec.max_episode_steps if env.spec else None
     return None if limit is None else math.ceil(limit / repeat)
 
 
 def frames_per_step(env: gym.Env) -> int:
-    """Return how many steps of the simulator a decision is, whoever repeats its action."""
-    frames = getattr(env.unwrapped, "repeat", 1)
+    """Return how many steps of the simulator a decision is.
+
+    An environment that repeats actions by itself says so in an attribute `frames_per_step`.
+    """
+    frames = getattr(env.unwrapped, "frames_per_step", 1)
     while isinstance(env, gym.Wrapper):
-        frames *= getattr(env, "repeat", 1)
+        frames *= env.repeat if isinstance(env, ActionRepeat) else 1
         env = env.env
     return frames
 
@@ -55,7 +59,7 @@ def make_vector_env(
 
     make_env: any function without arguments that returns a new gymnasium environment.
     workers: 0 steps the copies one after the other in this process. More share them out to so many
-        processes, which is worth it when a step takes over 0.5 ms; "auto" measures that first.
+        processes, which is worth it when a step takes over 1 ms; "auto" measures that first.
     timeout: seconds that a worker has for a step before it is replaced, as one that crashed is.
 
     The step after an end ignores its action and returns the next episode's first observation

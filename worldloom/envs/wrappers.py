@@ -12,6 +12,7 @@ from gymnasium import spaces
 from PIL import Image
 
 from worldloom.envs.extras import naming_the_extra
+from worldloom.envs.renderer import make_current
 from worldloom.envs.spaces import flatten, is_channels_last, is_image
 
 
@@ -32,9 +33,11 @@ def wrap(
     stack: newest images that are observed at once, on top of each other along their channels,
         oldest first; for models without memory, such as TD-MPC2.
     """
-    for name, value in (("repeat", repeat), ("stack", stack)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; expected at least 1; set env.{name}=1 for none")
+    for name, value, usual in (("repeat", repeat, 1), ("stack", stack, 1), ("size", size, None)):
+        if value != usual and (not isinstance(value, int) or value < 1):
+            raise ValueError(
+                f"{name} is {value}; expected at least 1; set env.{name}={usual or 'null'} for none"
+            )
     if repeat > 1:
         env = ActionRepeat(env, repeat)
     if pixels:
@@ -74,6 +77,7 @@ class RenderedObservation(gym.ObservationWrapper):
         """Render the environment; its own observation is dropped."""
         name = str(self.unwrapped)
         with naming_the_extra(name):
+            make_current(self.env)
             frame: Any = self.env.render()
         if not isinstance(frame, np.ndarray) or frame.shape[2:] != (3,):
             raise TypeError(

@@ -209,6 +209,8 @@ class ReplayDataModule(lightning.LightningDataModule):
 
     def _online(self) -> Iterator[Batch]:
         assert self.collector is not None
+        if self.refresh is not None:
+            self.refresh()  # the trainer has moved the model since the copy was made
         if self._origin is None:
             self._fill()
             self._origin = (0 if self.pretrain else self.env_steps, self.replayed_steps)
