@@ -1,7 +1,5 @@
 """Real runs of each suite through the command's own function: small models, few steps."""
 
-import os
-
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -9,7 +7,6 @@ from hydra import compose, initialize_config_dir
 from tests.test_run import SHORT, TINY_MODEL, curve
 from tests.test_run_tdmpc2 import TINY as TDMPC2
 from worldloom import create_world_model
-from worldloom.envs.renderer import RendererError, use_renderer
 from worldloom.presets import config_dir
 from worldloom.run import train
 
@@ -60,16 +57,6 @@ def test_a_suite_trains(suite, tmp_path):
     assert curve(tmp_path, "train/updates")[-1][1] == 10
     assert scores["eval/length"] == decisions and ("eval/success" in scores) == success
     assert create_world_model(tmp_path).obs_shape == shape
-
-
-@pytest.fixture
-def renderer(monkeypatch):
-    pytest.importorskip("mujoco", reason="needs one of the extras mujoco, dmc, metaworld, robotics")
-    monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", ""))  # so that the choice is undone
-    try:
-        use_renderer("mujoco")
-    except RendererError as error:
-        pytest.skip(str(error))
 
 
 def test_pixels_of_dmc_train(tmp_path, renderer):

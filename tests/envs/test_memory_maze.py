@@ -1,4 +1,3 @@
-import os
 import sys
 
 import numpy as np
@@ -6,19 +5,13 @@ import pytest
 from gymnasium import spaces
 
 from worldloom.envs.memory_maze import make_env
-from worldloom.envs.renderer import RendererError, use_renderer
 from worldloom.envs.vector import episode_length
 
 
 @pytest.fixture
-def simulator(monkeypatch):
+def simulator(renderer):
     pytest.importorskip("labmaze", reason="needs the extra memory-maze")
     pytest.importorskip("dm_control", reason="needs the extra memory-maze")
-    monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", ""))  # so that the choice is undone
-    try:
-        use_renderer("mujoco")
-    except RendererError as error:
-        pytest.skip(str(error))
 
 
 def pictures(env, seed):

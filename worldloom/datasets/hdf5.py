@@ -27,7 +27,7 @@ from worldloom.datasets.episode import (
     model_actions,
     require_numbers,
 )
-from worldloom.datasets.extra import needs_extra
+from worldloom.envs.extras import naming_the_extra
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 
 SUFFIXES = (".hdf5", ".h5")
@@ -138,7 +138,7 @@ def _require_layout(file: Path, data: Any) -> None:
 
 
 def _opened(file: Path) -> Any:
-    with needs_extra(file):
+    with naming_the_extra(str(file)):
         import h5py
     try:
         return h5py.File(file, "r")

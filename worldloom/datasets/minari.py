@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium import spaces
 
 from worldloom.datasets.episode import Dataset, Episode, Specs
-from worldloom.datasets.extra import needs_extra
+from worldloom.envs.extras import naming_the_extra
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 
 
@@ -24,7 +24,7 @@ def open_minari(
     """
     folder = path / "data" if (path / "data").is_dir() else path
     _require_spaces(folder)
-    with needs_extra(path):
+    with naming_the_extra(str(path)):
         from minari import MinariDataset
 
         with _reading(path):

@@ -18,6 +18,9 @@ EXTRAS = {
     "crafter": "crafter",
     "minigrid": "minigrid",
     "memory_maze": "memory-maze",
+    "h5py": "offline",
+    "minari": "offline",
+    "pyarrow": "offline",
 }
 
 
