@@ -158,7 +158,8 @@ def test_nothing_is_overwritten(tmp_path):
     after = {file.name: file.read_bytes() for file in tmp_path.glob("*.npz")}
     assert len(after) == 5 and before.items() <= after.items()
     # The seed counts on: the same one would record the same episodes again.
-    assert [note["seed"] for note in Script.log.values() if note["seed"] is not None] == [2, 3, 4]
+    seeds = [note["seed"] for note in Script.log.values()]
+    assert {2, 3, 4} <= set(seeds) and not {0, 1} & set(seeds)
 
 
 def test_episodes_of_another_environment_stay_out(tmp_path):
@@ -286,7 +287,7 @@ MISTAKES = {
     "env=cartpole episodes=1 out=OUT": "policy is not set; add policy=…",
     "env=cartpole policy=random episodes=0 out=OUT": "episodes is 0; expected at least 1",
     "env=cartpole policy=random episodes=1 out=OUT num_envs=0": "num_envs is 0; expected at lea",
-    "env=cartpole policy=random episodes=few out=OUT": "Value 'few' of type 'str' could not be",
+    "env=cartpole policy=random episodes=few out=OUT": "episodes is few; expected a whole number",
     "env=cartpole policy=random episode=1 out=OUT": "'episode' (did you mean 'episodes'?)",
     "env=cartpol policy=random episodes=1 out=OUT": "env 'cartpol' (did you mean 'cartpole'?)",
     "env=cartpole env.idd=1 policy=random episodes=1 out=OUT": "'env.idd' (did you mean 'env.id'",

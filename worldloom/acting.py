@@ -6,6 +6,7 @@ Letters used in shapes: N environments, A = width of an action.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +33,21 @@ class Memory:
     state: LatentState
     action: Tensor
     plan: Tensor | None = None
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Memory":
+        """Apply a function to every tensor."""
+        plan = None if self.plan is None else fn(self.plan)
+        return Memory(self.state.map(fn), fn(self.action), plan)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return copies of all tensors, on the CPU, wherever the model is."""
+        saved = self.map(lambda x: x.detach().cpu().clone())
+        return {"state": vars(saved.state), "action": saved.action, "plan": saved.plan}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Memory":
+        """Make a memory of what `state_dict` returned; it is on the CPU."""
+        return cls(LatentState(**state["state"]), state["action"], state["plan"])
 
 
 class Actor:

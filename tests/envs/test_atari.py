@@ -108,12 +108,55 @@ def test_gray_weighs_the_colours():
     assert (gray.reset()[0][..., 0] == np.floor(weighed + 1e-6)).all()
 
 
+class Spy:
+    """The emulator, with a list of the actions that its frames do."""
+
+    def __init__(self, ale):
+        self.ale, self.done = ale, []
+
+    def act(self, action):
+        self.done.append(action)
+        return self.ale.act(action)
+
+    def __getattr__(self, name):
+        return getattr(self.ale, name)
+
+
 def test_sticky_actions_have_the_published_probability():
     for protocol, probability in (("atari", 0.25), ("atari100k", 0.0)):
-        ale = make_env("pong", protocol=protocol).unwrapped.ale
-        assert ale.getFloat("repeat_action_probability") == probability
+        env = make_env("pong", protocol=protocol, noops=0).unwrapped
+        env.ale = Spy(env.ale)
+        env.reset(seed=0)
+        for step in range(400):
+            env.step(1 + step % 2)
+        done = np.array(env.ale.done).reshape(400, 4)
+        wanted = np.array([env.actions[1 + step % 2] for step in range(400)])
+        stale = done != wanted[:, None]
+        # Once a frame does the new action, the rest of the decision does too.
+        assert (np.diff(stale.astype(int), axis=1) <= 0).all()
+        assert (
+            done[0][stale[0]].tolist() == [0] * stale[0].sum()
+        )  # at first there is none to repeat
+        assert (done[1:][stale[1:]] == np.repeat(wanted[:-1, None], 4, 1)[stale[1:]]).all()
+        # Four standard deviations of the mean of 400 draws.
+        assert stale[:, 0].mean() == pytest.approx(probability, abs=4 * (0.25 * 0.75 / 400) ** 0.5)
+        assert stale.any() == (probability > 0)
     assert make_env("pong", sticky=True).unwrapped.rules.sticky == 0.25
     assert make_env("pong", protocol="atari", sticky=False).unwrapped.rules.sticky == 0.0
+
+
+def test_every_game_is_the_first_after_switching_on():
+    """In assault a game changes the next, unless the console is switched off in between."""
+    env, ale = make_env("assault", **STILL), emulator("assault")
+    first = play(env, 0)[0]
+    assert (play(env, None)[0] == first).all()
+    by_hand = [ale.getRAM()]
+    for _ in range(2):
+        ale.reset_game()
+        for _ in range(200):
+            ale.act(1)
+        by_hand.append(ale.getRAM())
+    assert (by_hand[1] != by_hand[2]).any()  # so the above says something
 
 
 def test_seeds_reach_the_sticky_actions():
@@ -125,10 +168,10 @@ def test_seeds_reach_the_sticky_actions():
 def test_frames_waited_at_the_start_are_random_and_follow_the_seed():
     env = make_env("pong", noops=2)
     waited = []
-    for seed in [*range(8), *range(8)]:
+    for seed in [*range(12), *range(12)]:
         env.reset(seed=seed)
         waited.append(env.unwrapped.ale.getEpisodeFrameNumber())
-    assert waited[:8] == waited[8:] and set(waited) == {0, 1, 2}
+    assert waited[:12] == waited[12:] and set(waited) == {0, 1, 2}
 
 
 def test_seeds_reproduce_and_differ():

@@ -93,9 +93,13 @@ def test_copies_without_a_seed_have_goals_of_their_own(env):
 
 
 def test_a_goal_can_be_fixed():
-    env = make_env("reach", fixed_goal=True)
-    assert goal(env, seed=3) == goal(env) == goal(env)
-    assert goal(env, seed=3) != goal(env, seed=4)
+    fixed = [goal(make_env("reach", fixed_goal=0), seed=seed) for seed in (3, 4, None)]
+    assert len(set(fixed)) == 1
+    env = make_env("reach", fixed_goal=1)
+    assert goal(env, seed=3) == goal(env) == goal(env, seed=4) != fixed[0]
+    for wrong in (True, -1, "first"):
+        with pytest.raises(ValueError, match=rf"env.fixed_goal is {wrong!r}; expected a number fr"):
+            make_env("reach", fixed_goal=wrong)
 
 
 def test_the_time_limit_truncates_and_may_exceed_meta_worlds():

@@ -1,5 +1,7 @@
 import io
+import sys
 
+import cloudpickle
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from worldloom.envs.vector import make_vector_env
 from worldloom.protocol import LatentState
 from worldloom.training.collector import Collector
 
+# No process can import this file by its name.
+cloudpickle.register_pickle_by_value(sys.modules[__name__])
 FIELDS = ("obs", "actions", "rewards", "is_first", "is_last", "is_terminal")
 
 
@@ -110,6 +114,10 @@ def make(*lengths, model=None, **kwargs):
     )
 
 
+def scripted(collector):
+    return [env.unwrapped for env in collector.rows.env.envs]
+
+
 def run(collector, ticks):
     for _ in range(ticks):
         collector.step()
@@ -133,7 +141,7 @@ SCRIPTS = ([3, -2, 1], [-4], [7, 7], [1, -1])
 
 def test_rows_hold_exactly_the_true_transitions():
     collector = run(make(*SCRIPTS), 40)
-    for index, env in enumerate(collector.rows.env.envs):
+    for index, env in enumerate(scripted(collector)):
         stored = transitions_in(collector.buffer, index)
         # The newest transition has no second row yet, unless the environment has just reset.
         pending = 0 if collector.rows.is_first[index] else 1
@@ -172,7 +180,7 @@ def test_counts_are_exact():
     collector = make(*SCRIPTS)
     for tick in range(1, 30):
         collector.step()
-        envs = collector.rows.env.envs
+        envs = scripted(collector)
         assert collector.env_steps == sum(len(env.transitions) for env in envs)
         assert collector.episodes == sum(t[-1] for env in envs for t in env.transitions)
         assert len(collector.buffer.rows) == tick
@@ -227,7 +235,7 @@ def test_models_that_keep_no_latents_add_none():
 def rows_for(seed, **kwargs):
     torch.manual_seed(0)
     collector = run(make([3, 5], [4], seed=seed, **kwargs), 12)
-    seeds = [env.seeds for env in collector.rows.env.envs]
+    seeds = [env.seeds for env in scripted(collector)]
     return collector.buffer.column("actions").tolist(), seeds
 
 
@@ -238,17 +246,20 @@ def test_seeds_reproduce_and_differ(random_steps):
     other = rows_for(2, random_steps=random_steps)
     assert other[1] != seeds
     assert (other[0] != actions) == bool(random_steps)  # the policy draws from torch's own seed
-    # One seed each at the start; later resets go on with the environment's random numbers.
-    assert seeds[1][0] == seeds[0][0] + 1 and seeds[0][1:] == [None] * len(seeds[0][1:])
+    # Each episode has a seed of its own.
+    assert seeds[1][0] == seeds[0][0] + 1
+    assert len({*seeds[0], *seeds[1]}) == len(seeds[0]) + len(seeds[1])
 
 
-def test_a_saved_collector_goes_on_counting():
+def test_a_state_without_episodes_starts_new_ones_and_goes_on_counting():
     collector = run(make([3], [4], random_steps=100), 5)
     file = io.BytesIO()
     torch.save(collector.state_dict(), file)
     file.seek(0)
     copies = [make([3], [4], seed=9, random_steps=100) for _ in range(2)]
     state = torch.load(file, weights_only=True)
+    for name in ("rows", "memory", "last_return"):  # as worldloom saved it at first
+        del state[name]
     for copy in copies:
         copy.load_state_dict(state)
         assert (
@@ -261,23 +272,155 @@ def test_a_saved_collector_goes_on_counting():
         copies[0].buffer.column("actions").tolist() == copies[1].buffer.column("actions").tolist()
     )
     # The restart draws on: it does not repeat the first episodes.
-    seeds = [env.rows.env.envs[0].seeds[0] for env in (collector, *copies)]
+    seeds = [scripted(one)[0].seeds[0] for one in (collector, *copies)]
     assert seeds[0] != seeds[1] == seeds[2]
 
 
-def test_loading_in_mid_episode_starts_new_episodes():
-    collector = run(make([5]), 2)
-    collector.load_state_dict(collector.state_dict())
-    run(collector, 6)
-    assert collector.buffer.column("obs")[:, 0].tolist() == [
-        [0, 0],
-        [0, 1],
-        *([1, step] for step in range(6)),
+def test_episodes_that_cannot_be_played_again_are_begun_anew(caplog):
+    """Scripted counts its episodes, so what it does follows from no seed after the first one."""
+    collector = run(make([5], [3], model=Remembering()), 5)
+    copy = make([5], [3], model=Remembering())
+    copy.load_state_dict(collector.state_dict())
+    run(copy, 6)
+    assert [r.getMessage()[:60] for r in caplog.records] == [
+        "the episode of environment 1 could not be played again (its "
     ]
-    assert np.flatnonzero(collector.buffer.column("is_first")).tolist() == [0, 2]
-    assert collector.finished == [
-        {"return": 515.0, "length": 5, "success": 1.0, "env_steps": 7},
-    ]
+    # Environment 0 has come back to the last row of its episode; environment 1 was in its second.
+    flags = [np.flatnonzero(copy.buffer.column("is_first")[:, i]).tolist() for i in (0, 1)]
+    assert flags == [[1], [0, 4]]
+    obs = copy.buffer.column("obs")
+    assert obs[:, 0].tolist() == [[0, 5], *([1, step] for step in range(5))]
+    # One episode of it went into the attempt.
+    assert obs[:, 1].tolist() == [[1, 0], [1, 1], [1, 2], [1, 3], [2, 0], [2, 1]]
+    assert (copy.buffer.column("rewards")[0] == [5, 0]).all()
+    counts = [latents["count"][:, 0].tolist() for latents in copy.buffer.latents]
+    assert counts == [[6, 1], [1, 2], [2, 3], [3, 4], [4, 1], [5, 2]]
+    assert [e["length"] for e in copy.finished] == [3, 5, 3, 5]
+    assert [e["return"] for e in copy.finished[2:]] == [101 + 102 + 103, 5 * 103]
+
+
+class Lottery(gym.Env):
+    """Episodes of 1 to 5 steps that end in either way; all is drawn from the reset's seed."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,))
+    action_space = spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = int(self.np_random.integers(1, 6))
+        return self._obs(), {}
+
+    def step(self, action):
+        self.left -= 1
+        ended, terminal = self.left == 0, bool(self.np_random.integers(2))
+        info = {"success": terminal} if ended else {}
+        reward = float(action[0] + self.np_random.normal())
+        return self._obs(), reward, ended and terminal, ended and not terminal, info
+
+    def _obs(self):
+        return self.np_random.normal(size=2).astype(np.float32)
+
+
+def lottery(num_envs, workers=0, model=None, actor=Actor):
+    env = make_vector_env(Lottery, num_envs, workers)
+    return Collector(
+        env,
+        actor(model or Remembering()),
+        Recorder(),
+        obs_spec=ObsSpec.from_space(env.single_observation_space),
+        action_spec=ActionSpec.from_space(env.single_action_space),
+        random_steps=20,
+    )
+
+
+def assert_same_rows(buffer, other, since):
+    assert len(buffer.rows) - since == len(other.rows) > 0
+    for row, again in zip(buffer.rows[since:], other.rows, strict=True):
+        for x, y in zip(row, again, strict=True):
+            assert x.dtype == y.dtype
+            np.testing.assert_array_equal(x, y)
+    for latents, again in zip(buffer.latents[since:], other.latents, strict=True):
+        for key in latents:
+            torch.testing.assert_close(latents[key], again[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_a_loaded_collector_goes_on_as_if_nothing_had_happened(case):
+    rng = np.random.default_rng(case)
+    num_envs, ticks = int(rng.integers(1, 5)), int(rng.integers(0, 25))
+    here, there = (1, 2) if case == 0 else (0, 2) if case == 1 else (2, 0) if case == 2 else (0, 0)
+    torch.manual_seed(case)
+    collector = run(lottery(num_envs, here), ticks)
+    torch.save(collector.state_dict(), file := io.BytesIO())
+    numbers = torch.get_rng_state()
+    run(collector, 20)
+    after = torch.rand(())
+    file.seek(0)
+    copy = lottery(num_envs, there)
+    copy.load_state_dict(torch.load(file, weights_only=True))
+    torch.set_rng_state(numbers)
+    run(copy, 20)
+    assert_same_rows(collector.buffer, copy.buffer, since=ticks)
+    assert torch.rand(()) == after
+    for name in ("env_steps", "episodes", "last_return", "finished"):
+        assert getattr(copy, name) == getattr(collector, name)
+    assert len(copy.finished) > 3
+    collector.close()
+    copy.close()
+
+
+def test_rows_that_could_not_be_added_are_seen_once_after_loading(monkeypatch):
+    def full(*row, latents):
+        raise OSError("no space left")
+
+    collector, copy = run(lottery(2), 7), lottery(2)
+    present = collector.state_dict()["memory"]["state"]["deterministic"]
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(collector.buffer, "add", full)
+        collector.step()
+    copy.load_state_dict(collector.state_dict())
+    first = collector.rows.is_first[:, None]
+    expected = torch.where(torch.from_numpy(first), 1.0, present + 1)
+    run(copy, 1)
+    assert torch.equal(copy.buffer.latents[0]["count"], expected)
+
+
+def test_what_was_saved_may_be_saved_again_before_a_step():
+    collector = run(lottery(2), 7)
+    state = collector.state_dict()
+    assert state["rows"]["lengths"].dtype == torch.int64
+    copy = lottery(2)
+    copy.load_state_dict(state)
+    again = copy.state_dict()
+    torch.save(state, one := io.BytesIO())
+    torch.save(again, other := io.BytesIO())
+    assert one.getvalue() == other.getvalue()
+
+
+def test_another_number_of_environments_is_refused_by_name():
+    state = run(lottery(2), 3).state_dict()
+    with pytest.raises(ValueError, match=r"env.num_envs is 4 but the checkpoint's 2; .*num_envs=2"):
+        lottery(4).load_state_dict(state)
+
+
+def test_a_memory_follows_the_model_to_its_device():
+    class Elsewhere(Actor):
+        """Act for a model that the trainer has moved after loading."""
+
+        device = torch.device("meta")
+
+        def observe(self, obs, is_first, memory=None):
+            devices.append(
+                memory and {memory.action.device.type, memory.state.features.device.type}
+            )
+            return super().observe(obs, is_first)
+
+    devices = []
+    collector = lottery(1, actor=Elsewhere, model=Model())
+    collector.load_state_dict(run(lottery(1), 3).state_dict())
+    with pytest.raises(NotImplementedError, match="meta"):  # it holds no numbers
+        collector.step()
+    assert devices == [{"meta"}]
 
 
 def test_an_interrupted_step_starts_new_episodes(monkeypatch):

@@ -121,6 +121,9 @@ class AtariGame(gym.Env):
     """A game of the Arcade Learning Environment; a step is a decision, of `repeat` frames.
 
     Observations are [size, size, 1 or 3] uint8; `render` returns the whole screen in colour.
+    Every game is the first one after the console was switched on: in some (assault, beam_rider)
+    the memory that a game leaves behind changes the next, and an episode should follow from its
+    seed and actions alone.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 (as in gym.Env)
@@ -132,10 +135,16 @@ class AtariGame(gym.Env):
 
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # first: a new one says hello
         self.ale: Any = ale_py.ALEInterface()
-        self.ale.setFloat("repeat_action_probability", rules.sticky)
+        # Actions stick in `step`: the emulator reads a seed for it only where it loads a game,
+        # which takes as long as a hundred decisions.
+        self.ale.setFloat("repeat_action_probability", 0.0)
+        self.ale.setInt("random_seed", 1)  # decides nothing any more, but 0 is the time of day
+        path: Any = roms.get_rom_path(rom)
+        self.ale.loadROM(path)
+        self._switched_on = self.ale.cloneSystemState()
         self.frames_per_step = rules.repeat
-        self.rom, self.rules, self._path = rom, rules, roms.get_rom_path(rom)
-        self._load()
+        self.rom, self.rules = rom, rules
+        self._held: Any = NOOP  # the action that a sticky frame repeats
         every = rules.actions == "all"
         self.actions = self.ale.getLegalActionSet() if every else self.ale.getMinimalActionSet()
         self.action_space = spaces.Discrete(len(self.actions))
@@ -148,9 +157,9 @@ class AtariGame(gym.Env):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start a game and let a random number of frames pass."""
         super().reset(seed=seed)
-        if seed is not None:
-            self._load()
+        self.ale.restoreSystemState(self._switched_on)
         self.ale.reset_game()
+        self._held = NOOP
         for _ in range(self.np_random.integers(self.rules.noops + 1)):
             self.ale.act(NOOP)
             if self.ale.game_over():
@@ -160,9 +169,11 @@ class AtariGame(gym.Env):
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Hold an action for some frames; terminated is the game's end."""
-        reward, held, lives = 0.0, self.actions[action], self.ale.lives()
+        reward, lives, sticky = 0.0, self.ale.lives(), self.rules.sticky
         for left in reversed(range(self.rules.repeat)):
-            reward += self.ale.act(held)
+            if not sticky or self.np_random.random() >= sticky:
+                self._held = self.actions[action]
+            reward += self.ale.act(self._held)
             if left < self.rules.pooling:
                 self._screens.append(self.render())
             lost = 0 < self.ale.lives() < lives
@@ -178,11 +189,6 @@ class AtariGame(gym.Env):
 
     def __str__(self) -> str:
         return f"<atari {self.rom}>"
-
-    def _load(self) -> None:
-        """Seed the emulator, which reads its seed only here (and takes 0 for the time of day)."""
-        self.ale.setInt("random_seed", int(self.np_random.integers(1, 2**31)))
-        self.ale.loadROM(self._path)
 
     def _obs(self) -> np.ndarray:
         size = (self.rules.size, self.rules.size)

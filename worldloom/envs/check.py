@@ -344,7 +344,7 @@ def main() -> None:
     """Run the command line."""
     from worldloom.cli import readable_errors
     from worldloom.finished import checked, env_section, split_words
-    from worldloom.task import env_maker
+    from worldloom.task import blaming, env_maker
 
     if len(sys.argv) < 2 or {"-h", "--help"} & set(sys.argv):
         print(__doc__)
@@ -356,7 +356,8 @@ def main() -> None:
         how = checked(given, CheckConfig)
         section = env_section(words)
         try:
-            print(check_env(env_maker(section), **vars(how), **(section.get("obs") or {})))
+            with blaming(section["_target_"]):
+                print(check_env(env_maker(section), **vars(how), **(section.get("obs") or {})))
         except EnvProblems as found:
             print(found)
             sys.exit(1)

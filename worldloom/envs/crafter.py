@@ -62,7 +62,8 @@ class Crafter(gym.Env):
         """Start in a new world; a seed fixes this world and all that follow."""
         super().reset(seed=seed)
         if seed is not None:
-            self.world = self._make_world()
+            # Making a simulator anew would read all its pictures again.
+            self.world._seed, self.world._episode = self._draw_seed(), 0
         return self.world.reset(), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
@@ -78,6 +79,9 @@ class Crafter(gym.Env):
     def __str__(self) -> str:
         return "<crafter>"
 
+    def _draw_seed(self) -> int:
+        return int(self.np_random.integers(2**31 - 1))
+
     def _make_world(self) -> Any:
         """Make a simulator, which counts its worlds up from the seed that it is made with."""
         import crafter
@@ -86,7 +90,7 @@ class Crafter(gym.Env):
             size=(self.size, self.size),
             reward=self.reward,
             length=None,
-            seed=int(self.np_random.integers(2**31 - 1)),
+            seed=self._draw_seed(),
         )
         balance = world._balance_object
 

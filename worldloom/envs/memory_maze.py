@@ -15,6 +15,11 @@ from worldloom.envs.extras import naming_the_extra
 from worldloom.envs.renderer import use_renderer
 from worldloom.envs.wrappers import wrap
 
+# Settings of a generator of mazes; the package leaves all others as they are.
+KEPT = (
+    *("height", "width", "max_rooms", "room_min_size", "room_max_size", "max_variations"),
+    *("spawns_per_room", "objects_per_room", "spawn_token", "object_token"),
+)
 LENGTHS = {"9x9": 1000, "11x11": 2000, "13x13": 3000, "15x15": 4000}  # steps, four to a second
 
 
@@ -74,7 +79,7 @@ class MemoryMaze(gym.Env):
 
     def __init__(self, make: Any, name: str, size: int) -> None:
         self.make, self.name, self.size = make, name, size
-        self.env: Any = None  # made in the first reset, for that takes seconds and needs the seed
+        self.env: Any = None  # made in the first reset, for that takes seconds
         self.observation_space = spaces.Box(0, 255, (size, size, 3), np.uint8)
         self.action_space = spaces.Discrete(6)
         self._picture = np.zeros((size, size, 3), np.uint8)
@@ -84,13 +89,11 @@ class MemoryMaze(gym.Env):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start in a new maze; a seed fixes this maze and all that follow."""
         super().reset(seed=seed)
-        if seed is not None or self.env is None:
-            self.close()
-            self.env = self.make(
-                seed=int(self.np_random.integers(2**31)),
-                image_only_obs=True,
-                camera_resolution=self.size,
-            )
+        if self.env is None:
+            self.env = self.make(seed=1, image_only_obs=True, camera_resolution=self.size)
+            self._seed()
+        elif seed is not None:
+            self._seed()
         self._picture = self.env.reset().observation.copy()  # it draws into the same array again
         return self._picture, {}
 
@@ -111,6 +114,22 @@ class MemoryMaze(gym.Env):
 
     def __str__(self) -> str:
         return f"<memory_maze {self.name}>"
+
+    def _seed(self) -> None:
+        """Let the next maze and all that is drawn in it follow from `np_random`.
+
+        The package takes a seed only where it makes a simulator, which is twice as slow as a reset.
+        """
+        inner = self.env
+        while (wrapped := getattr(inner, "env", None)) is not None:
+            inner = wrapped
+        inner.random_state.seed(int(self.np_random.integers(2**31)))
+        maze = inner.task._maze_arena._maze
+        settings = {name: getattr(maze, name) for name in KEPT}
+        labmaze: Any = importlib.import_module("labmaze")
+        drawn = int(self.np_random.integers(1, 2**31))
+        # What it holds draws the mazes, and can be seeded only here.
+        maze._native_maze = labmaze.RandomMaze(**settings, random_seed=drawn)._native_maze
 
 
 def _tasks() -> Any:

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -22,7 +22,7 @@ def make_env(
     pixels: bool = False,
     size: int | None = None,
     camera: str = "corner4",
-    fixed_goal: bool = False,
+    fixed_goal: int | Literal[False] = False,
     repeat: int = 2,
     time_limit: int | None = None,
     stack: int = 1,
@@ -33,9 +33,15 @@ def make_env(
         is touched.
     camera: corner4 stands where TD-MPC2's benchmark moves corner2; others are corner, corner2,
         corner3, topview, behindGripper and gripperPOV.
-    fixed_goal: keep the goal and the objects' places of the first episode.
+    fixed_goal: a seed that decides the goal and the objects' places of all episodes, the same in
+        every copy of the environment; False for others in each episode.
     time_limit: steps (not of `repeat`) after which an episode is truncated.
     """
+    if fixed_goal is True or not isinstance(fixed_goal, int) or fixed_goal < 0:
+        raise ValueError(
+            f"env.fixed_goal is {fixed_goal!r}; expected a number from 0 on, the seed of the goal, "
+            "or false for a new goal in each episode; set env.fixed_goal=0"
+        )
     with naming_the_extra(f"metaworld task {task}"):
         if pixels:
             use_renderer("metaworld")
@@ -55,12 +61,15 @@ class Manipulation(gym.Env):
 
     make: one of Meta-World's classes.
     limit: steps that an episode may have; Meta-World's own limit of 500 gives way to it.
+    fixed_goal: seed of the goal in all episodes, or False.
     """
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 (as in gym.Env)
     render_mode = "rgb_array"
 
-    def __init__(self, make: Any, limit: int, size: int, camera: str, fixed_goal: bool) -> None:
+    def __init__(
+        self, make: Any, limit: int, size: int, camera: str, fixed_goal: int | Literal[False]
+    ) -> None:
         from gymnasium.envs.mujoco.mujoco_rendering import MujocoRenderer
 
         self.env = make(seed=0, render_mode="rgb_array")  # with None it draws numpy's own numbers
@@ -86,10 +95,9 @@ class Manipulation(gym.Env):
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Start an episode with a goal of its own."""
         super().reset(seed=seed)
-        if seed is not None:
+        if seed is not None or self.fixed_goal is not False:
             self._seed()
         obs, _ = self.env.reset()
-        self.env._freeze_rand_vec = self.fixed_goal
         self.succeeded = False
         return obs.astype(np.float32), {}
 
@@ -115,7 +123,8 @@ class Manipulation(gym.Env):
 
     def _seed(self) -> None:
         """Seed the draws of goals, and let the next episode draw; Meta-World freezes its first."""
-        self.env.seed(int(self.np_random.integers(2**31)))
+        drawn = int(self.np_random.integers(2**31))
+        self.env.seed(drawn if self.fixed_goal is False else self.fixed_goal)
         self.env._freeze_rand_vec = False
 
 

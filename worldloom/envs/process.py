@@ -2,6 +2,7 @@
 
 Each request (name, argument) gets one answer (done, value). Where done is false the value is
 (summary, traceback) and the process ends. A closed pipe ends it too, so it outlives no parent.
+While a long request is worked on, (None, None) comes now and then as a sign of life.
 """
 
 import faulthandler
@@ -19,14 +20,18 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from gymnasium.vector import VectorEnv
 
-# Of the infos only what `Rows` reads crosses the pipe: a value and its mask. Others can be huge.
-INFOS = ("success", "_success")
+from worldloom.envs.episodes import LocalVectorEnv
+
+# Of the infos only what `Rows` reads crosses the pipe: a value and its mask, and what a restored
+# environment has lost. Others can be huge.
+INFOS = ("success", "_success", "lost")
 # What making the environments may take at least, however short the timeout of a step.
 START_SECONDS = 120.0
 # Patience with a process that was asked to end.
 CLOSE_SECONDS = 5.0
+# Between signs of life.
+ALIVE_SECONDS = 0.25
 
 
 class Crash(Exception):
@@ -80,18 +85,23 @@ class EnvProcess:
 
     def answer(self) -> Any:
         """Wait for the answer to the last request; raise Crash if there is none in time."""
-        try:
-            if not self._pipe.poll(max(0.0, self._asked + self._limit - time.monotonic())):
-                raise Crash(f"no answer within {self._limit:g} seconds")
-            done, value = self._pipe.recv()
-        except (EOFError, OSError):
-            raise Crash(self._death()) from None
+        done = None
+        while done is None:
+            try:
+                if not self._pipe.poll(max(0.0, self._asked + self._limit - time.monotonic())):
+                    raise Crash(f"no answer within {self._limit:g} seconds")
+                done, value = self._pipe.recv()
+            except (EOFError, OSError):
+                raise Crash(self._death()) from None
+            self._asked = time.monotonic()
         self.waiting, self._limit = False, self._timeout
         if not done:
             raise Crash(*value)
         return value
 
     def _death(self) -> str:
+        if self._process is None:
+            return "the process was ended, for it could not be saved"
         self._process.join(1.0)  # the pipe closes a little before the exit code is known
         code = self._process.exitcode or 0
         if code >= 0:
@@ -160,7 +170,7 @@ def _work(pipe: Any, make_envs: bytes, environ: dict[str, str]) -> None:
     try:
         while done:
             request = pipe.recv()
-            done, value = _attempt(_answer, envs, *request)
+            done, value = _attempt(_answer, envs, *request, _signs_of_life(pipe))
             pipe.send((done, value))
         if envs is None:
             pipe.send((done, value))
@@ -186,12 +196,29 @@ def _attempt(fn: Callable[..., Any], *args: Any) -> tuple[bool, Any]:
         return False, (summary, traceback.format_exc())
 
 
-def _answer(envs: VectorEnv, name: str, argument: Any) -> tuple[Any, ...]:
-    """Reset or step, which both answer (obs, rewards, terminated, truncated, infos)."""
+def _signs_of_life(pipe: Any) -> Callable[[], None]:
+    """Return a function that tells the parent, if some time has passed, that work goes on."""
+    last = time.monotonic()
+
+    def alive() -> None:
+        nonlocal last
+        if time.monotonic() > last + ALIVE_SECONDS:
+            last = time.monotonic()
+            pipe.send((None, None))
+
+    return alive
+
+
+def _answer(envs: LocalVectorEnv, name: str, argument: Any, alive: Callable[[], None]) -> Any:
+    """Do what was asked; reset, step and restore answer as a step does."""
     if name == "spaces":
         return envs.single_observation_space, envs.single_action_space
+    if name == "save":
+        return envs.save()
     if name == "step":
         *arrays, infos = envs.step(argument)
+    elif name == "restore":
+        *arrays, infos = envs.restore(argument, alive)
     else:
         obs, infos = envs.reset(seed=argument)
         arrays = [obs, np.zeros(envs.num_envs), *np.zeros((2, envs.num_envs), bool)]

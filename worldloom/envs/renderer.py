@@ -1,12 +1,15 @@
 """Choose a renderer for MuJoCo's pictures that needs no screen."""
 
 import functools
+import importlib
 import importlib.util
 import logging
 import os
 import subprocess
 import sys
 from typing import Any
+
+import numpy as np
 
 # The first that works: the graphics card (or its software stand-in), then plain software.
 CANDIDATES = ("egl", "osmesa")
@@ -23,11 +26,32 @@ def make_current(env: Any) -> None:
     It believes that it always does, but where several environments render in one process the
     newest has taken its place, or, if that was closed, none: pictures would be black.
     """
+    for renderer in _renderers(env):
+        renderer.viewer.make_context_current()
+
+
+def place_camera(env: Any) -> None:
+    """Turn gymnasium's free camera of an environment to where its model stands at rest.
+
+    It is turned to where the first episode began, so later pictures would not follow from their
+    own episode's seed. To be called once, after the first picture.
+    """
+    for renderer in _renderers(env):
+        if "lookat" in (getattr(renderer, "default_cam_config", None) or {}):
+            continue
+        mujoco: Any = importlib.import_module("mujoco")
+        model = renderer.viewer.model
+        rest = mujoco.MjData(model)
+        mujoco.mj_forward(model, rest)
+        renderer.viewer.cam.lookat[:] = np.median(rest.geom_xpos, axis=0)
+
+
+def _renderers(env: Any) -> list[Any]:
+    """Return gymnasium's MuJoCo renderers of an environment that have drawn before."""
     inner = env.unwrapped
-    for owner in (inner, getattr(inner, "env", None)):
-        viewer = getattr(getattr(owner, "mujoco_renderer", None), "viewer", None)
-        if viewer is not None:
-            viewer.make_context_current()
+    owners = (inner, getattr(inner, "env", None))
+    found = (getattr(owner, "mujoco_renderer", None) for owner in owners)
+    return [renderer for renderer in found if getattr(renderer, "viewer", None) is not None]
 
 
 def use_renderer(package: str) -> None:

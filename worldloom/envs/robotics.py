@@ -33,7 +33,11 @@ class Success(gym.Wrapper):
     """
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        """Start an episode."""
+        """Start an episode, from the simulator's own start."""
+        inner: Any = self.unwrapped
+        if hasattr(inner, "_mujoco"):
+            # HandManipulate… leaves the last episode's forces and warm start of the solver in it.
+            inner._mujoco.mj_resetData(inner.model, inner.data)
         return self.env.reset(seed=seed, options=options)[0], {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:

@@ -3,6 +3,7 @@
 Letters used in shapes: N environments, A = width of a model's action.
 """
 
+import logging
 import math
 from collections.abc import Callable
 from functools import partial
@@ -10,13 +11,15 @@ from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.wrappers import TimeLimit
 
-from worldloom.envs.process import INFOS
+from worldloom.envs.episodes import LocalVectorEnv
 from worldloom.envs.spaces import ActionSpec, Obs, ObsSpec
 from worldloom.envs.workers import WorkerVectorEnv, measured_workers
 from worldloom.envs.wrappers import ActionRepeat
+
+log = logging.getLogger(__name__)
 
 MakeEnv = Callable[[], gym.Env]
 MAX_TIMEOUT = 86_400  # seconds; the system's way of waiting cannot count to infinity
@@ -92,10 +95,9 @@ def make_vector_env(
     return make_envs(num_envs)
 
 
-def _make_envs(make_env: MakeEnv, num_envs: int) -> SyncVectorEnv:
+def _make_envs(make_env: MakeEnv, num_envs: int) -> LocalVectorEnv:
     """Make environments that are stepped one after the other in this process."""
-    make_checked = partial(_make_checked, make_env)
-    env = SyncVectorEnv([make_checked] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
+    env = LocalVectorEnv(partial(_make_checked, make_env), num_envs)
     if len({id(copy.unwrapped) for copy in env.envs}) < num_envs:
         raise ValueError(
             f"make_env returned the same {env.envs[0]} more than once for num_envs={num_envs}; "
@@ -167,18 +169,67 @@ class Rows:
         abandoned, without a last row. Returns (environment, {"return", "length", "success" if the
         environment's info has it}) for the episodes that ended.
         """
-        obs, rewards, terminated, truncated, infos = self.env.step(self.action_spec.decode(actions))
-        self.obs = self.obs_spec.encode(obs)
-        self.rewards = rewards.astype(np.float32)
+        *row, infos = self.env.step(self.action_spec.decode(actions))
         self.is_first = self.is_last | infos.get("restarted", False)
-        self.is_last, self.is_terminal = terminated | truncated, terminated
+        rewards = self._take(*row)
         self._returns = np.where(self.is_first, 0.0, self._returns + rewards)
         self._lengths = np.where(self.is_first, 0, self._lengths + 1)
         return [(int(i), self._summary(int(i), infos)) for i in np.flatnonzero(self.is_last)]
 
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return what brings the present rows back, as arrays and plain data.
+
+        None before the first reset, and for environments that `make_vector_env` has not made.
+        """
+        if not (hasattr(self, "obs") and hasattr(self.env, "save")):
+            return None
+        return {
+            "envs": self.env.save(),
+            "is_first": self.is_first,
+            "returns": self._returns,
+            "lengths": self._lengths,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Bring back the present rows; the next step is that of the saved environments.
+
+        Where an environment does not come to the same row again, a new episode begins.
+        """
+        if len(state["is_first"]) != self.num_envs:
+            raise ValueError(
+                f"env.num_envs is {self.num_envs} but the checkpoint's {len(state['is_first'])}; "
+                "expected the same number, for the episodes under way go on; set env.num_envs="
+                f"{len(state['is_first'])}"
+            )
+        env: Any = self.env
+        steps = sum(len(episode["actions"]) for episode in state["envs"]["episodes"])
+        log.info("playing %d steps again, up to where the run was saved", steps)
+        *row, infos = env.restore(state["envs"])
+        lost = infos.get("lost", np.full(self.num_envs, ""))
+        for index in np.flatnonzero(lost != ""):
+            log.warning(
+                "the episode of environment %d could not be played again (%s), so a new one "
+                "begins; what was collected of it stays in the replay",
+                index,
+                lost[index],
+            )
+        begun = (lost != "") | infos.get("restarted", False)
+        self._take(*row)
+        self.is_first = state["is_first"] | begun
+        self._returns = np.where(begun, 0.0, state["returns"])
+        self._lengths = np.where(begun, 0, state["lengths"])
+
+    def _take(
+        self, obs: Any, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray
+    ) -> np.ndarray:
+        """Take over a row but for what was before it; return the rewards as they are."""
+        self.obs = self.obs_spec.encode(obs)
+        self.rewards = rewards.astype(np.float32)
+        self.is_last, self.is_terminal = terminated | truncated, terminated
+        return rewards
+
     def _summary(self, index: int, infos: dict[str, Any]) -> dict[str, float]:
         episode = {"return": float(self._returns[index]), "length": int(self._lengths[index])}
-        value, told = INFOS
-        if value in infos and infos[told][index]:
-            episode["success"] = float(infos[value][index])
+        if "success" in infos and infos["_success"][index]:
+            episode["success"] = float(infos["success"][index])
         return episode

@@ -18,6 +18,7 @@ from gymnasium.error import ClosedEnvironmentError
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 
+from worldloom.envs.episodes import Stepped, unsaved
 from worldloom.envs.process import INFOS, Crash, EnvProcess
 
 log = logging.getLogger(__name__)
@@ -91,26 +92,57 @@ class WorkerVectorEnv(VectorEnv):
         self._require_open()
         self._seed, self._ready = seed, False
         for worker in self._workers:
-            if worker.waiting:
-                # A step was interrupted; its late answer would be taken for that to this reset.
-                EnvProcess.stop([worker], 0.0)
-                worker.start()
+            _make_ready(worker)
             worker.ask("reset", [None if seed is None else seed + i for i in worker.indices])
         obs, *_, infos = self._rows()
         self._was_reset = True
         return obs, infos
 
-    def step(self, actions: Any) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def step(self, actions: Any) -> Stepped:
         """Step all environments; actions [N, ...] are what a SyncVectorEnv takes."""
-        self._require_open()
-        if not self._ready:
-            raise RuntimeError(
-                "step was called before reset, or after a step that was interrupted; expected "
-                "environments with a present observation; call reset first"
-            )
+        self._require_ready("step")
         self._ready = False
         for worker in self._workers:
             worker.ask("step", actions[worker.indices.start : worker.indices.stop])
+        return self._rows()
+
+    def save(self) -> dict[str, Any]:
+        """Return where all environments are, as `LocalVectorEnv.save` does.
+
+        A worker that crashes meanwhile is replaced in the next step; restored, its environments
+        begin new episodes.
+        """
+        self._require_ready("save")
+        self._ready = False
+        for worker in self._workers:
+            worker.ask("save")
+        state: dict[str, Any] = {"seed": self._seed, "episodes": [], "restarts": [], "crashes": []}
+        for worker in self._workers:
+            answer, count = _answer_or_crash(worker), len(worker.indices)
+            if isinstance(answer, Crash):
+                log.warning("%s cannot be saved: %s", _named(worker), answer.reason)
+                EnvProcess.stop([worker], 0.0)  # else its late answer would be taken for a step's
+                next_seeds = [self._fresh_seed(i, worker.restarts + 1) for i in worker.indices]
+                answer = {"episodes": [unsaved(seed) for seed in next_seeds]}
+            state["episodes"] += answer["episodes"]
+            state["restarts"] += [worker.restarts] * count
+            state["crashes"] += [worker.crashes] * count
+        self._ready = True
+        return state
+
+    def restore(self, state: dict[str, Any]) -> Stepped:
+        """Bring the environments to where they were saved, as `LocalVectorEnv.restore` does.
+
+        Those of a worker that crashes meanwhile begin new episodes; infos["restarted"] marks them.
+        """
+        self._require_open()
+        self._seed, self._ready, self._was_reset = state["seed"], False, True
+        for worker in self._workers:
+            _make_ready(worker)
+            worker.restarts = max(state["restarts"][i] for i in worker.indices)
+            worker.crashes = max(state["crashes"][i] for i in worker.indices)
+            episodes = [state["episodes"][i] for i in worker.indices]
+            worker.ask("restore", {"seed": state["seed"], "episodes": episodes})
         return self._rows()
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -132,7 +164,15 @@ class WorkerVectorEnv(VectorEnv):
         if self.closed:
             raise ClosedEnvironmentError("the environments are closed; make new ones")
 
-    def _rows(self) -> tuple[Any, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+    def _require_ready(self, call: str) -> None:
+        self._require_open()
+        if not self._ready:
+            raise RuntimeError(
+                f"{call} was called before reset, or after a step that was interrupted; expected "
+                "environments with a present observation; call reset first"
+            )
+
+    def _rows(self) -> Stepped:
         """Wait for all answers, then replace workers that gave none, and join the rows."""
         answers = [_answer_or_crash(worker) for worker in self._workers]
         restarted = np.zeros(self.num_envs, bool)
@@ -185,6 +225,16 @@ class WorkerVectorEnv(VectorEnv):
             return None
         state = np.random.SeedSequence([self._seed, index, restarts]).generate_state(1)
         return int(state[0] >> 1)  # 31 bits, which every simulator takes
+
+
+def _make_ready(worker: EnvProcess) -> None:
+    """Replace a worker that owes the answer to an interrupted request.
+
+    It might still come, and be taken for that to the next one.
+    """
+    if worker.waiting:
+        EnvProcess.stop([worker], 0.0)
+        worker.start()
 
 
 def _answer_or_crash(worker: EnvProcess) -> Any:

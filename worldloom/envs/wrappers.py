@@ -12,7 +12,7 @@ from gymnasium import spaces
 from PIL import Image
 
 from worldloom.envs.extras import naming_the_extra
-from worldloom.envs.renderer import make_current
+from worldloom.envs.renderer import make_current, place_camera
 from worldloom.envs.spaces import flatten, is_channels_last, is_image
 
 
@@ -72,12 +72,17 @@ class RenderedObservation(gym.ObservationWrapper):
         super().__init__(env)
         self.size = size
         self.observation_space = spaces.Box(0, 255, (size, size, 3), np.uint8)
+        self._placed = False
 
     def observation(self, observation: Any) -> np.ndarray:
         """Render the environment; its own observation is dropped."""
         name = str(self.unwrapped)
         with naming_the_extra(name):
             make_current(self.env)
+            if not self._placed:
+                self.env.render()  # there is no camera before
+                place_camera(self.env)
+                self._placed = True
             frame: Any = self.env.render()
         if not isinstance(frame, np.ndarray) or frame.shape[2:] != (3,):
             raise TypeError(

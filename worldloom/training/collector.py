@@ -3,6 +3,7 @@
 Letters used in shapes: N environments, A = width of an action.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -74,8 +75,8 @@ class Collector:
             self.rows.reset(seed=int(self._rng.integers(2**31)))
             self._memory, self._running = None, True
         rows = self.rows
-        self._memory = self._act()
-        actions = self._memory.action.cpu().numpy()
+        memory = self._act()
+        actions = memory.action.cpu().numpy()
         actions = np.where(rows.is_last[:, None], np.float32(0.0), actions)
         self.buffer.add(
             rows.obs,
@@ -84,8 +85,9 @@ class Collector:
             rows.is_first,
             rows.is_last,
             rows.is_terminal,
-            latents=self._latents(self._memory.state),
+            latents=self._latents(memory.state),
         )
+        self._memory = memory  # not before: a state saved after a failing `add` adds the row again
         self._running = False  # interrupted in a step, the environments start anew
         ended = rows.step(actions)
         self._running = True
@@ -98,7 +100,7 @@ class Collector:
 
     @property
     def restarts(self) -> int:
-        """Count the environment processes that were replaced so far; they stay out of a state."""
+        """Count the environment processes that were replaced so far."""
         return self.rows.restarts
 
     def metrics(self) -> dict[str, float]:
@@ -112,37 +114,62 @@ class Collector:
         self.rows.env.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return counters, random state and unlogged episodes, as plain data.
+        """Return where the collector is, in the middle of its episodes, as tensors and plain data.
 
-        What goes on inside the environments cannot be saved. After `load_state_dict` they start
-        new episodes; the interrupted ones stay in the replay without a last row and are neither
-        counted nor logged.
+        "rows" and "memory" are None before the first step, and after a step that was interrupted:
+        then `load_state_dict` begins new episodes, and those under way stay in the replay without
+        a last row.
         """
+        running = self._running and self._memory is not None
+        rows = self.rows.state_dict() if running else None
         return {
             "env_steps": self.env_steps,
             "episodes": self.episodes,
+            "last_return": self.last_return,
             "finished": [dict(episode) for episode in self.finished],
             "rng": self._rng.bit_generator.state,
+            "rows": _converted(rows, np.ndarray, torch.tensor),
+            "memory": self._memory.state_dict() if rows and self._memory else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state, with new episodes in all environments."""
+        """Go on where `state_dict` was called, also where the model is on another device.
+
+        The episodes are played again up to there. Where one comes out differently, a warning says
+        so and a new one begins; in all environments if the state is of before worldloom saved them.
+        """
+        self._running, self._memory = False, None
+        if (rows := state.get("rows")) is not None:
+            self.rows.load_state_dict(_converted(rows, Tensor, Tensor.numpy))
+            self._memory, self._running = Memory.from_state_dict(state["memory"]), True
         self.env_steps = state["env_steps"]
         self.episodes = state["episodes"]
+        self.last_return = state.get("last_return")
         self.finished = [dict(episode) for episode in state["finished"]]
         self._rng.bit_generator.state = state["rng"]
-        self._running = False
 
     def _act(self) -> Memory:
-        rows = self.rows
+        rows, device = self.rows, self.actor.device
+        if self._memory is not None and self._memory.action.device != device:
+            # It was loaded before the trainer moved the model.
+            self._memory = self._memory.map(lambda x: x.to(device))
         if self.env_steps >= self.random_steps:
             return self.actor(rows.obs, rows.is_first, self._memory)[1]
         # The latent state follows random actions too: the actor takes over in mid-episode.
         state = self.actor.observe(rows.obs, rows.is_first, self._memory)
         actions = rows.action_spec.sample(self._rng, self.num_envs)
-        return Memory(state, torch.as_tensor(actions, device=self.actor.device))
+        return Memory(state, torch.as_tensor(actions, device=device))
 
     @torch.no_grad()
     def _latents(self, state: LatentState) -> dict[str, Tensor] | None:
         model: Any = self.actor.model
         return model.latents_of(state) if getattr(model, "latents", None) else None
+
+
+def _converted(tree: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
+    """Convert everything of a kind in nested dicts and lists."""
+    if isinstance(tree, dict):
+        return {key: _converted(value, kind, convert) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_converted(value, kind, convert) for value in tree]
+    return convert(tree) if isinstance(tree, kind) else tree
