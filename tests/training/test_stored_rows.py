@@ -42,7 +42,7 @@ class Script(gym.Env):
         self.lengths, self.episode, self.number = lengths, -1, 0
 
     def reset(self, *, seed=None, options=None):
-        if seed is not None:
+        if seed is not None and self.episode < 0:  # later episodes may be seeded as well
             self.number = seed % BASE
         self.episode, self.count = self.episode + 1, 0
         return self._obs(), {}

@@ -1,10 +1,15 @@
-"""How many rows a replay may hold, and whether the machine has the memory for them."""
+"""How many rows a replay may hold, and whether the machine has the memory and disk for them."""
 
+import logging
 import math
 import os
 import re
+import shutil
 from pathlib import Path
 
+log = logging.getLogger(__name__)
+
+FILL = 0.9  # how much of the free memory or disk a replay may take
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 # Where a container finds its memory: limit, use, statistics and, in those, the cache of files that
@@ -41,15 +46,76 @@ def rows_per_stream(capacity: int | float | str, bytes_per_step: int, num_envs: 
     return rows
 
 
-def require_memory(steps: int, bytes_per_step: int) -> None:
-    """Refuse a replay that is larger than the memory which is left."""
-    needed, available = steps * bytes_per_step, available_memory()
-    if needed > available:
-        raise ValueError(
-            f"a replay of {steps} steps needs {needed / 1e9:.1f} GB ({bytes_per_step} bytes per "
-            f"step) but the machine has {available / 1e9:.1f} GB available; lower data.capacity, "
-            f"for example to {int(0.8 * available / bytes_per_step)}"
-        )
+def fitting_rows(
+    rows: int,
+    num_envs: int,
+    in_memory: int,
+    on_disk: int = 0,
+    folder: Path | None = None,
+    own: int = 0,
+    shrink: bool = False,
+) -> int:
+    """Return the rows of each stream, if memory and disk have room for them.
+
+    in_memory, on_disk: bytes per step; folder: where those on disk go; own: bytes that lie there
+    already and count as free, because they are this run's; shrink: return as many rows as fit,
+    where those asked for do not.
+
+    Raises:
+        ValueError: there is no room, and `shrink` is false or would leave nothing.
+    """
+    room = [(in_memory, available_memory(), "the machine has {:.1f} GB available")]
+    if folder is not None and on_disk:
+        free = f"the disk of {folder} has {{:.1f}} GB free"
+        room.append((on_disk, free_disk(folder) + own, free))
+    fit, problem = rows, ""
+    for size, free_bytes, where in room:
+        if num_envs * rows * size > FILL * free_bytes:
+            most = int(FILL * free_bytes / size) // num_envs
+            if most < fit:
+                fit = most
+                problem = (
+                    f"a replay of {rows * num_envs} steps needs {rows * num_envs * size / 1e9:.1f} "
+                    f"GB ({size} bytes per step) but {where.format(free_bytes / 1e9)}"
+                )
+    if problem and not (shrink and fit):
+        raise ValueError(f"{problem}; lower data.capacity, for example to {fit * num_envs}")
+    if problem:
+        log.warning("%s; it keeps the newest %d steps instead", problem, fit * num_envs)
+    return fit
+
+
+def resources(
+    steps: int,
+    bytes_in_memory: int,
+    bytes_on_disk: int = 0,
+    folder: Path | None = None,
+    own: int = 0,
+) -> str:
+    """Return one line on what a replay will need beside what there is, given bytes per step.
+
+    own: bytes in the folder that are this run's already, which count as free.
+    """
+    needs = []
+    if folder is not None and bytes_on_disk:
+        needs.append((bytes_on_disk, "on disk", f"{gigabytes(free_disk(folder) + own)} free"))
+    needs.append((bytes_in_memory, "in memory", f"{gigabytes(available_memory())} available"))
+    parts = [
+        f"{size:,} bytes = {gigabytes(steps * size)} {where} ({there})"
+        for size, where, there in needs
+    ]
+    return f"replay: {steps:,} steps x " + ", x ".join(parts)
+
+
+def gigabytes(size: float) -> str:
+    """Return bytes as text with a unit that suits them."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def free_disk(folder: Path) -> int:
+    """Return the bytes that may still be written to a folder, which need not exist yet."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
 
 
 def available_memory() -> int:

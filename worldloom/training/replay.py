@@ -6,9 +6,9 @@ Each stream is a ring of slots. Its rows are counted from the first one ever wri
 never wraps, so a row keeps its number until it is overwritten; it lies in slot `number % rows`.
 """
 
-import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -16,25 +16,28 @@ import torch
 from torch import Tensor
 
 from worldloom.protocol import Batch, Obs
-from worldloom.training.capacity import require_memory, rows_per_stream
+from worldloom.training.archive import Archive, require_kind
+from worldloom.training.capacity import fitting_rows, resources, rows_per_stream
+from worldloom.training.chunks import ChunkFolder, rows_per_file
+from worldloom.training.draws import Draws
 from worldloom.training.rows import (
     FLAGS,
     Array,
     ArrayObs,
     Arrays,
     RowFormat,
-    has_final_observation,
     has_terminated,
     require_borders,
-    require_range,
+    require_layout,
     to_numpy,
 )
+from worldloom.training.storage import RowStorage, bytes_needed, bytes_of, require_storage
 
 
 class ReplayBuffer:
     """Keep the newest steps of E streams and sample sequences of consecutive rows from them.
 
-    capacity: steps of all streams together, or their size in memory such as "2GB" or "1.5GiB".
+    capacity: steps of all streams together, or the size of their rows such as "2GB" or "1.5GiB".
     obs_shape: shape of one observation, or a dict of shapes for dict observations.
     action_dim: width of the action vector (for discrete actions, which are one-hot, their number).
     num_envs: number of streams; each gets an equal share of the capacity.
@@ -42,6 +45,15 @@ class ReplayBuffer:
     obs_dtypes: a numpy dtype (or a dict of them) to store observations in, where uint8 for three
         dimensions (images, channels first) and float32 for all others is not what is wanted.
     online: serve each fresh stretch of T rows once before sampling uniformly, as DreamerV3 does.
+    storage: "ram", or "memmap" to keep fields of 512 bytes and more in files instead of memory.
+    folder: for files of the rows. With it `state_dict` holds only what is not in a file, and
+        `finish` has to complete every state before it is saved.
+    expected: rows that will ever be added, at most: a replay that is never filled takes no room for
+        all of its capacity. A state may be loaded into a replay that expects more.
+    shrink: take the largest capacity there is room for, where the one given is too much.
+
+    Raises:
+        ValueError: an argument is wrong, or memory or disk have no room for the capacity.
     """
 
     def __init__(
@@ -55,22 +67,35 @@ class ReplayBuffer:
         obs_dtypes: Any = None,
         online: bool = False,
         seed: int = 0,
+        storage: str = "ram",
+        folder: Path | None = None,
+        expected: int | None = None,
+        shrink: bool = False,
     ) -> None:
         require_positive(action_dim=action_dim, num_envs=num_envs)
+        require_storage(storage, folder)
         self._format = RowFormat(obs_shape, action_dim, latents or {}, obs_dtypes)
         self.num_envs = num_envs
         self.online = online
         self.keeps_latents = bool(latents)
-        self.rows = rows_per_stream(capacity, self.bytes_per_step, num_envs)
-        require_memory(self.capacity, self.bytes_per_step)
-        # Zeros take no memory before they are written: the system commits pages on first touch.
-        self._store = {
-            name: np.zeros((num_envs, self.rows, *shape), dtype)
-            for name, (shape, dtype) in self._format.fields.items()
-        }
-        self._written = np.zeros(num_envs, np.int64)
-        self._served = np.zeros(num_envs, np.int64)
-        self._rng = np.random.default_rng(seed)
+        files = None if folder is None else ChunkFolder(Path(folder))
+        mapped = storage == "memmap"
+        fields, names = self._format.fields, list(self._format.latent_names.values())
+        in_memory, on_disk = bytes_needed(fields, names, files is not None, mapped)
+        rows = rows_per_stream(capacity, self.bytes_per_step, num_envs)
+        own = files.size() if files else 0
+        place = files.path if files else None
+        used = rows if expected is None else min(rows, -(-expected // num_envs))
+        self.rows = fitting_rows(used, num_envs, in_memory, on_disk, place, own, shrink)
+        self.resources = resources(self.capacity, in_memory, on_disk, place, own)
+        # What the same run has at every start, however many steps it is given.
+        self._nominal = rows if self.rows == used else self.rows
+        block = rows_per_file(fields, names, self._nominal)
+        self._store = RowStorage(fields, names, num_envs, self.rows, block, files, mapped)
+        self._archive = None if files is None else Archive(self._store, files)
+        self._sealed = False
+        blocks = None if self._archive is None else self._archive.blocks
+        self._draws = Draws(self._store, blocks, seed)
         self._warned = False
 
     @property
@@ -80,20 +105,18 @@ class ReplayBuffer:
 
     @property
     def bytes_per_step(self) -> int:
-        """Return the memory of one row in bytes."""
-        return sum(
-            math.prod(shape) * dtype.itemsize for shape, dtype in self._format.fields.values()
-        )
+        """Return the size of one row in bytes."""
+        return sum(bytes_of(shape, dtype) for shape, dtype in self._format.fields.values())
 
     @property
     def num_episodes(self) -> int:
         """Count the episodes of which at least one row is stored, unfinished ones included."""
-        envs = range(self.num_envs)
-        return sum(int(np.count_nonzero(np.diff(self._episodes(e), prepend=-1))) for e in envs)
+        return self._draws.num_episodes()
 
     def __len__(self) -> int:
         """Count the rows stored, over all streams."""
-        return int((self._written - self._oldest).sum())
+        _, first, end = self._draws.stretches()
+        return int((end - first).sum())
 
     def add(
         self,
@@ -109,18 +132,24 @@ class ReplayBuffer:
 
         obs: [E, *obs_shape] or a dict of such arrays; actions: [E, A]; rewards and flags: [E];
         latents: {name: [E, ...]}, zeros if left out.
+
+        Raises:
+            ValueError, TypeError: the arrays do not fit; nothing is stored.
+            RuntimeError: the buffer was sealed.
         """
+        self._require_open()
         flags = dict(zip(FLAGS, (is_first, is_last, is_terminal), strict=True))
         given = {**self._format.named(obs), "actions": actions, "rewards": rewards, **flags}
         lead = (self.num_envs,)
         values = {name: self._format.convert(name, x, lead, "env {}") for name, x in given.items()}
         values |= self._format.convert_latents(latents, lead)
-        env, row = np.arange(self.num_envs), self._written
-        before = (env, (row - 1) % self.rows)
-        require_borders((row == 0) | self._store["is_last"][before], values)
-        values["episode"] = np.where(values["is_first"], row, self._store["episode"][before])
+        env, row = np.arange(self.num_envs), self._store.written
+        before, rings = (env, (row - 1) % self.rows), self._store.rings
+        require_borders((row == 0) | rings["is_last"][before], values)
+        values["episode"] = np.where(values["is_first"], row, rings["episode"][before])
         self._write(env, row, values)
-        self._written = row + 1
+        self._store.written = row + 1
+        self._added(self.num_envs)
 
     def add_episode(
         self,
@@ -141,32 +170,21 @@ class ReplayBuffer:
         without any of them set counts as cut off: it ends (is_last) but is not terminal. With only
         N observations the last action, its reward and a termination there cannot be stored.
         """
+        self._require_open()
         if not 0 <= env < self.num_envs:
             raise ValueError(f"env is {env}; this replay has envs 0 to {self.num_envs - 1}")
         terminated = has_terminated(len(actions), dones, terminations, truncations)
         where = f"step {{}} of the episode for env {env}"
-        actions = self._format.convert("actions", actions, (len(actions),), where)
-        rewards = self._format.convert("rewards", rewards, (len(actions),), where)
-        require_range(actions)
-        named = self._format.named(obs)
-        rows = len(next(iter(named.values())))
-        final = has_final_observation(rows, len(actions))
+        values, rows, final = self._format.episode(obs, actions, rewards, terminated, where)
         if not final:
             self._warn_of_lost_step(rows)
-        values = {name: self._format.convert(name, x, (rows,), where) for name, x in named.items()}
-        values |= {name: np.zeros(rows, bool) for name in FLAGS} | self._format.convert_latents(
-            None, (rows,)
-        )
-        values["is_first"][0] = values["is_last"][-1] = True
-        values["is_terminal"][-1] = terminated and final
-        values["actions"] = np.pad(actions[: rows - 1], [(0, 1), (0, 0)])
-        values["rewards"] = np.pad(rewards[: rows - 1], [(1, 0)])
-        first = int(self._written[env])
+        first = int(self._store.written[env])
         values["episode"] = np.full(rows, first)
         # Of an episode longer than the ring only the newest rows, so no slot is written twice.
         kept = {name: x[-self.rows :] for name, x in values.items()}
         self._write(env, np.arange(first, first + rows)[-self.rows :], kept)
-        self._written[env] += rows
+        self._store.written[env] += rows
+        self._added(rows)
 
     def write_latents(self, index: Tensor, latents: Mapping[str, Array]) -> None:
         """Replace the latents of rows 1 to T - 1 of sampled sequences.
@@ -177,15 +195,16 @@ class ReplayBuffer:
         env, start = index.cpu().numpy().T
         row = start[:, None] + np.arange(1, next(iter(latents.values())).shape[1] + 1)
         values = self._format.convert_latents(latents, row.shape)
-        stored = row >= self._oldest[env][:, None]
+        stored = row >= self._store.oldest[env][:, None]
         env = np.broadcast_to(env[:, None], row.shape)
-        self._write(env[stored], row[stored], {name: x[stored] for name, x in values.items()})
+        write = self._store.write if self._archive is None else self._archive.write_latents
+        write(env[stored], row[stored], {name: x[stored] for name, x in values.items()})
 
     def can_sample(self, seq_len: int, *, across_episodes: bool = True) -> bool:
         """Tell whether a sequence of `seq_len` rows is stored."""
         if across_episodes:
-            return bool((self._written - self._oldest).max() >= seq_len)
-        return len(self._starts_inside(seq_len)[0]) > 0
+            return self._draws.longest() >= seq_len
+        return len(self._draws.starts_inside(seq_len)[0]) > 0
 
     def sample(
         self,
@@ -204,54 +223,119 @@ class ReplayBuffer:
         """
         require_positive(batch_size=batch_size, seq_len=seq_len)
         self._require_length(seq_len)
-        env, start = (self._draw if across_episodes else self._draw_inside)(batch_size, seq_len)
+        if self.online and not across_episodes:
+            raise ValueError(
+                "an online replay serves fresh stretches of a stream, which cross episodes; set "
+                "data.online=false or data.across_episodes=true"
+            )
+        draw = self._draws.anywhere if across_episodes else self._draws.inside
+        env, start = draw(batch_size, seq_len)
         if self.online:
-            fresh_env, fresh_start = self._fresh(batch_size, seq_len)
+            fresh_env, fresh_start = self._draws.fresh(batch_size, seq_len)
             env[: len(fresh_env)], start[: len(fresh_env)] = fresh_env, fresh_start
         return cast(Batch, to_device(self._read(env, start, seq_len), device))
 
     def newest(self, rows: int, device: str | torch.device = "cpu") -> Batch:
         """Return the newest rows of the first stream, at most so many, [1, T]; draw nothing."""
-        length = min(rows, int(self._written[0] - self._oldest[0]))
-        start = self._written[:1] - length
+        start, length = self._draws.newest(rows)
         return cast(Batch, to_device(self._read(np.zeros(1, np.int64), start, length), device))
+
+    def seal(self) -> None:
+        """Take no more rows: they come from a data set that every start reads anew.
+
+        With a folder a state then holds their check sum in place of the rows.
+        """
+        self._sealed = True
+        if self._archive is not None:
+            self._archive.seal(self._store.digest())
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything stored as tensors and plain data.
 
-        The tensors share the buffer's memory, as those of a torch module do, so that saving a
-        large replay needs no second copy: write them out (or deepcopy them) before adding more.
+        Without a folder the tensors share the buffer's memory, as those of a torch module do, so
+        that saving a large replay needs no second copy: write them out (or deepcopy them) before
+        adding more. With a folder they are copies of the rows that belong to no complete file;
+        `finish` writes the other ones and names their files.
         """
-        filled = np.minimum(self._written, self.rows)
-        return {
+        state = {
             "layout": self._layout(),
-            "streams": [
-                {name: torch.from_numpy(x[env, : filled[env]]) for name, x in self._store.items()}
-                for env in range(self.num_envs)
-            ],
-            "written": self._written.tolist(),
-            "served": self._served.tolist(),
-            "rng": self._rng.bit_generator.state,
+            "written": self._store.written.tolist(),
+            "served": self._draws.served.tolist(),
+            "rng": self._draws.rng.bit_generator.state,
         }
+        if self._archive is not None:
+            return state | self._archive.state()
+        filled = np.minimum(self._store.written, self.rows)
+        rings = self._store.rings.items()
+        streams = [
+            {name: torch.from_numpy(x[env, : filled[env]]) for name, x in rings}
+            for env in range(self.num_envs)
+        ]
+        return state | {"streams": streams, "files": {}}
+
+    def finish(self, state: dict[str, Any]) -> None:
+        """Write the files that a state (or a copy of it) needs, and name them in it.
+
+        May run in another thread while rows and latents are written and drawn. Does nothing
+        without a folder.
+
+        Raises:
+            OSError: the disk is full, for example. Nothing is lost: try again with a new state.
+        """
+        if self._archive is not None:
+            self._archive.finish(state)
+
+    def keep(self, files: Iterable[str]) -> None:
+        """Delete the files of the folder that are neither among these nor used by this buffer.
+
+        files: those that states which are kept name under "files".
+        """
+        if self._archive is not None:
+            self._archive.keep(files)
+
+    def damaged(self, state: Mapping[str, Any]) -> list[str]:
+        """Return the files of a state that are missing or whose check sum differs."""
+        return [] if self._archive is None else self._archive.folder.damaged(state["files"])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned; sampling goes on as if it had never stopped."""
-        ours, saved = self._layout(), state["layout"]
-        for name in [*ours, *saved]:
-            if ours.get(name) != saved.get(name):
-                raise ValueError(
-                    f"the saved replay has {name} {saved.get(name)} but this one {ours.get(name)}; "
-                    f"resume with the data and env settings of the saved run"
-                )
-        for env, stream in enumerate(state["streams"]):
-            for name, rows in stream.items():
-                self._store[name][env, : len(rows)] = to_numpy(rows)
-        self._written = np.array(state["written"], np.int64)
-        self._served = np.array(state["served"], np.int64)
-        self._rng.bit_generator.state = state["rng"]
+        """Restore what `state_dict` returned; sampling goes on as if it had never stopped.
+
+        Of files that are damaged a warning is logged. Their rows are lost, and no sequence that
+        would need one of them is drawn any more.
+
+        Raises:
+            ValueError: the state is of a replay with other settings, or of other data.
+        """
+        if self._archive is not None and self._archive.sealed:
+            self._archive.require_digest(state)
+        require_layout(self._layout(), state["layout"])
+        require_kind(state, self._archive is not None, self._sealed)
+        if max(state["written"]) > self.rows < self._nominal:
+            raise ValueError(
+                f"the saved replay has {max(state['written'])} rows per environment, but this one "
+                f"expects {self.rows} at most; raise training.total_steps"
+            )
+        self._store.written = np.array(state["written"], np.int64)
+        if self._archive is None or "streams" in state:
+            self._load_streams(state["streams"])
+        else:
+            self._archive.restore(state)
+        self._draws.served = np.array(state["served"], np.int64)
+        self._draws.rng.bit_generator.state = state["rng"]
+
+    def _load_streams(self, streams: list[dict[str, Tensor]]) -> None:
+        """Read the rows of a state that was made without a folder: all slots of each ring."""
+        rings = [{name: to_numpy(x) for name, x in stream.items()} for stream in streams]
+        if self._archive is not None:
+            self._archive.restore_rings(rings)
+            return
+        for env, stream in enumerate(rings):
+            for name, x in stream.items():
+                self._store.rings[name][env, : len(x)] = x
 
     def _layout(self) -> dict[str, str]:
-        sizes = {"num_envs": str(self.num_envs), "capacity": str(self.capacity)}
+        nominal = self._nominal * self.num_envs
+        sizes = {"num_envs": str(self.num_envs), "capacity": str(nominal)}
         return sizes | {
             name: f"{dtype}{shape}" for name, (shape, dtype) in self._format.fields.items()
         }
@@ -259,8 +343,9 @@ class ReplayBuffer:
     def _read(self, env: np.ndarray, start: np.ndarray, length: int) -> dict[str, Any]:
         """Read sequences of streams env [B] from rows start [B] on."""
         slots = env[:, None] * self.rows + (start[:, None] + np.arange(length)) % self.rows
-        batch: dict[str, Any] = {"obs": self._take_obs(slots)}
-        batch |= {name: self._take(name, slots) for name in ("actions", "rewards", *FLAGS)}
+        where = (env, start, slots)
+        batch: dict[str, Any] = {"obs": self._take_obs(*where)}
+        batch |= {name: self._take(name, *where) for name in ("actions", "rewards", *FLAGS)}
         # That an episode was abandoned (a resumed run resets its environments, a crashed one is
         # replaced) was not known when its last row was written, with an action that led nowhere.
         abandoned = batch["is_first"][:, 1:] & ~batch["is_last"][:, :-1]
@@ -269,95 +354,34 @@ class ReplayBuffer:
         batch["index"] = torch.from_numpy(np.stack([env, start], 1))
         if self.keeps_latents and length:
             names = self._format.latent_names.items()
-            batch["context"] = {k: self._take(name, slots[:, 0]).float() for k, name in names}
+            batch["context"] = {
+                key: self._take(name, env, start, slots[:, :1])[:, 0].float() for key, name in names
+            }
         return batch
 
-    @property
-    def _oldest(self) -> np.ndarray:
-        """Number of the oldest row stored, [E]."""
-        return np.maximum(self._written - self.rows, 0)
-
-    def _episodes(self, env: int) -> np.ndarray:
-        """Episode (number of its first row) of all stored rows of a stream, oldest first."""
-        rows = np.arange(self._oldest[env], self._written[env])
-        return self._store["episode"][env, rows % self.rows]
-
-    def _draw(self, count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw streams [B] and start rows [B] uniformly from all start positions."""
-        starts = np.maximum(self._written - self._oldest - length + 1, 0)
-        ends = starts.cumsum()
-        drawn = self._rng.integers(ends[-1], size=count)
-        env = np.searchsorted(ends, drawn, side="right")
-        return env, self._oldest[env] + drawn - (ends - starts)[env]
-
-    def _draw_inside(self, count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Draw uniformly from the start positions whose sequence stays in one episode."""
-        if self.online:
-            raise ValueError(
-                "an online replay serves fresh stretches of a stream, which cross episodes; set "
-                "data.online=false or data.across_episodes=true"
-            )
-        env, start = self._draw(count, length)
-        episode = self._store["episode"]
-        for _ in range(8):
-            end = (start + length - 1) % self.rows
-            crosses = np.flatnonzero(episode[env, start % self.rows] != episode[env, end])
-            if len(crosses) == 0:
-                return env, start
-            env[crosses], start[crosses] = self._draw(len(crosses), length)
-        # Drawing again is cheap where few sequences cross; where most do, list those that do not.
-        envs, starts = self._starts_inside(length)
-        if len(envs) == 0:
-            streams = [self._episodes(e) for e in range(self.num_envs)]
-            longest = max(np.unique(x, return_counts=True)[1].max(initial=0) for x in streams)
-            raise ValueError(
-                f"the longest stored episode has {longest} rows but a sequence needs {length}; "
-                f"lower training.sequence_length or set data.across_episodes=true"
-            )
-        pick = self._rng.integers(len(envs), size=count)
-        return envs[pick], starts[pick]
-
-    def _starts_inside(self, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """List streams and start rows of all sequences that stay in one episode."""
-        envs, starts = [], []
-        for env in range(self.num_envs):
-            first = self._episodes(env)[: -length + 1 or None]
-            inside = np.flatnonzero(first == self._episodes(env)[length - 1 :])
-            envs.append(np.full(len(inside), env))
-            starts.append(self._oldest[env] + inside)
-        return np.concatenate(envs), np.concatenate(starts)
-
-    def _fresh(self, count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Take up to `count` whole stretches that were not served yet, oldest first."""
-        self._served = np.maximum(self._served, self._oldest)
-        ready = (self._written - self._served) // length
-        env = np.repeat(np.arange(self.num_envs), ready)
-        nth = np.arange(len(env)) - np.repeat(ready.cumsum() - ready, ready)
-        start = self._served[env] + nth * length
-        order = np.argsort(start, kind="stable")[:count]
-        self._served += np.bincount(env[order], minlength=self.num_envs) * length
-        return env[order], start[order]
-
-    def _take(self, name: str, slots: np.ndarray) -> Tensor:
-        """Gather rows by slot (counted over all streams); floats come out as float32."""
-        shape, dtype = self._format.fields[name]
-        rows = np.empty((*slots.shape, *shape), dtype)
-        # Mode "clip" lets take write into `out` without a buffer; no slot is out of range.
-        np.take(self._store[name].reshape(-1, *shape), slots, axis=0, out=rows, mode="clip")
-        taken = torch.from_numpy(rows)
+    def _take(self, name: str, env: np.ndarray, start: np.ndarray, slots: np.ndarray) -> Tensor:
+        """Gather rows as `RowStorage.take` does; floats come out as float32."""
+        taken = torch.from_numpy(self._store.take(name, env, start, slots))
         return taken.float() if taken.is_floating_point() else taken
 
-    def _take_obs(self, slots: np.ndarray) -> Obs:
+    def _take_obs(self, *where: np.ndarray) -> Obs:
         if self._format.obs_names is None:
-            return self._take("obs", slots)
-        return {key: self._take(name, slots) for key, name in self._format.obs_names.items()}
+            return self._take("obs", *where)
+        return {key: self._take(name, *where) for key, name in self._format.obs_names.items()}
 
     def _write(self, env: int | np.ndarray, row: np.ndarray, values: Arrays) -> None:
-        for name, value in values.items():
-            self._store[name][env, row % self.rows] = value
+        (self._store if self._archive is None else self._archive).write(env, row, values)
+
+    def _added(self, rows: int) -> None:
+        if self._archive is not None:
+            self._archive.added(rows)
+
+    def _require_open(self) -> None:
+        if self._sealed:
+            raise RuntimeError("this replay was sealed, so it takes no more rows; add them before")
 
     def _require_length(self, length: int) -> None:
-        longest = int((self._written - self._oldest).max())
+        longest = self._draws.longest()
         if longest == 0:
             raise ValueError("replay is empty; add episodes, or collect first (training.prefill)")
         if longest < length:

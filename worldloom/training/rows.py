@@ -16,6 +16,14 @@ ArrayObs = Array | Mapping[str, Array]
 Arrays = dict[str, np.ndarray]
 Fields = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape and dtype of one row
 
+# What in a run's configuration decides on a part of the layout.
+SETTINGS = {
+    "num_envs": "env.num_envs",
+    "capacity": "data.capacity",
+    "obs": "what the environment shows (env=…, env.size, env.stack, env.obs)",
+    "actions": "the actions (env=…, env.task)",
+    "latents": "the sizes of the model (model=…)",
+}
 FLAGS = ("is_first", "is_last", "is_terminal")
 
 
@@ -102,6 +110,29 @@ class RowFormat:
             values[name] = array.astype(dtype, copy=False)
         return values
 
+    def episode(
+        self, obs: ArrayObs, actions: Array, rewards: Array, terminated: bool, where: str
+    ) -> tuple[Arrays, int, bool]:
+        """Lay out an episode of N steps as rows; return them, their number M and if M is N + 1.
+
+        With M = N rows, for want of a final observation, the last step is left out.
+        """
+        steps = len(actions)
+        actions = self.convert("actions", actions, (steps,), where)
+        rewards = self.convert("rewards", rewards, (steps,), where)
+        require_range(actions)
+        named = self.named(obs)
+        rows = len(next(iter(named.values())))
+        final = has_final_observation(rows, steps)
+        values = {name: self.convert(name, x, (rows,), where) for name, x in named.items()}
+        values |= {name: np.zeros(rows, bool) for name in FLAGS}
+        values |= self.convert_latents(None, (rows,))
+        values["is_first"][0] = values["is_last"][-1] = True
+        values["is_terminal"][-1] = terminated and final
+        values["actions"] = np.pad(actions[: rows - 1], [(0, 1), (0, 0)])
+        values["rewards"] = np.pad(rewards[: rows - 1], [(1, 0)])
+        return values, rows, final
+
 
 def to_numpy(value: Array) -> np.ndarray:
     """Return an array or tensor as an array, of float32 for bfloat16, which numpy lacks."""
@@ -159,6 +190,18 @@ def require_borders(begins: np.ndarray, values: Arrays) -> None:
     ):
         if wrong.any():
             raise ValueError(f"the row of env {wrong.argmax()} {what}")
+
+
+def require_layout(ours: Mapping[str, str], saved: Mapping[str, str]) -> None:
+    """Refuse a saved replay that differs in streams, capacity or a field, naming it and both."""
+    for name in dict.fromkeys([*ours, *saved]):
+        if ours.get(name) != saved.get(name):
+            setting = SETTINGS.get(name.split("[")[0], "env and model")
+            raise ValueError(
+                f"the saved replay has {name} {saved.get(name, 'none')} but this one "
+                f"{ours.get(name, 'none')}; resume without changing {setting}, or start a new run "
+                f"from its model: init_from=…"
+            )
 
 
 def _names(what: str, keys: Iterable[str]) -> dict[str, str]:
