@@ -206,7 +206,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_term(bad):
             return losses
 
     model = Broken()
-    message = "the loss is not finite at update 2: kl_loss; .*lower training.learning_rate"
+    message = r"the loss is not finite at update 3: kl_loss; .*lower training\.learning_rate"
     with pytest.raises(FloatingPointError, match=message):
         trainer_of().fit(module_of(model), data_module(9))
     assert model.weight.isfinite()
@@ -236,6 +236,39 @@ def test_checkpoints_hold_plain_data_and_resume_exactly(tmp_path):
         assert torch.equal(value, rest.state_dict()[name]), name
 
 
+def test_a_resumed_run_writes_the_same_means(tmp_path):
+    """Saved at update 4, in the midst of an interval of 6, with skipped updates on both sides."""
+
+    class Sometimes(Line):
+        def __init__(self, bad):
+            super().__init__()
+            self.bad = bad
+
+        def compute_loss(self, batch):
+            losses = super().compute_loss(batch)
+            return losses | {"loss": losses["loss"] * (nan if len(self.losses) in self.bad else 1)}
+
+    def flush(trainer, module, batch):
+        if module.updates % 6 == 0:
+            seen.append(module.metrics.flush())
+
+    def fit(updates, bad, path=None):
+        seen.clear()
+        module = module_of(Sometimes(bad), log_every=6, nonfinite="skip")
+        trainer = trainer_of([Witness(flush)], max_epochs=-1, max_steps=updates)
+        trainer.fit(module, data_module(12), ckpt_path=path, weights_only=True)
+        return trainer, module, list(seen)
+
+    nan, seen = float("nan"), []
+    _, _, whole = fit(12, (3, 5, 8))
+    part, module, none = fit(4, (3,))
+    part.save_checkpoint(tmp_path / "part.ckpt", weights_only=False)
+    assert none == [] and module.metrics.count == 3
+    _, module, rest = fit(12, (1, 4), tmp_path / "part.ckpt")
+    assert (module.updates, module.guard.skipped, module.guard.in_a_row) == (12, 3, 0)
+    assert rest == whole and [m["skipped"] for m in whole] == [2.0, 3.0]
+
+
 # ---- means ---------------------------------------------------------------------------------------
 
 
@@ -250,3 +283,17 @@ def test_metrics_are_means_since_the_last_flush():
     assert metrics.flush() == {} and metrics.count == 0
     metrics.add({"b": torch.tensor(4.0)})  # other names after a flush
     assert metrics.flush() == {"b": 4.0}
+    metrics.once["skipped"] = torch.tensor(2.0)  # and nothing else: all updates were skipped
+    assert metrics.flush() == {"skipped": 2.0}
+
+
+def test_a_state_of_metrics_stays_as_it_was_taken():
+    metrics, other = Metrics(), Metrics()
+    metrics.add({"a": torch.tensor(1.0)})
+    state = metrics.state_dict()
+    metrics.add({"a": torch.tensor(7.0)})
+    metrics.once["norm"] = torch.tensor(0.5)
+    other.load_state_dict(state)
+    assert other.flush() == {"a": 1.0} and metrics.flush() == {"a": 4.0, "norm": 0.5}
+    other.load_state_dict(Metrics().state_dict())
+    assert other.flush() == {}

@@ -52,7 +52,8 @@ def twohot_loss(logits: Tensor, target: Tensor, log_total: Tensor | None = None)
     count = torch.searchsorted(bins, target.contiguous(), right=True)
     below, above = (count - 1).clamp(min=0), count.clamp(max=len(bins) - 1)
     low, high = bins[below], bins[above]
-    share = torch.where(below == above, 0.0, (target - low) / (high - low).clamp(min=1e-30))
+    at_an_end = (below == above) & ~target.isnan()  # no number stays none
+    share = torch.where(at_an_end, 0.0, (target - low) / (high - low).clamp(min=1e-30))
     at_low = logits.gather(-1, below.unsqueeze(-1)).squeeze(-1)
     at_high = logits.gather(-1, above.unsqueeze(-1)).squeeze(-1)
     log_total = logits.logsumexp(-1) if log_total is None else log_total
@@ -88,7 +89,7 @@ def symlog_twohot_loss(logits: Tensor, target: Tensor, low: float, high: float) 
     # Rounding may carry the upper end a hair beyond the last bin.
     below = position.floor().clamp(max=last)
     share = position - below
-    index = below.long().unsqueeze(-1)
+    index = below.nan_to_num().long().unsqueeze(-1)  # share stays no number
     at_low = logits.gather(-1, index).squeeze(-1)
     at_high = logits.gather(-1, (index + 1).clamp(max=last)).squeeze(-1)
     return logits.logsumexp(-1) - (1 - share) * at_low - share * at_high

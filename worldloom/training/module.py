@@ -1,6 +1,7 @@
 """The Lightning module that trains any world model: `compute_loss` is its training step."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from worldloom.saving import config_of
+from worldloom.training.nonfinite import Guard
 
 
 class WorldModelModule(LightningModule):
@@ -19,8 +21,12 @@ class WorldModelModule(LightningModule):
             such a method), returns a torch optimiser.
         log_every: updates over which the metrics of training are averaged.
         config: the run's composed configuration as plain data; saved in checkpoints.
+        nonfinite: what to do at a loss or gradient that is not finite, before it changes anything:
+            "stop" raises a FloatingPointError, "skip" leaves the update out.
+        folder: of the run, where such a batch is saved to be looked at; None to save nothing.
 
-    Counters: `updates` counts optimiser steps, across resumes.
+    Counters: `updates` counts optimiser steps, across resumes, and the skipped ones with them: as
+    `trainer.global_step` does, and the batches of the data. `guard.skipped` counts only those.
     """
 
     def __init__(
@@ -30,6 +36,8 @@ class WorldModelModule(LightningModule):
         *,
         log_every: int = 100,
         config: dict[str, Any] | None = None,
+        nonfinite: str = "stop",
+        folder: Path | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -37,21 +45,47 @@ class WorldModelModule(LightningModule):
         self.log_every = log_every
         self.updates = 0
         self.metrics = Metrics()
+        self.guard = Guard(model, nonfinite, folder, config)
+        self._losses: dict[str, Tensor] = {}
         # Read by create_world_model("….ckpt"); plain data, so that loading it runs no code.
         settings = {"model": config_of(model), "run": config or {}}
         self.save_hyperparameters(settings, logger=False)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Compute the loss of one batch; the losses and statistics are kept for the next flush."""
-        losses: dict[str, Tensor] = self.model.compute_loss(batch)  # type: ignore[operator]
-        loss = losses["loss"]
-        if loss.device.type == "cpu" and not torch.isfinite(loss):
-            _raise_non_finite(losses, self.updates)
-        self.metrics.add({name: value.detach() for name, value in losses.items()})
-        out: dict[str, Any] = {"loss": loss}
+        """Compute the loss of one batch."""
+        self.guard.begin(batch)
+        losses: dict[str, Tensor]
+        try:
+            losses = self.model.compute_loss(batch)  # type: ignore[operator]
+        except Exception as error:
+            self.guard.raised(error, self.updates + 1, str(self.trainer.precision))
+            return {"loss": torch.zeros((), requires_grad=True)}  # skipped: nothing to learn from
+        self._losses = {name: value.detach() for name, value in losses.items()}
+        out: dict[str, Any] = {"loss": losses["loss"]}
         if "latents" in batch:
             out["latents"] = batch["latents"]
         return out
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Compute the gradients."""
+        try:
+            super().backward(loss, *args, **kwargs)
+        except RuntimeError as error:
+            if "returned nan values" not in str(error):
+                raise
+            self.guard.anomaly = str(error)  # from trainer=debug; what follows is the same
+
+    def on_after_backward(self) -> None:
+        """Look at the loss and the gradients; keep them for the next flush if they are good."""
+        if self.guard.refused:
+            return
+        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads).detach()
+        precision, agree = self.trainer.precision, self.trainer.strategy.reduce_boolean_decision
+        if self.guard.passes(self._losses, norm, self.updates + 1, str(precision), agree):
+            self.metrics.add(self._losses)
+            if (self.updates + 1) % self.log_every == 0:
+                self.metrics.once["grad_norm"] = norm
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step the optimiser, count the update and move slow targets.
@@ -60,27 +94,17 @@ class WorldModelModule(LightningModule):
         """
         super().optimizer_step(*args, **kwargs)
         self.updates += 1
-        if hasattr(self.model, "after_update"):
+        # A skipped update came here without gradients, so the optimiser has done nothing.
+        if self.guard.close() and hasattr(self.model, "after_update"):
             self.model.after_update()  # type: ignore[operator]
+        if self.guard.skipped:
+            self.metrics.once["skipped"] = torch.tensor(float(self.guard.skipped))
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """Hand the batch its new latents back."""
         # Under DDP the model saw a copy of the batch; the replay looks at this one.
-        if isinstance(outputs, dict) and "latents" in outputs:
+        if isinstance(outputs, dict) and "latents" in outputs and not self.guard.refused:
             batch["latents"] = outputs["latents"]
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip as the trainer asks, and measure the gradient's norm once per flush."""
-        last = (self.updates + 1) % self.log_every == 0
-        if last:
-            grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-            self.metrics.once["grad_norm"] = torch.nn.utils.get_total_norm(grads).detach()
-        self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Build the optimiser."""
@@ -93,12 +117,16 @@ class WorldModelModule(LightningModule):
         return self.optimizer(params)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the counters."""
+        """Save the counters, and the means since the last flush."""
         checkpoint["updates"] = self.updates
+        checkpoint["nonfinite"] = self.guard.state_dict()
+        checkpoint["metrics"] = self.metrics.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the counters."""
+        """Restore them."""
         self.updates = checkpoint["updates"]
+        self.guard.load_state_dict(checkpoint["nonfinite"])
+        self.metrics.load_state_dict(checkpoint["metrics"])
 
 
 class Metrics:
@@ -118,24 +146,24 @@ class Metrics:
         values = torch.stack(list(scalars.values()))
         if self.sums is None:
             self.names, self.sums = list(scalars), torch.zeros_like(values)
-        self.sums += values
+        # Not in place, so that a state stays as it was taken; one that was loaded is on the CPU.
+        self.sums = self.sums.to(values.device) + values
         self.count += 1
 
     def flush(self) -> dict[str, float]:
         """Return all means since the last flush; the only moment that waits for the device."""
-        if self.sums is None:
-            return {}
-        means = (self.sums / self.count).tolist()
-        result = dict(zip(self.names, means, strict=True))
+        means = [] if self.sums is None else (self.sums / self.count).tolist()
+        result = dict(zip(self.names, means, strict=True)) if means else {}
         result |= {name: float(value) for name, value in self.once.items()}
         self.sums, self.count, self.once = None, 0, {}
         return result
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was added since the last flush."""
+        state = {"names": list(self.names), "sums": self.sums, "count": self.count}
+        return {**state, "once": dict(self.once)}
 
-def _raise_non_finite(losses: dict[str, Tensor], updates: int) -> None:
-    bad = [name for name, value in losses.items() if not torch.isfinite(value)]
-    named = [name for name in bad if name != "loss"] or bad
-    raise FloatingPointError(
-        f"the loss is not finite at update {updates}: {', '.join(named)}; look at the data for "
-        "huge values, or lower training.learning_rate"
-    )
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.names, self.sums, self.count = list(state["names"]), state["sums"], state["count"]
+        self.once = dict(state["once"])

@@ -95,8 +95,8 @@ class LaProp(torch.optim.Optimizer):
         torch._foreach_lerp_(moments, update, 1 - beta1)
 
         lr = _scheduled(group["lr"], count - 1, group["warmup"], group["anneal"])
-        if group["weight_decay"]:
-            kernels = [p for p in params if p.ndim > 1]
+        kernels = [p for p in params if p.ndim > 1]
+        if group["weight_decay"] and kernels:
             torch._foreach_mul_(kernels, 1 - lr * group["weight_decay"])
         torch._foreach_add_(params, moments, alpha=-lr / (1 - beta1**count))
 
