@@ -15,16 +15,18 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # An entry is a module or a subpackage of worldloom.
 LAYERS = [
     {"protocol"},
-    {"nn", "presets", "saving", "envs"},
+    {"nn", "presets", "saving", "envs", "run_folder"},
     {"planning", "datasets"},
     {"models"},
     {"check", "factory"},
     {"transfer"},
     {"acting"},
     {"training", "task"},
+    {"validation"},
     {"assembly", "cli", "config"},
     {"finished"},
-    {"run", "eval", "bench", "collect", "envs.check"},
+    {"resume"},
+    {"run", "eval", "bench", "collect", "envs.check", "diagnose"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
@@ -32,6 +34,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 ALLOWED = {
     "lightning": {
         *(f"training/{name}.py" for name in ("data", "module", "callbacks", "logging", "progress")),
+        "training/checkpoints.py",
         *("assembly.py", "run.py", "eval.py", "bench.py"),
     },
     "hydra": {"run.py", "eval.py", "config.py", "cli.py"},

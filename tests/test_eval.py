@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from worldloom import eval as evaluation
+from worldloom.finished import read_run, require_trusted
 
 
 @pytest.fixture
@@ -42,9 +43,9 @@ def test_without_arguments_it_tells_how_to_use_it(command):
         (["episodes=3"], "no run was named; add checkpoint=<run folder>"),
         (["checkpoint=no/such/run"], "no/such/run holds no config.yaml; expected a folder that"),
         (["checkpoint=RUN", "episode=3"], "unknown key 'episode' (did you mean 'episodes'?)"),
-        (["checkpoint=RUN", "zzz"], "unknown key 'zzz'"),
+        (["checkpoint=RUN", "zzz"], "cannot read 'zzz'; expected words such as seed=0"),
         (["checkpoint=RUN", "episodes=0"], "episodes is 0; expected at least 1"),
-        (["checkpoint=RUN", "episodes=few"], "Value 'few' of type 'str' could not be converted"),
+        (["checkpoint=RUN", "episodes=few"], "episodes is few; expected a whole number"),
         (["checkpoint=RUN", "num_envs=-1"], "num_envs is -1; expected at least 1"),
         (["checkpoint=RUN", "env.idd=Pendulum-v1"], "key 'env.idd' (did you mean 'env.id'?)"),
         (["checkpoint=RUN", "env=Pendulum-v1"], "unknown env 'Pendulum-v1'; choices: "),
@@ -59,3 +60,69 @@ def test_a_mistake_ends_in_one_line(command, run, arguments, message):
     assert code == 1 and out == ""
     (line,) = err.splitlines()
     assert line.startswith("error: ") and message.replace("RUN", str(run)) in line
+
+
+# ---- what a file may name ------------------------------------------------------------------------
+
+SHIPPED = {
+    "model": {"_target_": "worldloom.models.tdmpc2.TDMPC2"},
+    "env": {"_target_": "worldloom.envs.dmc.make_env", "task": "walker-walk"},
+    "callbacks": {"open_loop": {"_target_": "worldloom.training.callbacks.OpenLoop"}, "no": None},
+    "trainer": {"_target_": "lightning.Trainer", "gradient_clip_val": "${training.grad_clip}"},
+    "training": {"grad_clip": 1.0},
+}
+
+
+def test_what_worldloom_ships_needs_no_word():
+    require_trusted(SHIPPED, [])
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"trainer": {"plugins": [{"_target_": "os.system"}]}}, "trainer.plugins.0._target_"),
+        ({"logger": {"a": {"b": {"_target_": "os.system"}}}}, "logger.a.b._target_"),
+        # Hydra would walk from our module to what it imports.
+        ({"model": {"_target_": "worldloom.cli.os.system"}}, "model._target_"),
+        ({"optimizer": {"_target_": "worldloom.training.optimizers"}}, "optimizer._target_"),
+        ({"env": {"id": "evil:Env-v0"}}, "env.id"),
+        ({"env": {"task": "evil:Env-v0"}}, "env.task"),
+        ({"name": "os.system", "model": {"_target_": "${name}"}}, "model._target_"),
+    ],
+)
+def test_code_from_elsewhere_needs_the_users_word(section, key):
+    with pytest.raises(ValueError, match=f"say so by adding: {key}=") as refused:
+        require_trusted({**SHIPPED, **section}, ["model._target_=my_pkg.Other", "seed=1"])
+    word = str(refused.value).rpartition(": ")[2]
+    require_trusted({**SHIPPED, **section}, [word])
+    require_trusted({**SHIPPED, **section}, [f"++{word}"])
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"name": "${oc.env:HOME}"}, r"holds '\$\{oc.env:HOME\}', which would look outside"),
+        (
+            {"name": r"\${oc.env:HOME}"},
+            "which would look outside",
+        ),  # escaped until it is read again
+        ({"name": "${training.${oc.env:HOME}}"}, "which would look outside"),
+        ({"defaults": ["evil"]}, "has 'defaults', which would choose other files"),
+        (
+            {"hydra": {"searchpath": ["file:///evil"]}},
+            "has 'hydra', which would choose other files",
+        ),
+        ({"name": "${no.such.key}"}, "cannot be resolved"),
+    ],
+)
+def test_a_saved_configuration_looks_at_nothing_but_itself(section, message):
+    with pytest.raises(ValueError, match=message):
+        require_trusted({**SHIPPED, **section}, [])
+
+
+def test_a_saved_configuration_is_resolved_where_it_lies(run):
+    with (run / "config.yaml").open("a") as file:
+        file.write("folder: /elsewhere\nlog: ${folder}/log\n")
+    config = read_run(run)
+    assert config["folder"] == str(run) and config["log"] == f"{run}/log"
+    assert read_run(run / "config.yaml") == read_run(run / "model") == config

@@ -79,8 +79,9 @@ def sweep(tmp_path_factory):
 def test_a_run_folder_holds_everything(finished):
     folder, _ = finished
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", folder.name)
-    assert {"config.yaml", "metrics.csv", "checkpoints", "model"} <= set(os.listdir(folder))
-    assert os.listdir(folder / "checkpoints") == ["last.ckpt"]
+    whole = {"config.yaml", "metrics.csv", "checkpoints", "model", "scores.yaml"}
+    assert whole <= set(os.listdir(folder))
+    assert sorted(os.listdir(folder / "checkpoints")) == ["last.ckpt", "previous.ckpt", "replay"]
     assert sorted(os.listdir(folder / "model")) == ["config.yaml", "model.safetensors"]
     assert not list(folder.parent.parent.parent.glob("lightning_logs"))
 
@@ -403,7 +404,10 @@ def test_a_model_of_ones_own_is_trained_and_planned_with(package, tmp_path, scor
     assert curve(folder, "eval/return")
     with pytest.raises(ValueError, match=r"names the model 'mypkg.MyModel', which is not part of"):
         create_world_model(folder)
-    match = scores(score(f"checkpoint={folder}", "episodes=3"))
+    with pytest.raises(SystemExit):  # nor does a command take it from a file
+        score(f"checkpoint={folder}")
+    trusted = "model._target_=mypkg.MyModel"
+    match = scores(score(f"checkpoint={folder}", "episodes=3", trusted))
     assert match[1] == f"{curve(folder, 'eval/return')[-1][1]:.2f}"
 
     model = create_world_model(folder, allow=("mypkg.MyModel",))
@@ -429,5 +433,5 @@ def test_an_environment_of_ones_own(package, tmp_path, score):
     assert set(board.Tags()["images"]) == {f"imagination/open_loop/{key}" for key in shapes}
     model = create_world_model(folder)
     assert model.obs_shape == {"view": (3, 16, 32), "sensors/now": (2,), "sensors/mode": (3,)}
-    printed = score(f"checkpoint={folder}", "episodes=2")
+    printed = score(f"checkpoint={folder}", "episodes=2", "env._target_=my_envs.make_env")
     assert re.search(r"return -?[\d.]+ ± .* over 2 episodes .*success [01]\.\d\d", printed)

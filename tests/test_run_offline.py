@@ -13,6 +13,7 @@ import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from worldloom import create_world_model, run
@@ -130,8 +131,11 @@ def test_it_ends_with_what_came_out(finished):
 def test_what_training_remembers_is_written_back(finished):
     """The latents of the replay start as zeros and become those of the model."""
     checkpoint = torch.load(finished[0] / "checkpoints" / "last.ckpt", weights_only=True)
-    (stream,) = checkpoint["ReplayDataModule"]["buffer"]["streams"]
-    written = stream["latents['deter']"].abs().sum(1) > 0
+    state = checkpoint["ReplayDataModule"]["buffer"]
+    folder = finished[0] / "checkpoints" / "replay"
+    blocks = [load_file(folder / name)["latents['deter']"] for name in sorted(state["files"])]
+    blocks += [tail["latents['deter']"] for tail in state["tails"] if tail]
+    written = torch.cat([block.float().abs().sum(1) for block in blocks]) > 0
     assert written.any() and not written.all()
 
 
@@ -234,7 +238,7 @@ def test_hdf5(tmp_path, pendulum):
     named = ["env=gymnasium", "env.id=Pendulum-v1", "env.time_limit=5"]
     assert train(tmp_path / "r", tmp_path, *DREAMER, *named)["eval/length"] == 5
     with pytest.raises(ValueError, match=r"a.hdf5, rows 0 to 7: The action .* \(env=…\)"):
-        train(tmp_path / "r", tmp_path, *DREAMER)
+        train(tmp_path / "other", tmp_path, *DREAMER)
 
 
 # ---- what is kept, and what is refused -----------------------------------------------------------

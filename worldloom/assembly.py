@@ -3,6 +3,7 @@
 import copy
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,12 +11,27 @@ from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig, OmegaConf
 
 from worldloom.acting import Actor, evaluate
 from worldloom.datasets import Dataset, open_dataset
 from worldloom.datasets.folder import read_about
 from worldloom.envs.spaces import flatten
 from worldloom.task import RUNNING, Task
+
+
+def settled(cfg: DictConfig) -> dict[str, Any]:
+    """Return the configuration that a run's folder holds: whole, but with its interpolations.
+
+    These let who resumes the run change one number, and what is computed from it follows.
+    """
+    folder, path = cfg.folder, cfg.data.get("path")
+    config: Any = OmegaConf.to_container(cfg, resolve=False)
+    config |= {"folder": str(folder), "resume": None}
+    if path is not None:
+        config["data"]["path"] = path
+    settle_env(config)
+    return config
 
 
 def settle_env(plain: dict[str, Any]) -> None:
@@ -47,7 +63,12 @@ def words_to_trust(env: Mapping[str, Any]) -> str:
     Whoever made a data set must not choose which code is run.
     """
     ours = re.fullmatch(r"worldloom\.envs\.(\w+)\.make_env", str(env["_target_"]))
-    if ours and ":" not in str(env.get("id")):  # "module:id" imports the module
+    # "module:id" imports the module.
+    if (
+        ours
+        and ours[1] != "custom"
+        and not any(":" in v for v in env.values() if isinstance(v, str))
+    ):
         return ""
     named = {key: value for key, value in env.items() if key not in (*RUNNING, "_target_")}
     options = {key: value for key, value in flatten(named).items() if value is not None}
@@ -88,18 +109,32 @@ def build_data(
         latents=getattr(actor.model, "latents", None),
         online=dataset is None and data["online"],
         seed=plain["seed"],
+        storage=data["storage"],
+        folder=Path(plain["folder"]) / "checkpoints" / "replay",
+        # An episode of one step is two rows.
+        expected=None
+        if dataset is not None
+        else 2 * training["total_steps"] + 2 * task.running["num_envs"],
     )
+    print(buffer.resources, flush=True)
     names = ("batch_size", "sequence_length", "total_steps")
     options = {k: training[k] for k in names} | {"across_episodes": data["across_episodes"]}
-    if dataset is None:
-        return _online(plain, task, actor, buffer, options)
-    print(fill(buffer, dataset), flush=True)
     rows = training["sequence_length"] + buffer.keeps_latents
+    if dataset is None:
+        if buffer.rows < rows:
+            raise ValueError(
+                f"data.capacity is {capacity}, {buffer.rows} rows for each of {buffer.num_envs} "
+                f"environments, but a sequence needs {rows}; raise it to {rows * buffer.num_envs}"
+            )
+        return _online(plain, task, actor, buffer, options)
+    filled = fill(buffer, dataset)
     if not buffer.can_sample(rows, across_episodes=data["across_episodes"]):
         raise ValueError(
             f"a sequence needs {rows} rows, but {dataset.path} has {len(buffer)} and its longest "
             f"episode {max(dataset.lengths) + 1}; lower training.sequence_length"
         )
+    print(filled, flush=True)
+    buffer.seal()
     return ReplayDataModule(buffer, **options)
 
 
@@ -191,8 +226,15 @@ def prepare(seed: int, threads: int | None) -> None:
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    threading.excepthook = _threads_error
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+def _threads_error(error: threading.ExceptHookArgs) -> None:
+    """Leave a full disk to the logger, which learns of it from TensorBoard's thread and tells."""
+    if not isinstance(error.exc_value, OSError):
+        threading.__excepthook__(error)
 
 
 class Evaluator:

@@ -28,8 +28,9 @@ from worldloom.acting import Actor
 from worldloom.check.data import RandomData
 from worldloom.cli import composed, readable_errors
 from worldloom.factory import create_world_model, import_target
-from worldloom.presets import file_name, load_preset, nearest
+from worldloom.presets import file_name, load_preset
 from worldloom.protocol import Batch
+from worldloom.validation import checked_section
 
 
 @dataclass
@@ -197,11 +198,8 @@ def main() -> None:
         sys.exit(print(__doc__))
     with readable_errors():
         own = [word for word in sys.argv[1:] if not word.startswith("model.")]
-        given, defaults = OmegaConf.from_cli(own), OmegaConf.structured(BenchConfig)
-        if unknown := [str(key) for key in given if key not in defaults]:
-            raise ValueError(f"unknown key '{unknown[0]}'{nearest(unknown[0], defaults)}")
-        settings: Any = OmegaConf.to_container(OmegaConf.merge(defaults, given))
-        config = BenchConfig(**settings)
+        given: Any = OmegaConf.to_container(OmegaConf.from_cli(own))
+        config = checked_section("", given, BenchConfig)
         torch.set_num_threads(config.threads)
         model = [word.removeprefix("model.") for word in sys.argv[1:] if word not in own]
         overrides: Any = OmegaConf.to_container(OmegaConf.from_cli(model))

@@ -2,31 +2,30 @@
 
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from worldloom.presets import (
-    aliases,
-    config_dir,
-    file_name,
-    load_preset,
-    nearest,
-    preset_names,
+from worldloom.presets import config_dir, nearest
+from worldloom.validation import (
+    SECTIONS,
+    instead,
+    require_valid,
+    top_level,
+    wrong_type,
 )
-from worldloom.training.config import EvaluationConfig, TrainingConfig, field_names
-
-SECTIONS = {"training": TrainingConfig, "evaluation": EvaluationConfig}
 
 # What a user can cause; anything else is our bug and keeps its traceback.
 USER_ERRORS = (
@@ -35,10 +34,9 @@ USER_ERRORS = (
     ValueError,
     TypeError,
     ImportError,
-    FileNotFoundError,
+    OSError,
     FloatingPointError,
     MemoryError,
-    ChildProcessError,
 )
 
 
@@ -74,45 +72,8 @@ def with_implied(words: Sequence[str]) -> list[str]:
 
 def validate(cfg: DictConfig) -> None:
     """Raise ValueError for an unknown or impossible setting, before anything is built."""
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
-        example = "my_pkg.MyClass" if missing[0].endswith("_target_") else "…"
-        raise ValueError(f"{', '.join(missing)} is not set; add {missing[0]}={example}")
-    for name, cls in SECTIONS.items():
-        for key in cfg[name]:
-            if key not in (known := field_names(cls)):
-                hint = nearest(str(key), known, f"{name}.") or f"; {name} has {', '.join(known)}"
-                raise ValueError(f"unknown key '{name}.{key}'{hint}")
-        values: Any = OmegaConf.to_container(cfg[name], resolve=True)
-        try:
-            cls(**values)
-        except ValueError as error:
-            raise ValueError(f"{name}.{error}") from None
-    for key in ("num_envs", "repeat", "stack"):
-        if (value := cfg.env.get(key)) is not None and not isinstance(value, int):
-            raise ValueError(f"env.{key} is {value!r}; expected a whole number")
-    _check_model(cfg)
-    _require_integer("seed", cfg.seed, 0, "an integer from 0 to 4294967295", limit=2**32)
-    if cfg.threads is not None:
-        _require_integer("threads", cfg.threads, 1, "at least 1, or null for all cores")
-
-
-def _check_model(cfg: DictConfig) -> None:
-    """Hold the model section to its preset, whose types Hydra does not know."""
-    from worldloom.factory import override_preset
-
-    choice = HydraConfig.get().runtime.choices.get("model") if HydraConfig.initialized() else None
-    names = [file_name(str(name)) for name in (*preset_names(), *aliases())]
-    if choice in names:
-        values: Any = OmegaConf.to_container(cfg.model, resolve=True)
-        override_preset(load_preset(choice), values, choice)
-
-
-def _require_integer(
-    name: str, value: Any, least: int, wanted: str, limit: int | None = None
-) -> None:
-    ok = isinstance(value, int) and not isinstance(value, bool)
-    if not ok or value < least or (limit is not None and value >= limit):
-        raise ValueError(f"{name} is {value!r}; expected {wanted}")
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    require_valid(cfg, choices)
 
 
 @contextmanager
@@ -137,30 +98,80 @@ def readable_errors() -> Iterator[None]:
 
 @contextmanager
 def job_errors() -> Iterator[None]:
-    """Let a user's mistake end a single run; of a sweep it ends one job, as Hydra does it."""
+    """Let a user's mistake end a single run; of a sweep it ends one job, as Hydra does it.
+
+    A new folder in which nothing was trained yet goes with it.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    begun = folder if _held(folder) <= {".hydra", "worldloom.log"} else None
     try:
         yield
     except USER_ERRORS as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
+        if begun is not None:
+            _forget(begun)
         raise _Stop from error
+
+
+def _held(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else {"not ours"}
+
+
+def _forget(folder: Path) -> None:
+    """Delete the folder of a run that ended before there was anything in it to keep."""
+    files = [path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()]
+    if {file.parts[0] for file in files} <= {".hydra", "worldloom.log", "config.yaml", ".lock"}:
+        shutil.rmtree(folder)
 
 
 def explain(error: BaseException) -> str:
     """Return one line that says what was wrong, what was expected and how to fix it."""
-    text = str(error)
+    text, cause = str(error), error.__cause__
     if isinstance(error, ChildProcessError):
         return text  # with the traceback of a worker process, which is the user's to read
-    cause = error.__cause__
+    if "Config group override must be a string" in text:
+        return (
+            "a group takes the name of a choice, such as trainer=gpu; only the recipe can be left "
+            "out: '~experiment'"
+        )
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return one_line(error)
     if match := re.search(r"Could not override '([^']+)'", text):
         return _unknown_key(match[1])
-    if match := re.search(r"Could not find '([^']+)'", text):
+    if match := re.search(r"Could not delete from config. '([^']+)' does not exist", text):
+        return _unknown_key(match[1])
+    if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
         return _unknown_option(match[1])
-    if "Config group override must be a string" in text:
-        return "a group takes the name of a choice; to leave a group out write ~GROUP"
+    if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
+        return (
+            f"{match[1]} is {match[2]}, and commas separate the values of a sweep; write "
+            f"'{match[1]}=[{match[2]}]' for a list, '{match[1]}=\"{match[2]}\"' for a text, or "
+            "add -m to run one after the other"
+        )
     if match := re.search(r"Error merging override (\S+)", text):
-        reason = str(cause or error).splitlines()[0]
-        return f"{match[1]}: {reason[0].lower()}{reason[1:]}"
+        key, _, value = match[1].lstrip("+").partition("=")
+        return wrong_type(key, value, str(cause or error))
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot read {error.override!r}; expected GROUP=CHOICE or SECTION.KEY=VALUE, without "
+            "spaces around the = and with quotes around a value that holds spaces, commas, "
+            "brackets or the like: 'data.path=\"my data\"'"
+        )
+    if match := re.search(r"Interpolation key '([^']+)' not found", text):
+        return f"'{match[1]}' is not there, but other settings are taken from it; put it back"
+    if isinstance(error, InstantiationException):
+        key = re.search(r"full_key: (\S+)", text)
+        return f"{key[1] if key else 'a _target_'}: {one_line(cause or error)}"
+    if isinstance(error, OmegaConfBaseException):
+        key = re.search(r"full_key: (\S+)", text)
+        return f"{key[1] if key else 'the configuration'}: {text.splitlines()[0]}"
+    return one_line(error)
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error without line breaks, or what there is if it has none."""
+    text = str(error)
     return " ".join(line.strip() for line in text.splitlines() if line.strip()) or repr(error)
 
 
@@ -171,18 +182,22 @@ def _unknown_key(key: str) -> str:
     except USER_ERRORS:
         node = None
     if not isinstance(node, DictConfig):
-        return f"unknown key '{key}'; there is no section '{parent}'"
-    names = [str(key) for key in node]
-    hint = nearest(name, names, parent + dot)
-    if not hint:
-        hint = f"; {parent or 'the top level'} has {', '.join(names)}"
-    return f"unknown key '{key}'{hint}; to add a key write +{key}=…"
+        top = top_level()[0]
+        near = nearest(parent.split(".")[0], top)
+        return f"unknown key '{key}'; there is no section '{parent}'{near}"
+    if name in node:
+        if isinstance(node[name], DictConfig):
+            return f"{key} is no single value; set its keys one by one: {key}.KEY=VALUE"
+        return f"'{key}' cannot be set where {parent} is left out; drop ~{parent}"
+    add = f"; to add a key write +{key}=…" if parent and parent not in (*SECTIONS, "data") else ""
+    return f"unknown key '{key}'{instead(name, [str(key) for key in node], parent + dot)}{add}"
 
 
 def _unknown_option(path: str) -> str:
     group, _, name = path.rpartition("/")
     files = sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
     options = [file for file in files if not file.endswith("_base")]
+    options += ["default"] * (group in SECTIONS)
     if not options:
         groups = sorted(folder.name for folder in config_dir().iterdir() if folder.is_dir())
         return f"unknown group '{group}'; groups: {', '.join(groups)}"

@@ -29,7 +29,7 @@ from worldloom.datasets.folder import read_about
 from worldloom.datasets.writer import FolderWriter
 from worldloom.envs.spaces import Obs
 from worldloom.envs.vector import Rows
-from worldloom.finished import checked, env_section, load_actor, read_run, split_words
+from worldloom.finished import checked, env_section, load_actor, opened_run, split_words
 from worldloom.task import RUNNING, Task
 
 BEAT = 20.0  # seconds between two lines of progress
@@ -60,20 +60,21 @@ class CollectConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; expected from 0 to {2**32 - 1}")
 
 
-def collect(config: CollectConfig, env: Sequence[str] = ()) -> str:
+def collect(config: CollectConfig, words: Sequence[str] = ()) -> str:
     """Record episodes as configured; return what came out, and what to do with it.
 
-    env: what the command line says about the environment.
+    words: what the command line says about the environment, and which code of a run it trusts.
     """
     run = None if config.policy == "random" else Path(config.policy).expanduser()
     if run is not None and not run.exists():
         raise ValueError(f"policy is '{config.policy}'; expected random, or the folder of a run")
-    if run is None and not env:
+    if run is None and not words:
         raise ValueError("no environment was named; add env=gymnasium env.id=CartPole-v1")
-    settings = None if run is None else read_run(run)
-    section = env_section(env, None if settings is None else settings["env"])
+    settings, section = (None, env_section(words)) if run is None else opened_run(run, words)
     out = Path(config.out).expanduser()
     _require_room(out, config.append, section)
     num_envs = min(config.num_envs or section.get("num_envs", 1), config.episodes)
@@ -211,8 +212,8 @@ def main() -> None:
         print(__doc__)
         sys.exit(0 if len(sys.argv) > 1 else 2)
     with readable_errors():
-        given, env = split_words(sys.argv[1:])
-        print(collect(checked(given, CollectConfig), env))
+        given, words = split_words(sys.argv[1:])
+        print(collect(checked(given, CollectConfig), words))
 
 
 if __name__ == "__main__":

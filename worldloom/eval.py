@@ -10,26 +10,28 @@ from worldloom.training.config import EvaluationConfig
 
 USAGE = """usage: python -m worldloom.eval checkpoint=<run folder> [episodes=20] [seed=…]
        [num_envs=5] [deterministic=true] [env.KEY=VALUE …] [env=…]
+       [model._target_=my_pkg.MyModel]
 
 Scores the run's saved model in its own environment, which comes from the run's config.yaml, or in
-another one: env=gymnasium env.id=CartPole-v1."""
+another one: env=gymnasium env.id=CartPole-v1. A model or an environment of your own is named again
+as it was for training, for a file must not choose which code is run."""
 
 
-def evaluate_run(path: Path, settings: dict[str, Any], env: Sequence[str]) -> dict[str, float]:
+def evaluate_run(path: Path, settings: dict[str, Any], words: Sequence[str]) -> dict[str, float]:
     """Load a run's model and environment and return the mean scores.
 
     path: the run's folder, or the model folder or a checkpoint in it.
-    env: what the command line says about the environment.
+    words: what the command line says about the run's configuration.
 
     Raises:
-        ValueError: the folder is no run, or its model cannot be read.
+        ValueError: the folder is no run, its model cannot be read, or it names code that `words`
+            do not name.
     """
     from worldloom.assembly import Evaluator, prepare
-    from worldloom.finished import env_section, load_actor, read_run
+    from worldloom.finished import load_actor, opened_run
     from worldloom.task import Task
 
-    config = read_run(path)
-    section = env_section(env, config["env"])
+    config, section = opened_run(path, words)
     prepare(settings["seed"], config["threads"])
     task = Task.from_config(section, collects=False)
     return Evaluator(task, load_actor(path, config, task), settings)(settings["episodes"])
@@ -43,12 +45,12 @@ def main() -> None:
     with readable_errors():
         from worldloom.finished import checked, split_words
 
-        given, env = split_words(sys.argv[1:])
-        if "checkpoint" not in given:
+        given, words = split_words(sys.argv[1:])
+        if given.get("checkpoint") is None:
             raise ValueError("no run was named; add checkpoint=<run folder>")
         run = Path(str(given.pop("checkpoint"))).expanduser()
         settings = vars(checked(given, EvaluationConfig))
-        scores = evaluate_run(run, settings, env)
+        scores = evaluate_run(run, settings, words)
     choice = "policy mode" if settings["deterministic"] else "sampled actions"
     success = f", success {scores['eval/success']:.2f}" if "eval/success" in scores else ""
     print(

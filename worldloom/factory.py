@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,12 @@ SIZES = (
     *("enc_dim", "mlp_dim", "latent_dim", "num_channels", "num_enc_layers", "num_bins"),
     *("simnorm_dim", "horizon", "iterations", "num_samples", "num_elites"),
 )
+
+# Hyperparameters that are a share of something.
+SHARES = ("unimix", "rate", "lam", "dropout", "rho", "tau")
+
+# Hyperparameters that divide, or are taken the logarithm of.
+SPREADS = ("minstd", "maxstd", "min_std", "max_std")
 
 ObsShape = tuple[int, ...] | Mapping[str, tuple[int, ...]]
 ActionDim = int | Sequence[int] | Mapping[str, int]
@@ -112,9 +119,21 @@ def build_model(
         "action_dim": _plain(action_dim),
         "discrete": _plain(discrete),
     }
+    if lacking := [name for name in spaces if name not in parameters and not takes_any]:
+        raise ValueError(
+            f"{cls.__name__} does not take {', '.join(lacking)}; models are built as "
+            f"{cls.__name__}(obs_shape=…, action_dim=…, discrete=…) and what the configuration "
+            "adds; give it these arguments"
+        )
     model = cls(**spaces, **options)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"{config['_target_']} made a {type(model).__name__}, which is no torch.nn.Module; "
+            "expected a world model (worldloom/protocol.py); derive its class from torch.nn.Module"
+        )
     if config_of(model) is None:
-        model.build_config = {"model": config["_target_"], **spaces, **options}
+        made: Any = model
+        made.build_config = {"model": config["_target_"], **spaces, **options}
     return model
 
 
@@ -201,39 +220,49 @@ def _load_official(
 
 
 def override_preset(
-    config: dict[str, Any], overrides: Mapping[str, Any], name: str
+    config: dict[str, Any], overrides: Mapping[str, Any], name: str, within: str = ""
 ) -> dict[str, Any]:
-    """Return the preset with overrides merged in; an unknown or mistyped one is refused by name."""
+    """Return the preset with overrides merged in; an unknown or mistyped one is refused by name.
+
+    within: what the names of hyperparameters begin with in messages, such as "encoder.".
+    """
     merged = dict(config)
     for key, value in overrides.items():
         if key not in config:
             choices = [k for k in config if not k.startswith("_")]
             raise ValueError(
-                f"{name} has no hyperparameter {key!r}{nearest(key, choices)}; it takes "
-                f"{', '.join(choices)}"
+                f"{name} has no hyperparameter {within + key!r}"
+                f"{nearest(key, choices, within)}; it takes {', '.join(choices)}"
             )
         old = config[key]
         if isinstance(old, dict) and key != "obs_classes":
             if not isinstance(value, Mapping):
-                raise ValueError(f"{key} is {value!r}; expected a dict with some of {sorted(old)}")
+                raise ValueError(
+                    f"hyperparameter {within + key!r} is {value!r}; expected a dict with some of "
+                    f"{sorted(old)}"
+                )
             shared: dict[str, Any] = {k: config[k] for k in ("units", "depth") if k in config}
-            part = override_preset({**shared, **old}, value, f"{name}'s {key}")
+            part = override_preset({**shared, **old}, value, name, f"{within}{key}.")
             merged[key] = {k: v for k, v in part.items() if k in old or k in value}
         else:
-            merged[key] = _typed(key, value, old)
+            merged[key] = _typed(key, value, old, within)
     return merged
 
 
-def _typed(key: str, value: Any, old: Any) -> Any:
+def _typed(key: str, value: Any, old: Any, within: str) -> Any:
     """Check that a number replaces a number, a flag a flag, a list a list."""
     kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,), list: (list, tuple)}
-    wanted = kinds.get(type(old))
+    wanted, said = kinds.get(type(old)), f"hyperparameter {within + key!r} is {value!r}"
     if wanted and (not isinstance(value, wanted) or (bool not in wanted and value is True)):
-        raise ValueError(
-            f"hyperparameter {key!r} is {value!r}; expected {type(old).__name__} such as {old!r}"
-        )
+        raise ValueError(f"{said}; expected {type(old).__name__} such as {old!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{said}; expected a finite number such as {old!r}")
+    if key in SHARES and not 0 <= value <= 1:
+        raise ValueError(f"{said}; expected a number in [0, 1]")
     if key in SIZES and value < 1:
-        raise ValueError(f"hyperparameter {key!r} is {value!r}; expected at least 1")
+        raise ValueError(f"{said}; expected at least 1")
+    if key in SPREADS and not value > 0:
+        raise ValueError(f"{said}; expected a number above 0")
     return value
 
 
@@ -251,15 +280,18 @@ def _describe(name: str) -> dict[str, Any]:
 
 
 def import_target(target: str) -> Any:
-    """Return the object that a dotted path names."""
+    """Return the class or function that a dotted path names."""
     module, _, name = target.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"cannot import {target!r}: {error}; give the full path, such as my_pkg.MyModel, and "
             "run where my_pkg can be imported"
         ) from error
+    if not callable(found):
+        raise ValueError(f"{target} is {found!r}; expected a class or a function; name one")
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -1,51 +1,123 @@
 """What the commands share that act with a finished run: its configuration, environment, model."""
 
+import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from worldloom.acting import Actor
-from worldloom.cli import composed, with_implied
+from worldloom.cli import composed, one_line, with_implied
 from worldloom.factory import create_world_model
-from worldloom.presets import nearest
+from worldloom.presets import config_dir, nearest
+from worldloom.run_folder import CONFIG, WRITTEN, read_config
 from worldloom.saving import config_of
 from worldloom.task import Task
-from worldloom.training.config import field_names
+from worldloom.validation import check_env_section, checked_section
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Return the configuration of a run: of its folder, the model folder or a checkpoint in it."""
-    run = path.parent if path.name == "model" else path
+    """Return the configuration of a run: of its folder, the model folder or a checkpoint in it.
+
+    Raises:
+        ValueError: there is none, or it is not what `worldloom.run` writes.
+    """
+    run = path.parent if path.name in ("model", CONFIG) else path
     run = path.parent.parent if path.suffix == ".ckpt" else run
-    if not (run / "config.yaml").is_file():
+    return resolve_saved(read_config(run), run / CONFIG)
+
+
+def resolve_saved(saved: Mapping[str, Any], file: Path | str) -> dict[str, Any]:
+    """Return a configuration read from a file with each ${key} replaced by what it stands for.
+
+    Resolvers such as ${oc.env:KEY} are refused: they read what is none of the file's business.
+    `folder` becomes the one that the file lies in.
+    """
+    if found := next((x for _, x in _leaves(saved) if re.search(r"\$\{[^}]*:", str(x))), None):
         raise ValueError(
-            f"{run} holds no config.yaml; expected a folder that python -m worldloom.run wrote, "
-            "such as runs/cartpole/2026-01-01_00-00-00"
+            f"{file} holds {found!r}, which would look outside of it; expected values, or the keys "
+            "of other values such as ${training.learning_rate}; put the value there instead"
         )
-    config: Any = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"))
-    return config
+    for key in ("defaults", "hydra"):
+        if key in saved:
+            raise ValueError(f"{file} has {key!r}, which would choose other files; take it out")
+    here = {"folder": str(Path(file).parent)} if "folder" in saved else {}
+    try:
+        plain: Any = OmegaConf.to_container(OmegaConf.create({**saved, **here}), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{file} cannot be resolved ({one_line(error)}); {WRITTEN}") from None
+    return plain
+
+
+def require_trusted(config: Mapping[str, Any], said: Sequence[str]) -> None:
+    """Refuse a configuration out of a file that names code which is not part of worldloom.
+
+    Whoever made a file must not choose which code is run. Every `_target_` in it must be one of
+    those in conf/, and no environment's id may import a module ("module:id"), unless the user has
+    said the same.
+
+    config: of a run, or some sections of it. said: words of the command line, KEY=VALUE.
+
+    Raises:
+        ValueError: gives the words that say it.
+    """
+    known = {
+        key.lstrip("+"): value.strip("'\"") for key, _, value in (w.partition("=") for w in said)
+    }
+    foreign = foreign_code(resolve_saved(config, "the configuration"))
+    if words := [f"{key}={value}" for key, value in foreign.items() if known.get(key) != value]:
+        raise ValueError(
+            f"the saved configuration names code that is not part of worldloom; if you trust it, "
+            f"say so by adding: {' '.join(words)}"
+        )
+
+
+def foreign_code(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return what in a configuration would import code that is not worldloom's, {key: value}."""
+    return {
+        key: value
+        for key, value in _leaves(config)
+        if (key.endswith("_target_") and value not in (None, *shipped_targets()))
+        or (re.fullmatch(r"env\.\w+", key) and ":" in str(value))
+    }
+
+
+def command(words: str, config: Mapping[str, Any]) -> str:
+    """Return a command for a run, with what has to be said again to trust its code."""
+    foreign = foreign_code({key: config[key] for key in ("model", "env")})
+    return " ".join([f"python -m worldloom.{words}", *(f"{k}={v}" for k, v in foreign.items())])
+
+
+@functools.cache
+def shipped_targets() -> frozenset[str]:
+    """Return every `_target_` that the files in conf/ name."""
+    leaves = (leaf for file in config_dir().rglob("*.yaml") for leaf in _leaves(_yaml(file)))
+    targets = {str(value) for key, value in leaves if key.endswith("_target_")}
+    return frozenset(targets - {"???", "None"})
 
 
 def split_words(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Tell a command's own settings, {key: value}, from the words about the environment."""
-    env = [word for word in words if re.match(r"[+]*env[.=]", word)]
-    own: Any = OmegaConf.to_container(OmegaConf.from_cli([w for w in words if w not in env]))
-    return own, env
+    """Tell a command's own settings, {key: value}, from the words about a run's configuration.
+
+    Those are env=…, env.KEY=… and whatever says that code is trusted, SECTION._target_=….
+    """
+    others = [word for word in words if re.match(r"\+*(env[.=]|[\w.]+\._target_=)", word)]
+    for word in words:
+        if word not in others and not re.match(r"[A-Za-z_]\w*=", word):
+            raise ValueError(
+                f"cannot read {word!r}; expected words such as seed=0 and env.KEY=VALUE, without "
+                "spaces around the ="
+            )
+    own: Any = OmegaConf.to_container(OmegaConf.from_cli([w for w in words if w not in others]))
+    return own, others
 
 
 def checked(given: Mapping[str, Any], cls: type) -> Any:
     """Make the settings class of a command from what was given; refuse what it does not know."""
-    for key in given:
-        if key not in (known := field_names(cls)):
-            raise ValueError(f"unknown key '{key}'{nearest(key, known)}")
-    merged = OmegaConf.merge(OmegaConf.structured(cls), given)
-    if missing := sorted(OmegaConf.missing_keys(merged)):
-        raise ValueError(f"{', '.join(missing)} is not set; add {missing[0]}=…")
-    values: Any = OmegaConf.to_container(merged)
-    return cls(**values)
+    return checked_section("", given, cls)
 
 
 def env_section(words: Sequence[str], default: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -54,7 +126,19 @@ def env_section(words: Sequence[str], default: Mapping[str, Any] | None = None) 
     env=GROUP composes it as `python -m worldloom.run` does, without a recipe; without it
     env.KEY=VALUE changes the default.
     """
-    words = with_implied(words)
+    if others := [word for word in words if not re.match(r"\+*env[.=]", word)]:
+        raise ValueError(
+            f"unknown key {others[0].partition('=')[0]!r}; expected env=… and env.KEY=…"
+        )
+    if default is not None and not any(word.startswith("env=") for word in words):
+        # The run's own function, which the user repeats to say that it may be run.
+        words = [word for word in words if word != f"env._target_={default.get('_target_')}"]
+    section = _composed_env(with_implied(words), default)
+    check_env_section(section)
+    return section
+
+
+def _composed_env(words: Sequence[str], default: Mapping[str, Any] | None) -> dict[str, Any]:
     if default is None or any(word.startswith("env=") for word in words):
         env = composed(*{"~experiment": None, **dict.fromkeys(words)}).env
         if missing := sorted(OmegaConf.missing_keys(env)):
@@ -73,9 +157,31 @@ def env_section(words: Sequence[str], default: Mapping[str, Any] | None = None) 
     return changed["env"]
 
 
+def opened_run(path: Path, words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the configuration of a run and the env section to act in, both trusted.
+
+    words: what the command line says about its configuration.
+    """
+    config = read_run(path)
+    env_words = [word for word in words if re.match(r"\+*env[.=]", word)]
+    for word in words:
+        key, _, value = word.partition("=")
+        if word not in env_words and OmegaConf.select(OmegaConf.create(config), key) != value:
+            raise ValueError(
+                f"{word} is not what {path} was trained with; expected the words of its training, "
+                "which say that its code may be run; leave this one out"
+            )
+    section = env_section(env_words, config["env"])
+    used = {"env": section, "model": config["model"], "planner": config["planner"]}
+    require_trusted(used, words)
+    return config, section
+
+
 def load_actor(path: Path, config: Mapping[str, Any], task: Task) -> Actor:
-    """Load the model of a run to act in a task, which need not be the one it was trained on."""
-    # The user names this run on the command line, as when it was trained: its own model is allowed.
+    """Load the model of a run to act in a task, which need not be the one it was trained on.
+
+    config: of the run, as `opened_run` returns it.
+    """
     model: Any = create_world_model(path, allow=(config["model"]["_target_"],)).eval()
     made = config_of(model) or {}
     known = {"obs_shape": task.obs.shape, "action_dim": task.actions.action_dim}
@@ -86,3 +192,16 @@ def load_actor(path: Path, config: Mapping[str, Any], task: Task) -> Actor:
                 "the environment that it was trained in"
             )
     return task.build_actor(model, config["planner"])
+
+
+def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested dicts and lists with its key, such as callbacks.mine.0.folder."""
+    if not isinstance(tree, Mapping | list):
+        yield prefix, tree
+        return
+    for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+        yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _yaml(file: Path) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(file))

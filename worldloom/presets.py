@@ -57,6 +57,12 @@ def load_preset(name: str) -> dict[str, Any]:
     return {str(k): v for k, v in result.items()}
 
 
+def read_choice(file: Path) -> dict[str, Any]:
+    """Return what a file of a group holds with its defaults, interpolations as they stand."""
+    held: Any = OmegaConf.to_container(_compose(file))
+    return held
+
+
 def describe_preset(name: str) -> str:
     """Return the first comment line of a preset's file."""
     known = {_public(f.stem): f for f in _model_files()}
@@ -100,7 +106,8 @@ def _compose(file: Path) -> DictConfig:
     entries = config.pop("defaults", [])
     for entry in entries:
         # "override /training…: x" says how a family is trained; only the command line reads it.
-        if isinstance(entry, str) and entry != "_self_":
+        # "default" of training and evaluation is no file but a class.
+        if isinstance(entry, str) and entry not in ("_self_", "default"):
             merged = OmegaConf.merge(merged, _compose(file.parent / f"{entry}.yaml"))
     merged = OmegaConf.merge(merged, config)
     return merged

@@ -1,9 +1,11 @@
 """The command: `python -m worldloom.run` composes a configuration, trains, evaluates, reports."""
 
 import logging
+import signal
 import sys
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import hydra
@@ -16,48 +18,82 @@ register_schemas()
 
 
 def train(cfg: DictConfig) -> dict[str, float]:
-    """Run one training as configured; return the final scores. Everything lies in cfg.folder."""
+    """Run or resume one training as configured; return the final scores.
+
+    Everything lies in cfg.folder.
+    """
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    from worldloom.run_folder import claimed
+
+    if getattr(rank_zero_only, "rank", 0):  # the first process of several holds the folder for all
+        return _train(cfg)
+    with claimed(Path(cfg.folder), cfg.resume is not None):
+        return _train(cfg)
+
+
+def _train(cfg: DictConfig) -> dict[str, float]:
     from hydra.utils import instantiate
 
-    from worldloom.assembly import Evaluator, build_data, open_task, prepare, settle_env
+    from worldloom.assembly import Evaluator, build_data, open_task, prepare, settled
+    from worldloom.resume import require_changeable
+    from worldloom.run_folder import CONFIG, SCORES, begin_anew, read_config, write_text
     from worldloom.saving import load_tensors, read_saved, save_model
     from worldloom.training.callbacks import Evaluation, log, x_axis
+    from worldloom.training.checkpoints import Checkpoints, has_checkpoint, interval, usable
     from worldloom.training.module import WorldModelModule
+    from worldloom.training.precision import require_precision
     from worldloom.transfer import transfer
 
+    interval(cfg.checkpoint.every)
+    require_precision(cfg.trainer.get("precision"))
     prepare(cfg.seed, cfg.threads)
-    plain: Any = OmegaConf.to_container(cfg, resolve=True)
     folder = Path(cfg.folder)
-    settle_env(plain)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(plain)))
+    config = settled(cfg)
+    plain: Any = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    resumes = False
+    if cfg.resume is not None:
+        changes = require_changeable(read_config(folder), config)
+        print(f"resuming {folder}", *changes, sep="\n  ", flush=True)
+        if not (resumes := has_checkpoint(folder / "checkpoints")):
+            print("it was stopped before its first checkpoint, so it begins anew", flush=True)
+            begin_anew(folder)
     task, dataset = open_task(plain)
     model: Any = task.build_model(plain["model"])
-    if cfg.init_from is not None:
+    if cfg.init_from is not None and not resumes:
         print(transfer(model, cfg.init_from).report(), flush=True)
     actor = task.build_actor(model, plain["planner"])
     data = build_data(plain, task, actor, dataset)
-    optimizer = instantiate(cfg.optimizer)
-    module = WorldModelModule(model, optimizer, log_every=cfg.training.log_every, config=plain)
+    saved = usable(folder / "checkpoints", data.damaged) if resumes else None
+    if saved is not None:
+        require_shapes(model, saved[1], folder)
+    write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
+    (folder / SCORES).unlink(missing_ok=True)
+    module = WorldModelModule(
+        model,
+        instantiate(cfg.optimizer),
+        log_every=cfg.training.log_every,
+        config=plain,
+        nonfinite=cfg.nonfinite,
+        folder=folder,
+    )
     evaluator = Evaluator(task, actor, plain["evaluation"])
     best = folder / "model" if cfg.evaluation.keep_best else None
     every = cfg.evaluation.every if task.make_env is not None else 0
     during = Evaluation(evaluator.during, every, best)
+    callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
     trainer = instantiate(
         cfg.trainer,
         logger=[instantiate(logger) for logger in cfg.logger.values() if logger],
-        callbacks=[during, *(instantiate(c) for c in cfg.callbacks.values() if c)],
+        # What the others do after an update belongs to a checkpoint of it.
+        callbacks=sorted([during, *callbacks], key=lambda c: isinstance(c, Checkpoints)),
     )
     print(task.describe(model), f"everything lies in {folder}", sep="\n", flush=True)
 
     for logger in trainer.loggers:
         logger.log_hyperparams(plain)
     start = time.monotonic()
-    try:
-        trainer.fit(module, data)
-    finally:
-        data.close()
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    fit(trainer, module, data, None if saved is None else saved[0], folder)
     if during.best is not None:
         load_tensors(model, read_saved(folder / "model")[1], folder)
     else:
@@ -71,12 +107,59 @@ def train(cfg: DictConfig) -> dict[str, float]:
         logger.finalize("success")
     unit = "env step" if dataset is None else "update"
     which = f" of the best model, from {unit} {during.best['step']:,}" if during.best else ""
-    report(cfg, scores, which, time.monotonic() - start)
+    write_text(folder / SCORES, OmegaConf.to_yaml({"step": step, **scores}))
+    report(cfg, plain, scores, which, time.monotonic() - start)
     return scores
 
 
-def report(cfg: DictConfig, scores: dict[str, float], which: str, seconds: float) -> None:
+def fit(trainer: Any, module: Any, data: Any, checkpoint: Path | None, folder: Path) -> None:
+    """Train to the end, from a checkpoint if there is one.
+
+    A signal stops the run between two updates; it is saved, says how to go on, and ends with the
+    exit code that shells know of the signal.
+    """
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from worldloom.finished import command
+    from worldloom.training.interruption import Interrupted, Interruption
+
+    interruption = Interruption()
+    data.check = interruption.check
+    try:
+        with interruption.listening():
+            trainer.fit(module, data, ckpt_path=checkpoint)
+        interruption.check()
+    except (Interrupted, SIGTERMException) as raised:
+        stopped = raised if isinstance(raised, Interrupted) else Interrupted(signal.SIGTERM)
+        done = f"{data.env_steps:,} environment steps and {module.updates:,} updates"
+        kept = f"saved after {done}" if stopped.between else "going back to the last checkpoint"
+        go_on = command(f"run resume={folder}", module.hparams["run"])
+        print(f"{stopped}; {kept}; to go on:\n{go_on}", flush=True)
+        sys.exit(stopped.exit_code)
+    finally:
+        data.close()
+
+
+def require_shapes(model: Any, checkpoint: dict[str, Any], folder: Path) -> None:
+    """Refuse to resume with a model that the checkpoint's tensors do not fit."""
+    saved = {k.removeprefix("model."): v.shape for k, v in checkpoint["state_dict"].items()}
+    now = {k: v.shape for k, v in model.state_dict().items()}
+    wrong = [k for k in {**saved, **now} if saved.get(k) != now.get(k)]
+    if wrong:
+        was, gets = (x.get(wrong[0]) for x in (saved, now))
+        raise ValueError(
+            f"the overrides change the model's shapes: {wrong[0]} has {was and tuple(was)} in the "
+            f"checkpoint, and {gets and tuple(gets)} now; leave them out, or begin a new run from "
+            f"this one's weights: init_from={folder}"
+        )
+
+
+def report(
+    cfg: DictConfig, plain: dict[str, Any], scores: dict[str, float], which: str, seconds: float
+) -> None:
     """Print what came out, and what to do with it."""
+    from worldloom.finished import command
+
     final, score = "there was no environment, so nothing was evaluated", " env=… (as in a run)"
     if scores:
         mean, std = scores["eval/return"], scores["eval/return_std"]
@@ -87,7 +170,7 @@ def report(cfg: DictConfig, scores: dict[str, float], which: str, seconds: float
         f"trained in {seconds / 60:.1f} minutes\n"
         f"everything:  {cfg.folder}\n"
         f"watch it:    tensorboard --logdir {cfg.folder}\n"
-        f"score it:    python -m worldloom.eval checkpoint={cfg.folder}{score}\n"
+        f"score it:    {command(f'eval checkpoint={cfg.folder}', plain)}{score}\n"
         f"act with it: model = worldloom.create_world_model({str(cfg.folder)!r})",
         flush=True,
     )
@@ -98,14 +181,21 @@ def _hydra_main(cfg: DictConfig) -> float | None:
     with job_errors():
         validate(cfg)
         logging.captureWarnings(True)
+        logging.raiseExceptions = False  # where worldloom.log cannot be written, go on
         return train(cfg).get("eval/return")
 
 
 def main() -> None:
     """Run the command line."""
-    sys.argv[1:] = with_implied(sys.argv[1:])
-    with readable_errors():
-        _hydra_main()
+    with readable_errors(), TemporaryDirectory() as scratch:
+        words: list[str] | None = with_implied(sys.argv[1:])
+        if any(word.startswith("resume=") for word in sys.argv[1:]):
+            from worldloom.resume import resumed_words
+
+            words = resumed_words(sys.argv[1:], Path(scratch))
+        if words is not None:
+            sys.argv[1:] = words
+            _hydra_main()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 """Models on disk: model.safetensors and config.yaml, and nothing that can run code."""
 
 import os
-from collections.abc import Sequence
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -26,8 +29,10 @@ def config_of(model: nn.Module) -> dict[str, Any] | None:
     return None
 
 
-def save_model(model: nn.Module, folder: str | Path) -> None:
-    """Write a model's tensors, and how to build it (see `config_of`).
+def save_model(
+    model: nn.Module, folder: str | Path, tensors: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write a model's tensors, or others for it, and how to build it (see `config_of`).
 
     Each file is written under a temporary name and then renamed, so a crash leaves no half file.
     """
@@ -39,14 +44,18 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    tensors = model.state_dict() if tensors is None else tensors
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     stored: set[int] = set()
     for name, tensor in tensors.items():
         # The format refuses tensors that share memory, such as tied weights.
         memory = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if memory in stored else tensor
         stored.add(memory)
-    save_file(tensors, folder / f".{WEIGHTS}")
+    try:
+        save_file(tensors, folder / f".{WEIGHTS}")
+    except SafetensorError as error:  # a full disk, for example
+        raise OSError(f"{folder / WEIGHTS} could not be written: {error}") from None
     text = OmegaConf.to_yaml(OmegaConf.create({"format": FORMAT, **_plain(config)}))
     (folder / f".{CONFIG}").write_text(text)
     for name in (WEIGHTS, CONFIG):
@@ -82,9 +91,17 @@ def read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         config: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
         tensors = load_file(folder / WEIGHTS)
     except Exception as error:
-        raise ValueError(f"the model in {folder} cannot be read: {error}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the model in {folder} cannot be read: {reason}; expected what save_pretrained wrote; "
+            "copy it again"
+        ) from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise ValueError(f"{folder / CONFIG} is not a saved worldloom model of format {FORMAT}")
+        held = config.get("format") if isinstance(config, dict) else None
+        raise ValueError(
+            f"{folder / CONFIG} is not a saved worldloom model of format {FORMAT}: it has the "
+            f"format {held!r}; a newer worldloom may read it"
+        )
     del config["format"]
     return config, tensors
 
@@ -96,9 +113,26 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]
         config = checkpoint["hyper_parameters"]["model"]
         state = checkpoint["state_dict"]
     except Exception as error:
-        raise ValueError(f"{file} is not a readable worldloom checkpoint: {error}") from None
+        raise ValueError(
+            f"{file} is not a readable worldloom checkpoint: {damage(file, error)}; nothing in it "
+            "was run. Expected one that python -m worldloom.run wrote; copy it again, or take "
+            "another"
+        ) from None
     prefix = "model."
     return config, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+
+
+def damage(file: Path, error: Exception) -> str:
+    """Say in a few words why torch could not read a file."""
+    if not zipfile.is_zipfile(file):
+        start = file.read_bytes()[:2] if file.is_file() else b""
+        kinds = {b"PK": "it was cut off", b"": "it is empty"}
+        return kinds.get(start, "it holds something else")
+    if found := re.search(r"GLOBAL (\S+)", str(error)):
+        return f"it wants to load {found[1]}"
+    if isinstance(error, KeyError | TypeError):
+        return f"it has no {error}" if isinstance(error, KeyError) else "it holds no dict"
+    return " ".join(str(error).split())[:300]
 
 
 def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], source: Path) -> None:

@@ -1,7 +1,10 @@
 """What is to be learned: an environment as the configuration names it, or a data set's spaces."""
 
 import functools
-from collections.abc import Callable, Mapping
+import inspect
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +12,7 @@ import torch
 from torch import nn
 
 from worldloom.acting import Actor
+from worldloom.check.report import OPTIONAL, SIGNATURES
 from worldloom.datasets import Dataset
 from worldloom.envs.custom import make_env as make_custom_env
 from worldloom.envs.custom import split_options
@@ -16,6 +20,7 @@ from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.vector import episode_length, frames_per_step, make_vector_env
 from worldloom.envs.workers import measured_workers
 from worldloom.factory import build_model, import_target
+from worldloom.presets import nearest
 
 # Keys of the env section that say how environments are run, not which.
 RUNNING = ("num_envs", "workers", "timeout")
@@ -44,7 +49,8 @@ class Task:
         collects: whether environments will be run otherwise than in this process.
         """
         make_env = env_maker(env)
-        probe: Any = make_vector_env(make_env)
+        with blaming(env["_target_"]):
+            probe: Any = make_vector_env(make_env)
         try:
             obs = ObsSpec.from_space(probe.single_observation_space, **(env.get("obs") or {}))
             actions = ActionSpec.from_space(probe.single_action_space)
@@ -74,7 +80,15 @@ class Task:
         knows = {"episode_length": self.episode_length, "episodic": "auto"}
         told = {k: v for k, v in knows.items() if k in config and config[k] is None}
         spaces = (self.obs.shape, self.actions.action_dim, self.actions.discrete)
-        return build_model({**config, **told}, *spaces)
+        model = build_model({**config, **told}, *spaces)
+        needed = [name for name in SIGNATURES if name not in OPTIONAL]
+        if lacking := [name for name in needed if not callable(getattr(model, name, None))]:
+            raise ValueError(
+                f"{config['_target_']} has no {', '.join(lacking)}; expected the methods of "
+                f"worldloom.protocol.WorldModel: {', '.join(needed)}; write them, and see "
+                "worldloom.check_world_model"
+            )
+        return model
 
     def build_actor(self, model: Any, planner: Mapping[str, Any]) -> Actor:
         """Let the model act with its policy, or plan with it if it has none."""
@@ -118,6 +132,27 @@ def env_maker(env: Mapping[str, Any]) -> Callable[[], Any]:
     make = import_target(str(env["_target_"]))
     kept = {k: v for k, v in env.items() if k not in (*RUNNING, "obs") and not k.startswith("_")}
     options, around = split_options(make, kept)
+    takes = inspect.signature(make).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        for key in options:
+            if key not in takes:
+                near = nearest(key, takes, "env.") or f"; it takes {', '.join(takes) or 'none'}"
+                raise ValueError(f"{env['_target_']} has no option 'env.{key}'{near}")
     if not around:
         return functools.partial(make, **options)
     return functools.partial(make_custom_env, make, options, **around)
+
+
+@contextmanager
+def blaming(target: str) -> Iterator[None]:
+    """Name the function whose environment cannot be made, where its error does not say so."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError):
+        raise  # our own, and what says which option is wrong
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f"{target} raised {type(error).__name__} in {frame.filename}:{frame.lineno}: {error}; "
+            "expected an environment; mend it (HYDRA_FULL_ERROR=1 shows the whole traceback)"
+        ) from error

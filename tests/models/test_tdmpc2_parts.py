@@ -322,8 +322,8 @@ def test_a_decoder_draws_no_random_number_of_others():
     [
         ({"num_bins": 1}, "num_bins is 1; expected at least 2"),
         ({"vmin": 10.0, "vmax": -10.0}, r"vmin is 10.0; expected a number below vmax = -10.0"),
-        ({"dropout": 1.5}, "dropout is 1.5; expected a probability"),
-        ({"tau": -1.0}, r"tau is -1.0; expected above 0"),
+        ({"dropout": 1.5}, r"'dropout' is 1.5; expected a number in \[0, 1\]"),
+        ({"tau": -1.0}, r"'tau' is -1.0; expected a number in \[0, 1\]"),
         ({"discount_denom": 0}, "discount_denom is 0; expected above 0"),
         ({"discount_min": 2.0}, r"discount_min is 2.0; expected from 0 to discount_max = 0.995"),
         ({"episode_length": "abc"}, "episode_length is 'abc'; expected at least 1, or null"),

@@ -186,3 +186,11 @@ def test_even_bins_keep_shapes_and_half_precision_is_computed_in_float32():
     ):
         assert function(half).dtype == torch.float32
         assert torch.equal(function(half), function(half.float()))
+
+
+def test_a_target_that_is_no_number_gives_a_loss_that_is_none():
+    """Not the loss of some bin, which would be learned without a word."""
+    logits = torch.zeros(3, 11, requires_grad=True)
+    target = torch.tensor([1.0, float("nan"), float("inf")])
+    for loss in (twohot_loss(logits, target), symlog_twohot_loss(logits, target, -5.0, 5.0)):
+        assert loss.isnan().tolist() == [False, True, False]

@@ -11,7 +11,7 @@ from torch import nn
 from worldloom import create_world_model
 from worldloom.saving import read_saved
 from worldloom.training import ReplayBuffer, ReplayDataModule, WorldModelModule, progress
-from worldloom.training.callbacks import Checkpoints, Evaluation, MetricsWriter, OpenLoop
+from worldloom.training.callbacks import Evaluation, MetricsWriter, OpenLoop
 from worldloom.training.progress import Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -29,6 +29,17 @@ class Line(nn.Module):
     def compute_loss(self, batch):
         self.updates += 1
         return {"loss": self.weight * 0 + self.updates}
+
+
+class Breaks(Line):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def compute_loss(self, batch):
+        if self.updates == 4:
+            raise self.error
+        return super().compute_loss(batch)
 
 
 class FakeCollector:
@@ -176,67 +187,6 @@ def test_rates_are_per_second(monkeypatch):
     assert notes.of("fps/env") == [(step, pytest.approx(rate)) for step, rate in expected]
 
 
-# ---- checkpoints ---------------------------------------------------------------------------------
-
-
-def test_a_run_is_saved_at_its_start_in_time_and_at_its_end(tmp_path, monkeypatch):
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(time, "monotonic", lambda: clock.now)
-    saved = []
-
-    class Spy(Checkpoints):
-        def save(self, trainer):
-            super().save(trainer)
-            saved.append(torch.load(self.file, weights_only=True)["updates"])
-
-    class Tick(Callback):
-        def on_train_batch_start(self, *args):
-            clock.now += 25.0
-
-    (tmp_path / "deep").mkdir()
-    fit(online(), Tick(), Spy(tmp_path / "deep" / "checkpoints", minutes=1))
-    assert saved == [0, 3, 6, 9, 12, 13]
-    assert [f.name for f in (tmp_path / "deep" / "checkpoints").iterdir()] == ["last.ckpt"]
-
-
-class Breaks(Line):
-    def __init__(self, error):
-        super().__init__()
-        self.error = error
-
-    def compute_loss(self, batch):
-        if self.updates == 4:
-            raise self.error
-        return super().compute_loss(batch)
-
-
-def test_a_run_that_breaks_off_is_saved(tmp_path):
-    with pytest.raises(RuntimeError, match="the disk is on fire"):
-        fit(online(), Checkpoints(tmp_path, 99), model=Breaks(RuntimeError("the disk is on fire")))
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["updates"] == 4
-
-
-def test_broken_numbers_do_not_replace_a_good_checkpoint(tmp_path):
-    with pytest.raises(FloatingPointError):
-        fit(online(), Checkpoints(tmp_path, 99), model=Breaks(FloatingPointError("nan")))
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["updates"] == 0
-
-
-def test_a_save_that_fails_leaves_the_last_one(tmp_path):
-    class Full(Checkpoints):
-        def on_train_end(self, trainer, pl_module):
-            def disk_full(path, **kwargs):
-                path.write_bytes(b"half")
-                raise OSError("No space left on device")
-
-            trainer.save_checkpoint = disk_full
-            super().on_train_end(trainer, pl_module)
-
-    with pytest.raises(OSError, match="No space"):
-        fit(online(), Full(tmp_path))
-    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["updates"] == 0
-
-
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
@@ -281,9 +231,32 @@ def test_the_best_model_is_kept_and_of_equals_the_later(tmp_path):
 
 def test_the_best_score_survives_a_resume():
     evaluation, again = (Evaluation(Scores(), every=20) for _ in range(2))
-    evaluation.best, evaluation._next = {"step": 40, "return": 7.0}, 60
+    evaluation.best, evaluation._next, evaluation._scored = {"step": 40, "return": 7.0}, 60, 9
     again.load_state_dict(evaluation.state_dict())
     assert again.best == evaluation.best and again._next == 60
+    assert again.state_dict() == evaluation.state_dict()
+
+
+def test_a_resume_puts_the_best_model_back_that_it_was_saved_with(tmp_path):
+    """A later one may have been written between the checkpoint and the kill."""
+    kept = Evaluation(Scores(1.0, 7.0), every=30, folder=tmp_path / "model")
+    fit(online(), kept)
+    state = kept.state_dict()
+    best = read_saved(tmp_path / "model")[1]
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"of another model")
+    again = Evaluation(Scores(), every=0, folder=tmp_path / "model")
+    again.load_state_dict(state)
+    fit(online(), again)
+    assert again.best == kept.best
+    assert read_saved(tmp_path / "model")[1]["weight"] == best["weight"]
+
+
+def test_a_resumed_run_may_evaluate_at_other_steps():
+    notes = fit(online(), changed := Evaluation(Scores(1.0, 2.0), every=30))
+    again = Evaluation(Scores(*range(9)), every=12)
+    again.load_state_dict({**changed.state_dict(), "next": 1000})
+    notes = fit(online(), again)
+    assert [step for step, _ in notes.of("eval/return")] == [12, 24, 36, 48, 60]
 
 
 # ---- pictures ------------------------------------------------------------------------------------

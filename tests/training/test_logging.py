@@ -1,5 +1,6 @@
 import csv
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,47 @@ def test_the_file_is_readable_after_every_row(tmp_path):
         logger.log_metrics({"old": i, f"new{i // 2}": i}, step=i)
         assert len(rows_of(tmp_path)) == i + 1
     assert [f.name for f in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_a_rewound_file_is_that_of_the_moment(tmp_path):
+    logger = MetricsCSV(tmp_path)
+    logger.log_metrics({"a": 1}, step=1)
+    logger.log_metrics({"a": 2}, step=2)
+    before, state = (tmp_path / "metrics.csv").read_bytes(), logger.state_dict()
+    logger.log_metrics({"a": 3, "b": 3}, step=3)
+    again = MetricsCSV(tmp_path)
+    again.load_state_dict(state)
+    assert (tmp_path / "metrics.csv").read_bytes() == before
+    again.log_metrics({"a": 4}, step=3)
+    assert [row["a"] for row in rows_of(tmp_path)] == ["1", "2", "4"]
+
+
+def test_rows_wait_while_the_disk_is_full(tmp_path, monkeypatch, caplog):
+    logger = MetricsCSV(tmp_path)
+    logger.log_metrics({"a": 1}, step=1)
+    real = Path.open
+
+    def half_a_row(self, mode="r", *args, **kwargs):
+        if mode == "r+b":
+            with real(self, "ab") as file:
+                file.write(b"2,")
+            raise OSError(28, "No space left on device")
+        return real(self, mode, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", half_a_row)
+    logger.log_metrics({"a": 2}, step=2)
+    logger.log_metrics({"a": 3}, step=3)
+    state = logger.state_dict()
+    assert state["waiting"] == [{"step": 2, "a": 2}, {"step": 3, "a": 3}]
+    assert caplog.text.count("No space left") == 1
+    monkeypatch.setattr(Path, "open", real)
+    logger.log_metrics({"a": 4}, step=4)
+    expected = [str(i) for i in range(1, 5)]
+    assert [row["step"] for row in rows_of(tmp_path)] == expected
+    again = MetricsCSV(tmp_path)  # killed after the state was saved
+    again.load_state_dict(state)
+    again.log_metrics({"a": 4}, step=4)
+    assert [row["a"] for row in rows_of(tmp_path)] == expected
 
 
 # ---- TensorBoard ---------------------------------------------------------------------------------
@@ -114,3 +156,37 @@ def test_the_settings_are_there_as_text_and_beside_the_final_metric(board):
     )
     (metric,) = accumulator.Scalars("eval/return")
     assert (metric.step, metric.value) == (5000, 480.0)
+
+
+def test_what_was_logged_after_a_checkpoint_is_forgotten_on_resume(tmp_path):
+    logger = TensorBoard(tmp_path)
+    for step in (1, 2):
+        logger.log_metrics({"a": float(step)}, step=step)
+    state = logger.state_dict()
+    logger.log_metrics({"a": 33.0}, step=3)
+    logger.finalize("failed")
+    again = TensorBoard(tmp_path)
+    again.load_state_dict(state)
+    again.log_metrics({"a": 3.0}, step=3)
+    again.finalize("success")
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("a")] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_a_full_disk_costs_points_not_the_run(tmp_path, monkeypatch, caplog):
+    logger = TensorBoard(tmp_path)
+    logger.log_metrics({"a": 1.0}, step=1)
+    writer = logger.experiment._get_file_writer()
+
+    def full(event):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer.event_writer, "add_event", full)
+    logger.log_metrics({"a": 2.0}, step=2)
+    logger.log_metrics({"a": 3.0}, step=3)  # a new file
+    logger.finalize("success")
+    assert caplog.text.count("No space left") == 1
+    board = EventAccumulator(str(tmp_path))
+    board.Reload()
+    assert {e.step for e in board.Scalars("a")} >= {3}

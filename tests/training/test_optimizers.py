@@ -306,3 +306,10 @@ def test_adam_goes_on_exactly_after_a_restart():
 def test_adam_refuses_to_clip_to_nothing():
     with pytest.raises(ValueError, match=r"max_norm=0\.0; expected one above 0, or None"):
         Adam(parameters(), max_norm=0.0)
+
+
+def test_a_model_of_vectors_alone_has_nothing_to_decay():
+    vector = nn.Parameter(torch.ones(3))
+    vector.grad = torch.zeros(3)
+    LaProp([vector], lr=0.1, warmup=0, weight_decay=0.5).step()
+    assert vector.tolist() == [1.0, 1.0, 1.0]

@@ -92,6 +92,11 @@ def read_about(path: Path) -> dict[str, Any]:
         about: Any = OmegaConf.to_container(OmegaConf.load(file))
     except (YAMLError, OSError, ValueError) as error:
         raise ValueError(f"{file} is no YAML ({error}); correct or delete it") from error
+    if not isinstance(about, dict):
+        raise ValueError(
+            f"{file} holds no keys; expected those that worldloom/datasets/folder.py lists; "
+            "correct or delete it"
+        )
     kinds = {"action_dim": int | list, "discrete": bool, "obs_shape": list | dict, "env": dict}
     for key, kind in kinds.items():
         if about.get(key) is not None and not isinstance(about[key], kind):

@@ -32,8 +32,13 @@ class FolderWriter:
             kept = {k: v for k, v in read_about(folder).items() if k not in ("episodes", "steps")}
             self._write_about(kept)  # counts are there again when all is written
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        self._write_about({"env": env, **spaces, "obs_shape": obs.shape})
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_about({"env": env, **spaces, "obs_shape": obs.shape})
+        except OSError as error:
+            raise ValueError(
+                f"{folder} cannot be written ({error.strerror}); choose a folder that can be"
+            ) from error
 
     def add(self, episode: Episode) -> Path:
         """Write one episode under a free number; the file appears when it is complete."""

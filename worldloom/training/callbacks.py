@@ -1,6 +1,6 @@
-"""What happens beside training: metrics, checkpoints, evaluation, a look at the imagination."""
+"""What happens beside training: metrics, evaluation, a look at the imagination."""
 
-import os
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,22 +9,42 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from worldloom.saving import save_model
+from worldloom.saving import read_saved, save_model
 from worldloom.training.module import WorldModelModule
+
+messages = logging.getLogger(__name__)
 
 
 class MetricsWriter(Callback):
     """Send train/…, episode/…, env/…, fps/… and replay/… to the loggers every `log_every` updates.
 
-    The x-axis is environment steps in online runs and updates in offline ones.
+    The x-axis is environment steps in online runs and updates in offline ones. A resumed run's
+    loggers go back to where they were when it was saved: what came after it is written again.
     """
 
     def __init__(self) -> None:
         self._mark = (0.0, 0, 0)
+        self._loggers: list[Any] = []
+        self._saved: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remember the loggers, whose states are saved."""
+        self._loggers = [logger for logger in trainer.loggers if hasattr(logger, "state_dict")]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far the loggers are."""
+        return {type(logger).__name__: logger.state_dict() for logger in self._loggers}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember how far the loggers were."""
+        self._saved = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clocks."""
+        """Start the clocks, and rewind the loggers."""
         self._mark = (time.monotonic(), *_counts(trainer, pl_module))
+        for logger in self._loggers:
+            if type(logger).__name__ in self._saved:
+                logger.load_state_dict(self._saved[type(logger).__name__])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -47,7 +67,7 @@ class MetricsWriter(Callback):
         for episode in episodes:
             step = int(episode.pop("env_steps"))
             log(trainer, {f"episode/{name}": value for name, value in episode.items()}, step)
-        if not pl_module.metrics.count:
+        if not pl_module.metrics.count and not pl_module.metrics.once:
             return
         now = time.monotonic()
         then, steps, updates = self._mark
@@ -63,51 +83,6 @@ class MetricsWriter(Callback):
         if data.collector is not None:
             metrics |= data.collector.metrics()
         log(trainer, metrics, x_axis(trainer, pl_module))
-
-
-class Checkpoints(Callback):
-    """Save the run at its start, every so many minutes, at its end and when it breaks off.
-
-    A checkpoint is written under a temporary name, flushed to the disk and then renamed.
-    """
-
-    def __init__(self, folder: str | Path, minutes: float = 10.0) -> None:
-        self.file = Path(folder) / "last.ckpt"
-        self.minutes = minutes
-        self._saved = 0.0
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the untrained run: a folder always has a checkpoint."""
-        self.save(trainer)
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save when it is time."""
-        if time.monotonic() - self._saved > 60 * self.minutes:
-            self.save(trainer)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the finished run."""
-        self.save(trainer)
-
-    def on_exception(
-        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
-    ) -> None:
-        """Save what was learned before an interruption; numbers that broke are not worth it."""
-        if trainer.training and not isinstance(exception, FloatingPointError):
-            self.save(trainer)
-
-    def save(self, trainer: Trainer) -> None:
-        """Write the checkpoint."""
-        self._saved = time.monotonic()
-        temporary = self.file.with_suffix(".tmp")
-        trainer.save_checkpoint(temporary, weights_only=False)
-        if not trainer.is_global_zero:
-            return
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, self.file)
 
 
 class Evaluation(Callback):
@@ -126,6 +101,15 @@ class Evaluation(Callback):
         self.best: dict[str, float] | None = None
         self._next = every
         self._scored = -1  # updates of the model that was scored last
+        # Of the best model, while they do not lie in its folder: after a resume, on a full disk.
+        self._weights: dict[str, Any] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After a resume, put the best model back: a later one may have been saved since."""
+        self._save_best(pl_module)
+        if self.every:  # which the resumed run may have changed
+            steps = x_axis(trainer, pl_module)
+            self._next = steps - steps % self.every + self.every
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -142,14 +126,20 @@ class Evaluation(Callback):
         assert isinstance(pl_module, WorldModelModule)
         if self.every and pl_module.updates != self._scored:
             self._score(trainer, pl_module)
+        self._save_best(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best score and when the next evaluation is due."""
-        return {"best": self.best, "next": self._next}
+        """Return the best score, the best model and when the next evaluation is due."""
+        weights = self._weights
+        if weights is None and self.folder is not None and self.best is not None:
+            weights = read_saved(self.folder)[1]
+        state = {"best": self.best, "next": self._next, "scored": self._scored}
+        return {**state, "weights": weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self.best, self._next = state_dict["best"], state_dict["next"]
+        self._scored, self._weights = state_dict["scored"], state_dict["weights"]
 
     def _score(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, WorldModelModule)
@@ -160,8 +150,20 @@ class Evaluation(Callback):
         log(trainer, scores, step)
         # Of equal scores the later counts: it has seen more.
         if self.folder and (self.best is None or scores["eval/return"] >= self.best["return"]):
-            save_model(module.model, self.folder)
             self.best = {"step": step, "return": scores["eval/return"]}
+            try:
+                save_model(module.model, self.folder)
+                self._weights = None
+            except OSError as error:
+                messages.warning("the best model waits to be saved: %s", error)
+                tensors = module.model.state_dict().items()
+                self._weights = {k: v.detach().to("cpu", copy=True) for k, v in tensors}
+
+    def _save_best(self, module: LightningModule) -> None:
+        assert isinstance(module, WorldModelModule)
+        if self._weights is not None and self.folder is not None:
+            save_model(module.model, self.folder, self._weights)
+            self._weights = None
 
 
 class OpenLoop(Callback):

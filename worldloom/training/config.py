@@ -1,5 +1,6 @@
 """Settings of a run that belong to no model and no environment, checked when they are made."""
 
+import math
 from dataclasses import dataclass, fields
 
 
@@ -52,6 +53,10 @@ class TrainingConfig:
             _require(self.grad_clip > 0, "grad_clip", self.grad_clip, "above 0, or null for none")
         if self.prefill is not None:
             _require(self.prefill >= 1, "prefill", self.prefill, "at least 1, or null for a batch")
+        for name in ("learning_rate", "train_ratio", "grad_clip"):
+            value = getattr(self, name)
+            ok = value is None or math.isfinite(value)
+            _require(ok, name, value, "a finite number")
 
 
 @dataclass
@@ -82,6 +87,7 @@ class EvaluationConfig:
         for name in ("episodes", "episodes_during", "num_envs"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.every >= 0, "every", self.every, "at least 0")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, f"from 0 to {2**32 - 1}")
 
 
 def field_names(cls: type) -> list[str]:

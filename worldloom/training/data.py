@@ -107,6 +107,10 @@ class ReplayDataModule(lightning.LightningDataModule):
         self.total_steps = total_steps
         self.across_episodes = across_episodes
         self.refresh = refresh
+        # Called before every step of collecting; may raise to stop there.
+        self.check: Callable[[], None] = lambda: None
+        # Called before a state is made: the replay finishes one after the other.
+        self.written: Callable[[], None] = lambda: None
         self._pool = None if refresh is None else ThreadPoolExecutor(1, "collector")
         self._ahead: Future[None] | None = None
         self.updates = 0
@@ -161,6 +165,7 @@ class ReplayDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Return counters, replay and collector, so that the ratio is exact after a resume."""
         self.settle()
+        self.written()
         self._store_latents()
         return {
             "updates": self.updates,
@@ -188,6 +193,18 @@ class ReplayDataModule(lightning.LightningDataModule):
         if self._origin is not None and state_dict["train_ratio"] != self.train_ratio:
             # A changed ratio holds from now on; applied to the past it would owe a huge burst.
             self._origin = (self.env_steps, self.replayed_steps)
+
+    def finish(self, state: dict[str, Any]) -> None:
+        """Write what a saved state needs of the replay's files, and name them in it."""
+        self.buffer.finish(state["buffer"])
+
+    def keep(self, states: list[dict[str, Any]]) -> None:
+        """Delete the replay's files that none of these states needs."""
+        self.buffer.keep({name for state in states for name in state["buffer"]["files"]})
+
+    def damaged(self, state: dict[str, Any]) -> list[str]:
+        """Name the replay's files that a saved state needs and that are damaged or missing."""
+        return self.buffer.damaged(state["buffer"])
 
     def settle(self) -> None:
         """Wait until nothing is being collected; to be called before looking at the replay."""
@@ -226,6 +243,7 @@ class ReplayDataModule(lightning.LightningDataModule):
         """Collect until the next batch is owed, or everything is collected."""
         assert self.collector is not None
         while not self._owes_batch() and self.env_steps < self.total_steps:
+            self.check()
             self.collector.step()
 
     @property
@@ -246,6 +264,7 @@ class ReplayDataModule(lightning.LightningDataModule):
             # Where all episodes are too short, waiting is in vain: sampling says so.
             self.env_steps < 2 * self._start and not self.buffer.can_sample(self._rows, **within)
         ):
+            self.check()
             self.collector.step()
 
     def _owes_batch(self) -> bool:

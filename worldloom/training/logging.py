@@ -2,8 +2,10 @@
 
 import csv
 import io
+import logging
 import textwrap
 from argparse import Namespace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import OmegaConf
 from PIL import Image
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
+
+log = logging.getLogger(__name__)
 
 
 class TensorBoard(TensorBoardLogger):
@@ -20,6 +25,25 @@ class TensorBoard(TensorBoardLogger):
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(str(folder), name="", version="", default_hp_metric=False)
+        self._last = -1  # step of the newest point
+        self._full = False
+
+    def state_dict(self) -> dict[str, int]:
+        """Return how far the curves go."""
+        return {"last": self._last}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Tell TensorBoard to forget what was logged later than that: it is logged again."""
+        self._last = state["last"]
+        writer = self.experiment._get_file_writer()
+        start = SessionLog(status=SessionLog.START)
+        writer.add_event(Event(step=self._last + 1, session_log=start))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Add a point to each curve."""
+        self._try(lambda: super(TensorBoard, self).log_metrics(metrics, step))
+        self._last = max(self._last, step or 0)
 
     @rank_zero_only
     def log_hyperparams(
@@ -31,8 +55,9 @@ class TensorBoard(TensorBoardLogger):
         """Add the settings as text at the start, and beside the final metrics at the end."""
         if metrics is None:
             text = OmegaConf.to_yaml(OmegaConf.create(dict(params)))
-            self.experiment.add_text("config", textwrap.indent(text, "    "))  # Markdown for code
-        super().log_hyperparams(params, metrics, step)
+            block = textwrap.indent(text, "    ")  # Markdown for code
+            self._try(lambda: self.experiment.add_text("config", block))
+        self._try(lambda: super(TensorBoard, self).log_hyperparams(params, metrics, step))
 
     @rank_zero_only
     def log_picture(self, name: str, picture: np.ndarray, step: int) -> None:
@@ -47,7 +72,31 @@ class TensorBoard(TensorBoardLogger):
             height=height, width=width, colorspace=3, encoded_image_string=data.getvalue()
         )
         summary = Summary(value=[Summary.Value(tag=name, image=image)])
-        self.experiment._get_file_writer().add_summary(summary, step)
+        self._try(lambda: self.experiment._get_file_writer().add_summary(summary, step))
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what waits in memory."""
+        self._try(lambda: super(TensorBoard, self).finalize(status))
+
+    def _try(self, write: Callable[[], None]) -> None:
+        """Write events; on a full disk say so once, and go on without their points."""
+        try:
+            if self._full:
+                probe = Path(self.log_dir) / ".probe"
+                probe.write_bytes(bytes(2**16))
+                probe.unlink()
+            write()
+            self._full = False
+        except (OSError, ValueError) as raised:
+            error = raised.__cause__ or raised  # Lightning makes a ValueError of all
+            if not isinstance(error, OSError):
+                raise
+            # What the writer has begun cannot be finished: the next point begins a new file.
+            self._experiment = None
+            if not self._full:
+                log.warning("TensorBoard's events cannot be written now (%s)", error)
+            self._full = True
 
 
 def _save_gif(film: np.ndarray, data: io.BytesIO) -> None:
@@ -61,13 +110,17 @@ def _save_gif(film: np.ndarray, data: io.BytesIO) -> None:
 class MetricsCSV(Logger):
     """All scalars in one metrics.csv: a row per step, a column per name.
 
-    Rows are appended as they come; only when a new name appears is the file rewritten.
+    Rows are appended as they come; only when a new name appears is the file rewritten. Rows that a
+    full disk refuses wait for the next one.
     """
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.file = Path(folder) / "metrics.csv"
-        self.columns = ["step"]
+        self.columns, rows = self._read()
+        self._rows = len(rows)
+        self._size = self.file.stat().st_size if rows else 0
+        self._waiting: list[dict[str, Any]] = []
 
     @property
     def name(self) -> str:
@@ -79,6 +132,17 @@ class MetricsCSV(Logger):
         """Version of the logger; there is only one."""
         return ""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return how far the file goes, and the rows that wait."""
+        waiting = [{k: _number(v) for k, v in row.items()} for row in self._waiting]
+        return {"columns": list(self.columns), "rows": self._rows, "waiting": waiting}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Cut the file back to that: what came later is logged again."""
+        _, rows = self._read()
+        self._rewrite(list(state["columns"]), rows[: state["rows"]])
+        self._waiting = list(state["waiting"])
+
     @rank_zero_only
     def log_hyperparams(
         self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
@@ -88,23 +152,51 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append one row."""
-        if new := [name for name in metrics if name not in self.columns]:
-            self._widen(new)
-        with self.file.open("a", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writerow({"step": step, **metrics})
+        self._waiting.append({"step": step, **metrics})
+        try:
+            self._write()
+        except OSError as error:
+            if len(self._waiting) == 1:
+                log.warning("%s cannot be written now (%s); its rows wait", self.file, error)
 
-    def _widen(self, new: list[str]) -> None:
-        rows: list[dict[str, str]] = []
-        if self.file.exists():
-            with self.file.open(newline="") as file:
-                reader = csv.DictReader(file)
-                rows = list(reader)
-                self.columns = list(dict.fromkeys([*(reader.fieldnames or ()), *self.columns]))
-        self.columns += [name for name in new if name not in self.columns]
+    def _write(self) -> None:
+        names = dict.fromkeys(name for row in self._waiting for name in row)
+        if not self._size or any(name not in self.columns for name in names):
+            _, rows = self._read()
+            columns = list(dict.fromkeys([*self.columns, *names]))
+            self._rewrite(columns, [*rows[: self._rows], *self._waiting])
+        else:
+            lines = _csv(self.columns, self._waiting)
+            with self.file.open("r+b") as file:
+                file.truncate(self._size)  # where the disk was full in the middle of a row
+                file.seek(self._size)
+                file.write(lines)
+            self._size += len(lines)
+            self._rows += len(self._waiting)
+        self._waiting = []
+
+    def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
+        """Return the columns and rows of the file."""
+        if not self.file.exists():
+            return ["step"], []
+        with self.file.open(newline="") as file:
+            reader = csv.DictReader(file)
+            return list(reader.fieldnames or ["step"]), list(reader)
+
+    def _rewrite(self, columns: list[str], rows: list[dict[str, Any]]) -> None:
+        text = _csv(columns, [dict(zip(columns, columns, strict=True)), *rows])
         temporary = self.file.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
+        temporary.write_bytes(text)
         temporary.replace(self.file)
+        self.columns, self._rows, self._size = columns, len(rows), len(text)
+
+
+def _csv(columns: list[str], rows: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns, extrasaction="ignore").writerows(rows)
+    return text.getvalue().encode()
+
+
+def _number(value: Any) -> Any:
+    """Return what a checkpoint can hold: a Python number."""
+    return value.item() if hasattr(value, "item") else value

@@ -183,9 +183,10 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-        except (ValueError, OSError, EOFError) as error:
+        except Exception as error:
             raise ValueError(
-                f"{path} is not a readable npz file of plain arrays: {error}"
+                f"{path} is not a readable npz file of plain arrays: {error}; nothing in it was "
+                "run. Copy it again"
             ) from None
     else:
         arrays = _ArraysOnly(io.BytesIO(path.read_bytes())).read(path)

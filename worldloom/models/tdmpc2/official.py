@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from worldloom.models.tdmpc2.model import TDMPC2
+from worldloom.saving import damage
 
 log = logging.getLogger(__name__)
 
@@ -74,8 +75,8 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be read as tensors alone: {' '.join(str(error).split())[:300]}; "
-            "nothing in it was run. Expected a checkpoint of the official TD-MPC2"
+            f"{path} cannot be read as tensors alone: {damage(path, error)}; nothing in it was "
+            "run. Expected a checkpoint of the official TD-MPC2; copy it again, or take another"
         ) from None
     state = content.get("model", content) if isinstance(content, Mapping) else {}
     tensors = {

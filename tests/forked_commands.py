@@ -1,0 +1,96 @@
+"""Run commands of worldloom in processes of their own that need not import torch again.
+
+usage: python tests/forked_commands.py
+
+Reads one JSON object a line from stdin: {"module": "worldloom.run", "words": […], "folder": …};
+"kill": [seconds, signal] sends it a signal after so long, "seconds" is what it may take at most.
+Everything is imported once; each command is then a fork, in that folder, with its own stdin, stdout
+and stderr, that calls the module's main() as `python -m MODULE WORDS…` does. Writes one JSON object
+a line to stdout: {"code": exit code, "out": …, "err": …}.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+# What the commands import, and what they import later, where they need it.
+COMMANDS = ("run", "eval", "collect", "bench", "envs.check")
+LATER = (
+    "assembly",
+    "finished",
+    "transfer",
+    "models.dreamerv3.official",
+    "models.tdmpc2.official",
+    "training.callbacks",
+    "training.logging",
+    "training.module",
+    "training.optimizers",
+    "training.progress",
+)
+WAITS = os.WEXITED | os.WNOHANG | os.WNOWAIT
+SECONDS = 30  # that a command may take
+
+
+def run(module: str, words: list[str]) -> int:
+    """Call the command's main() and return its exit code, as the interpreter would."""
+    sys.argv = [f"{module.rpartition('.')[2]}.py", *words]
+    sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(module).main()
+    except SystemExit as stopped:
+        if isinstance(stopped.code, str):
+            print(stopped.code, file=sys.stderr)
+        return stopped.code if isinstance(stopped.code, int) else int(stopped.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def fork(
+    module: str,
+    words: list[str],
+    folder: str,
+    kill: tuple[float, int] | None = None,
+    seconds: int = SECONDS,
+) -> dict[str, object]:
+    """Run a command in a fork; return its exit code and what it printed."""
+    files = {1: Path(folder) / ".stdout", 2: Path(folder) / ".stderr"}
+    child = os.fork()
+    if child == 0:
+        os.chdir(folder)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for number, file in files.items():
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        signal.alarm(seconds)
+        code = run(module, words)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if kill is not None:
+        end = time.monotonic() + kill[0]
+        while time.monotonic() < end and not os.waitid(os.P_PID, child, WAITS):
+            time.sleep(0.002)
+        os.kill(child, kill[1])  # it is still there, as a zombie at least
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return {"code": code, "out": files[1].read_text(), "err": files[2].read_text()}
+
+
+if __name__ == "__main__":
+    for name in (*COMMANDS, *LATER):
+        importlib.import_module(f"worldloom.{name}")
+    for package in ("h5py", "minari"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(package)
+    cli = importlib.import_module("worldloom.cli")
+    cli.composed()  # Hydra looks for its plugins once
+    gc.freeze()  # what a fork does not touch, it need not copy
+    for line in sys.stdin:
+        print(json.dumps(fork(**json.loads(line))), flush=True)
