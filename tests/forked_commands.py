@@ -3,7 +3,8 @@
 usage: python tests/forked_commands.py
 
 Reads one JSON object a line from stdin: {"module": "worldloom.run", "words": […], "folder": …};
-"kill": [seconds, signal] sends it a signal after so long, "seconds" is what it may take at most.
+"kill": [seconds or path, signal] sends it a signal after so long, or once it has written that path
+again; "seconds" is what it may take at most.
 Everything is imported once; each command is then a fork, in that folder, with its own stdin, stdout
 and stderr, that calls the module's main() as `python -m MODULE WORDS…` does. Writes one JSON object
 a line to stdout: {"code": exit code, "out": …, "err": …}.
@@ -18,6 +19,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 # What the commands import, and what they import later, where they need it.
@@ -54,14 +56,29 @@ def run(module: str, words: list[str]) -> int:
     return 0
 
 
+def moment(when: float | str, folder: str) -> Callable[[], bool]:
+    """Return what tells whether so many seconds are over, or a path was written again."""
+    if not isinstance(when, str):
+        end = time.monotonic() + when
+        return lambda: time.monotonic() > end
+    path = Path(folder, when)
+
+    def written() -> int:
+        return path.stat().st_mtime_ns if path.exists() else 0
+
+    before = written()
+    return lambda: written() > before
+
+
 def fork(
     module: str,
     words: list[str],
     folder: str,
-    kill: tuple[float, int] | None = None,
+    kill: tuple[float | str, int] | None = None,
     seconds: int = SECONDS,
 ) -> dict[str, object]:
     """Run a command in a fork; return its exit code and what it printed."""
+    is_time = moment(kill[0], folder) if kill else None
     files = {1: Path(folder) / ".stdout", 2: Path(folder) / ".stderr"}
     child = os.fork()
     if child == 0:
@@ -74,9 +91,8 @@ def fork(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    if kill is not None:
-        end = time.monotonic() + kill[0]
-        while time.monotonic() < end and not os.waitid(os.P_PID, child, WAITS):
+    if kill and is_time:
+        while not is_time() and not os.waitid(os.P_PID, child, WAITS):
             time.sleep(0.002)
         os.kill(child, kill[1])  # it is still there, as a zombie at least
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -6,6 +6,7 @@ import sys
 import time
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -72,6 +73,14 @@ def test_overrides_win_and_what_is_computed_from_them_follows(run, tmp_path):
     ]
 
 
+def test_what_a_resolver_found_is_written_down(tmp_path, monkeypatch):
+    """A file that names resolvers is not taken back; nor need they find the same again."""
+    monkeypatch.setenv("CORES", "3")
+    run = begun(tmp_path / "run", "name=${oc.env:CORES}")
+    monkeypatch.delenv("CORES")
+    assert resumed([f"resume={run}"], tmp_path).name == "3"
+
+
 def test_another_trainer_can_be_chosen(run, tmp_path):
     cfg = resumed([f"resume={run}", "trainer=gpu", "trainer.devices=2"], tmp_path)
     assert cfg.trainer.accelerator == "gpu" and cfg.trainer.devices == 2
@@ -119,25 +128,53 @@ def test_a_config_of_something_else_is_refused(run, tmp_path, text):
 
 
 @pytest.mark.parametrize(
-    ("section", "target"),
+    ("key", "value"),
     [
-        ("callbacks.more", "os.system"),
-        ("model", "my_pkg.MyModel"),
-        ("env", "my_pkg.make_env"),
-        ("trainer", "worldloom.run.sys.exit"),
+        ("callbacks.more._target_", "os.system"),
+        ("model._target_", "my_pkg.MyModel"),
+        ("env._target_", "my_pkg.make_env"),
+        ("env.id", "my_pkg:MyEnv-v0"),
+        ("trainer._target_", "worldloom.run.sys.exit"),
+        # What worldloom ships, where it does not belong: Hydra builds it at any depth.
+        ("trainer.profiler._target_", "worldloom.envs.gymnasium.make_env"),
+        ("callbacks.more._target_", "lightning.Trainer"),
     ],
 )
 def test_code_that_a_config_names_is_not_run_unless_the_user_names_it_too(
-    run, tmp_path, section, target
+    run, tmp_path, key, value
 ):
     config = OmegaConf.load(run / CONFIG)
-    OmegaConf.update(config, f"{section}._target_", target, force_add=True)
+    OmegaConf.update(config, key, value, force_add=True)
     (run / CONFIG).write_text(OmegaConf.to_yaml(config))
-    with pytest.raises(ValueError, match=rf"{section}\._target_={target}"):
+    with pytest.raises(ValueError, match=f"if you trust it, say so by adding: {key}={value}"):
         resume.resumed_words([f"resume={run}"], scratch(tmp_path))
-    trusted = [f"resume={run}", f"{section}._target_={target}"]
-    trusted += ["env=custom"] * (section == "env")
-    assert OmegaConf.select(resumed(trusted, tmp_path), f"{section}._target_") == target
+    trusted = [f"resume={run}", f"{key}={value}"] + ["env=custom"] * key.startswith("env._")
+    assert OmegaConf.select(resumed(trusted, tmp_path), key) == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("name", "${oc.env:HOME}"),
+        ("name", "${${init_from}:HOME}"),
+        ("name", "${training[${folder}]}"),
+        ("model._target_", "${name}"),
+    ],
+)
+def test_nothing_is_put_together_that_could_not_be_judged(run, tmp_path, key, value):
+    text = (run / CONFIG).read_text()
+    config = OmegaConf.to_container(OmegaConf.create(text))
+    section, _, name = key.rpartition(".")
+    (config[section] if section else config)[name] = value
+    (run / CONFIG).write_text(yaml.safe_dump(config))
+    with pytest.raises(ValueError, match=f"{key} in .*config.yaml holds"):
+        resume.resumed_words([f"resume={run}"], scratch(tmp_path))
+
+
+def test_to_resume_nothing_is_a_new_run(tmp_path):
+    for word in ("resume=", "resume=null", "+resume=null"):
+        words = resume.resumed_words([*WORDS, word], scratch(tmp_path))
+        assert words == with_implied(WORDS)
 
 
 # ---- finished ------------------------------------------------------------------------------------
@@ -178,6 +215,13 @@ def test_auto_finds_the_newest_unfinished_run_of_the_same_configuration(run, tmp
     assert auto(f"hydra.run.dir={run}") == run
     cfg = resumed([*WORDS, "resume=auto"], tmp_path)
     assert cfg.folder == str(second) and cfg.env.id == "Pendulum-v1"
+
+
+def test_auto_passes_by_what_it_cannot_read(run, here, capsys):
+    broken = begun(run.parent / "broken")
+    (broken / CONFIG).write_text("{")
+    assert auto().resolve() == run
+    assert "left out runs/mine/broken" in capsys.readouterr().out
 
 
 def test_auto_begins_a_new_run_where_there_is_none(run, tmp_path, here, capsys):

@@ -60,7 +60,7 @@ class Server:
         self.process = subprocess.Popen(command, env=env, text=True, **pipes)
 
     def run(self, words, cwd, kill=None, seconds=240, module="worldloom.run"):
-        """Return {"code", "out", "err"}; kill: (seconds, signal) after its start."""
+        """Return {"code", "out", "err"}; kill: (seconds or a path that it writes, signal)."""
         request = {"module": module, "words": list(map(str, words)), "folder": str(cwd)}
         json.dump({**request, "kill": kill, "seconds": seconds}, self.process.stdin)
         self.process.stdin.write("\n")
@@ -177,7 +177,7 @@ def test_a_signal_saves_and_says_how_to_go_on(server, straight, tmp_path, number
     name = "dreamerv3, vectors"
     folder = tmp_path / "run"
     words = [*RUNS[name], "checkpoint.every=99min", f"hydra.run.dir={folder}"]
-    done = server.run(words, tmp_path, kill=(2.0, number))
+    done = server.run(words, tmp_path, kill=("run/metrics.csv", number))
     assert done["code"] == 128 + number, done["out"] + done["err"]
     assert f"stopped by {signal.Signals(number).name}; saved after" in done["out"]
     assert done["out"].splitlines()[-1] == f"python -m worldloom.run resume={folder}"
@@ -188,17 +188,33 @@ def test_a_signal_saves_and_says_how_to_go_on(server, straight, tmp_path, number
     assert f"{folder} is finished" in again["out"]
 
 
+def test_a_signal_to_all_processes_of_a_job_loses_no_episode(server, straight, tmp_path):
+    """As SLURM sends it, to the workers too."""
+    name = "tdmpc2, vectors in processes"
+    folder = tmp_path / "run"
+    words = [*RUNS[name], f"hydra.run.dir={folder}"]
+    with start(words, tmp_path, start_new_session=True) as process:
+        read_until(process, "everything lies in")
+        while not (folder / "checkpoints" / "previous.ckpt").exists():
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGUSR1)
+        said = process.stdout.read()
+    assert process.returncode == 138, said
+    done = server.good([f"resume={folder}"], tmp_path)
+    assert "WARNING" not in said + done["out"] + done["err"]
+    require_equal(folder, straight(name))
+
+
 def test_auto_is_the_same_command_again_and_again(server, straight, tmp_path):
     """As a cluster's queue gives it: until it is done."""
     name = "dreamerv3, vectors"
-    words = [*RUNS[name], "name=queue", "resume=auto"]
-    said = []
-    for seconds in (2.0, 2.0, 60.0):
-        done = server.run(words, tmp_path, kill=(seconds, signal.SIGTERM))
-        assert done["code"] in (0, 143), done["out"] + done["err"]
+    words = [*RUNS[name], "hydra.run.dir=runs/queue/now", "resume=auto"]
+    folder, said = tmp_path / "runs" / "queue" / "now", []
+    for code in (143, 143, 0):
+        kill = ("runs/queue/now/checkpoints/previous.ckpt", signal.SIGTERM) if code else None
+        done = server.run(words, tmp_path, kill=kill)
+        assert done["code"] == code, done["out"] + done["err"]
         said.append(done["out"])
-    assert done["code"] == 0
-    (folder,) = (tmp_path / "runs" / "queue").iterdir()
     assert "a new one begins" in said[0]
     assert all(f"going on with runs/queue/{folder.name}" in out for out in said[1:])
     require_equal(folder, straight(name))
@@ -236,16 +252,11 @@ def test_other_shapes_are_refused_by_name_and_nothing_is_touched(server, straigh
 
 
 def killed_late(server, name, cwd):
-    """A run of two checkpoints at least that was stopped in the middle."""
-    folder = cwd / "run"
-    words = [*RUNS[name], f"hydra.run.dir={folder}"]
-    for seconds in (1.5, 1.2, 1.2, 1.2, 1.2):
-        done = server.run(words, cwd, kill=(seconds, signal.SIGTERM))
-        assert done["code"] == 143, done["out"] + done["err"]
-        if (folder / "checkpoints" / "previous.ckpt").exists():
-            return folder
-        words = [f"resume={folder}"]
-    raise AssertionError("no second checkpoint in six seconds")
+    """A run with two checkpoints that was stopped in the middle."""
+    kill = ("run/checkpoints/previous.ckpt", signal.SIGTERM)
+    done = server.run([*RUNS[name], f"hydra.run.dir={cwd / 'run'}"], cwd, kill=kill)
+    assert done["code"] == 143, done["out"] + done["err"]
+    return cwd / "run"
 
 
 def test_a_truncated_newest_checkpoint_costs_the_steps_since_the_one_before(
@@ -292,12 +303,12 @@ def test_a_second_run_in_the_same_folder_is_refused(server, tmp_path):
     assert first.returncode == 130
 
 
-def start(words, cwd):
+def start(words, cwd, **options):
     """Start a command of its own; what it prints can be read line by line."""
     command = [sys.executable, "-u", "-m", "worldloom.run", *map(str, words)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env=env, **pipes)
+    return subprocess.Popen(command, cwd=cwd, env=env, **pipes, **options)
 
 
 def read_until(process, text):

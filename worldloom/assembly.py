@@ -17,6 +17,7 @@ from worldloom.acting import Actor, evaluate
 from worldloom.datasets import Dataset, open_dataset
 from worldloom.datasets.folder import read_about
 from worldloom.envs.spaces import flatten
+from worldloom.run_folder import stands_alone
 from worldloom.task import RUNNING, Task
 
 
@@ -25,13 +26,22 @@ def settled(cfg: DictConfig) -> dict[str, Any]:
 
     These let who resumes the run change one number, and what is computed from it follows.
     """
-    folder, path = cfg.folder, cfg.data.get("path")
-    config: Any = OmegaConf.to_container(cfg, resolve=False)
-    config |= {"folder": str(folder), "resume": None}
-    if path is not None:
-        config["data"]["path"] = path
+    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
+    config = _fixed(OmegaConf.to_container(cfg, resolve=False), resolved)
+    config |= {"folder": str(resolved["folder"]), "resume": None}
+    if "path" in config["data"]:
+        config["data"]["path"] = resolved["data"]["path"]
     settle_env(config)
     return config
+
+
+def _fixed(raw: Any, resolved: Any) -> Any:
+    """Replace what does not stand for other keys alone, ${oc.env:KEY}, by what it is now."""
+    if isinstance(raw, dict):
+        return {key: _fixed(raw[key], resolved[key]) for key in raw}
+    if isinstance(raw, list):
+        return [_fixed(*pair) for pair in zip(raw, resolved, strict=True)]
+    return raw if stands_alone(raw) else resolved
 
 
 def settle_env(plain: dict[str, Any]) -> None:
@@ -94,6 +104,7 @@ def build_data(
 ) -> Any:
     """Build the data module that feeds the trainer, from a data set or what is collected."""
     from worldloom.training import ReplayBuffer, ReplayDataModule
+    from worldloom.training.capacity import rows_per_stream
 
     training, data = plain["training"], plain["data"]
     capacity = data["capacity"]
@@ -116,14 +127,14 @@ def build_data(
         if dataset is not None
         else 2 * training["total_steps"] + 2 * task.running["num_envs"],
     )
-    print(buffer.resources, flush=True)
     names = ("batch_size", "sequence_length", "total_steps")
     options = {k: training[k] for k in names} | {"across_episodes": data["across_episodes"]}
     rows = training["sequence_length"] + buffer.keeps_latents
     if dataset is None:
-        if buffer.rows < rows:
+        held = rows_per_stream(capacity, buffer.bytes_per_step, buffer.num_envs)
+        if held < rows:
             raise ValueError(
-                f"data.capacity is {capacity}, {buffer.rows} rows for each of {buffer.num_envs} "
+                f"data.capacity is {capacity}, {held} rows for each of {buffer.num_envs} "
                 f"environments, but a sequence needs {rows}; raise it to {rows * buffer.num_envs}"
             )
         return _online(plain, task, actor, buffer, options)

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from worldloom.acting import Actor
 from worldloom.cli import composed, one_line, with_implied
 from worldloom.factory import create_world_model
 from worldloom.presets import config_dir, nearest
-from worldloom.run_folder import CONFIG, WRITTEN, read_config
+from worldloom.run_folder import CONFIG, WRITTEN, read_config, stands_alone
 from worldloom.saving import config_of
 from worldloom.task import Task
 from worldloom.validation import check_env_section, checked_section
@@ -33,14 +34,17 @@ def read_run(path: Path) -> dict[str, Any]:
 def resolve_saved(saved: Mapping[str, Any], file: Path | str) -> dict[str, Any]:
     """Return a configuration read from a file with each ${key} replaced by what it stands for.
 
-    Resolvers such as ${oc.env:KEY} are refused: they read what is none of the file's business.
-    `folder` becomes the one that the file lies in.
+    Only ${key} and ${section.key} are: a resolver such as ${oc.env:KEY} reads what is none of the
+    file's business, and what is put together from parts cannot be judged before it is used. For the
+    same reason a `_target_` has to be written out. `folder` becomes the one that the file lies in.
     """
-    if found := next((x for _, x in _leaves(saved) if re.search(r"\$\{[^}]*:", str(x))), None):
-        raise ValueError(
-            f"{file} holds {found!r}, which would look outside of it; expected values, or the keys "
-            "of other values such as ${training.learning_rate}; put the value there instead"
-        )
+    for key, value in _leaves(saved):
+        if not stands_alone(value) or (key.endswith("_target_") and "${" in str(value)):
+            raise ValueError(
+                f"{key} in {file} holds {value!r}, which would look outside of it or is put "
+                "together from parts; expected a value, or the key of another one such as "
+                "${training.learning_rate}; put the value there instead"
+            )
     for key in ("defaults", "hydra"):
         if key in saved:
             raise ValueError(f"{file} has {key!r}, which would choose other files; take it out")
@@ -77,24 +81,33 @@ def require_trusted(config: Mapping[str, Any], said: Sequence[str]) -> None:
 
 def foreign_code(config: Mapping[str, Any]) -> dict[str, str]:
     """Return what in a configuration would import code that is not worldloom's, {key: value}."""
-    return {
-        key: value
-        for key, value in _leaves(config)
-        if (key.endswith("_target_") and value not in (None, *shipped_targets()))
-        or (re.fullmatch(r"env\.\w+", key) and ":" in str(value))
-    }
+    return {key: value for key, value in _leaves(config) if _imports(key, value)}
 
 
-def command(words: str, config: Mapping[str, Any]) -> str:
-    """Return a command for a run, with what has to be said again to trust its code."""
+def _imports(key: str, value: Any) -> bool:
+    if not key.endswith("_target_"):
+        return key.startswith("env.") and ":" in str(value)  # an id such as "module:id"
+    # Hydra builds whatever has a _target_, at any depth; ours stand in these places only.
+    place = re.fullmatch(
+        r"(model|env|optimizer|planner|trainer)\._target_|(callbacks|logger)\.\w+\._target_", key
+    )
+    return value is not None and (
+        place is None or value not in shipped_targets(place[1] or place[2])
+    )
+
+
+def command(name: str, *words: str, config: Mapping[str, Any]) -> str:
+    """Return a command line for a run, with what has to be said again to trust its code."""
     foreign = foreign_code({key: config[key] for key in ("model", "env")})
-    return " ".join([f"python -m worldloom.{words}", *(f"{k}={v}" for k, v in foreign.items())])
+    words = (*words, *(f"{key}={value}" for key, value in foreign.items()))
+    return f"python -m worldloom.{name} {shlex.join(words)}"
 
 
 @functools.cache
-def shipped_targets() -> frozenset[str]:
-    """Return every `_target_` that the files in conf/ name."""
-    leaves = (leaf for file in config_dir().rglob("*.yaml") for leaf in _leaves(_yaml(file)))
+def shipped_targets(group: str) -> frozenset[str]:
+    """Return every `_target_` that the files of a group in conf/ name."""
+    files = (config_dir() / group).glob("*.yaml")
+    leaves = (leaf for file in files for leaf in _leaves(_yaml(file)))
     targets = {str(value) for key, value in leaves if key.endswith("_target_")}
     return frozenset(targets - {"???", "None"})
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from worldloom.assembly import settled
 from worldloom.cli import composed, with_implied
 from worldloom.envs.spaces import flatten
-from worldloom.finished import require_trusted, resolve_saved
+from worldloom.finished import command, require_trusted, resolve_saved
 from worldloom.presets import config_dir
 from worldloom.run_folder import CONFIG, SCORES, is_claimed, read_config
 
@@ -28,12 +28,6 @@ FIXED: dict[str, tuple[str, ...]] = {
 CHOICES = ("trainer", "logger", "callbacks", "planner", "evaluation")
 
 
-def resume_word(words: Sequence[str]) -> str | None:
-    """Return what a command line wants to resume: a folder, "auto", or None."""
-    values = [word.partition("=")[2] for word in words if re.match(r"\+*resume=", word)]
-    return None if not values or values[-1] in ("", "null") else values[-1]
-
-
 def resumed_words(words: Sequence[str], scratch: Path) -> list[str] | None:
     """Return the words with which Hydra runs what `resume=…` in `words` means.
 
@@ -43,8 +37,10 @@ def resumed_words(words: Sequence[str], scratch: Path) -> list[str] | None:
     Raises:
         ValueError: there is no such run, or it cannot be changed in that way.
     """
-    wanted = resume_word(words)
+    wanted = _wanted(words)
     rest = [word for word in words if not re.match(r"\+*resume=", word)]
+    if wanted is None:
+        return with_implied(rest)
     if any(word in ("-m", "--multirun") for word in words):
         raise ValueError(
             "resume=… continues one run, but -m was given; resume the jobs of a sweep one by one, "
@@ -63,7 +59,7 @@ def resumed_words(words: Sequence[str], scratch: Path) -> list[str] | None:
         folder = folder.parent.parent if folder.suffix == ".ckpt" else folder
     saved = read_config(folder)
     if wanted != "auto":
-        require_trusted(saved, rest)
+        require_trusted(resolve_saved(saved, folder / CONFIG), rest)
     merged, rest = _with_choices(saved, rest)
     merged |= {"folder": str(folder.resolve()), "resume": str(folder.resolve())}
     merged["hydra"] = {
@@ -87,9 +83,14 @@ def newest_unfinished(words: Sequence[str]) -> Path | None:
     given = [w.partition("=")[2] for w in words if w.startswith("hydra.run.dir=")]
     folders = [Path(given[-1])] if given else list(Path("runs", str(wanted["name"])).glob("*"))
     for folder in sorted(folders, key=_age):
-        if not (folder / CONFIG).is_file() or (folder / SCORES).exists() or is_claimed(folder):
+        if not (folder / CONFIG).is_file() or (folder / SCORES).exists():
             continue
-        if comparable(read_config(folder)) == comparable(wanted):
+        try:
+            same = comparable(read_config(folder)) == comparable(wanted)
+        except ValueError as error:
+            print(f"resume=auto: left out {folder}: {error}")
+            continue
+        if same and not is_claimed(folder):
             return folder
     return None
 
@@ -137,7 +138,7 @@ def finished(folder: Path, saved: Mapping[str, Any], words: Sequence[str]) -> bo
     result = f", return {scores['eval/return']:.1f}" if "eval/return" in scores else ""
     print(
         f"{folder} is finished: {total:,} steps{result}. To train on:\n"
-        f"python -m worldloom.run resume={folder} training.total_steps={2 * total}"
+        + command("run", f"resume={folder}", f"training.total_steps={2 * total}", config=saved)
     )
     return True
 
@@ -161,6 +162,12 @@ def _with_choices(saved: dict[str, Any], words: Sequence[str]) -> tuple[dict[str
             fresh = composed(word, "~experiment")[group]
             merged[group] = OmegaConf.to_container(fresh, resolve=False)
     return merged, rest
+
+
+def _wanted(words: Sequence[str]) -> str | None:
+    """Return what a command line wants to resume: a folder, "auto", or None."""
+    values = [word.partition("=")[2] for word in words if re.match(r"\+*resume=", word)]
+    return None if not values or values[-1] in ("", "null") else values[-1].strip("'\"")
 
 
 def _same_env(choice: str, saved: Mapping[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """The command: `python -m worldloom.run` composes a configuration, trains, evaluates, reports."""
 
 import logging
+import re
 import signal
 import sys
 import time
@@ -24,16 +25,24 @@ def train(cfg: DictConfig) -> dict[str, float]:
     """
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
+    from worldloom.finished import command
     from worldloom.run_folder import claimed
 
     if getattr(rank_zero_only, "rank", 0):  # the first process of several holds the folder for all
         return _train(cfg)
     with claimed(Path(cfg.folder), cfg.resume is not None):
-        return _train(cfg)
+        try:
+            return _train(cfg)
+        except KeyboardInterrupt:  # before training or in the evaluation after it
+            plain: Any = OmegaConf.to_container(cfg, resolve=True)
+            go_on = command("run", f"resume={cfg.folder}", config=plain)
+            print(f"stopped by SIGINT; to go on:\n{go_on}", flush=True)
+            sys.exit(130)
 
 
 def _train(cfg: DictConfig) -> dict[str, float]:
     from hydra.utils import instantiate
+    from lightning.pytorch.callbacks import LambdaCallback
 
     from worldloom.assembly import Evaluator, build_data, open_task, prepare, settled
     from worldloom.resume import require_changeable
@@ -67,8 +76,6 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     saved = usable(folder / "checkpoints", data.damaged) if resumes else None
     if saved is not None:
         require_shapes(model, saved[1], folder)
-    write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
-    (folder / SCORES).unlink(missing_ok=True)
     module = WorldModelModule(
         model,
         instantiate(cfg.optimizer),
@@ -82,13 +89,28 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     every = cfg.evaluation.every if task.make_env is not None else 0
     during = Evaluation(evaluator.during, every, best)
     callbacks = [instantiate(callback) for callback in cfg.callbacks.values() if callback]
+
+    def begin(*_: Any) -> None:
+        write_text(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.create(config)))
+        (folder / SCORES).unlink(missing_ok=True)
+
+    if resumes:  # the folder stays as it is until everything in the checkpoint was taken back
+        callbacks.append(LambdaCallback(on_train_start=begin))
+    else:
+        begin()
     trainer = instantiate(
         cfg.trainer,
         logger=[instantiate(logger) for logger in cfg.logger.values() if logger],
         # What the others do after an update belongs to a checkpoint of it.
         callbacks=sorted([during, *callbacks], key=lambda c: isinstance(c, Checkpoints)),
     )
-    print(task.describe(model), f"everything lies in {folder}", sep="\n", flush=True)
+    print(
+        task.describe(model),
+        data.buffer.resources,
+        f"everything lies in {folder}",
+        sep="\n",
+        flush=True,
+    )
 
     for logger in trainer.loggers:
         logger.log_hyperparams(plain)
@@ -121,6 +143,7 @@ def fit(trainer: Any, module: Any, data: Any, checkpoint: Path | None, folder: P
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from worldloom.finished import command
+    from worldloom.training.checkpoints import Checkpoints
     from worldloom.training.interruption import Interrupted, Interruption
 
     interruption = Interruption()
@@ -132,8 +155,14 @@ def fit(trainer: Any, module: Any, data: Any, checkpoint: Path | None, folder: P
     except (Interrupted, SIGTERMException) as raised:
         stopped = raised if isinstance(raised, Interrupted) else Interrupted(signal.SIGTERM)
         done = f"{data.env_steps:,} environment steps and {module.updates:,} updates"
-        kept = f"saved after {done}" if stopped.between else "going back to the last checkpoint"
-        go_on = command(f"run resume={folder}", module.hparams["run"])
+        kept = (
+            f"saved after {done}"
+            if stopped.between
+            else "what came after the last checkpoint is lost"
+        )
+        if not any(isinstance(callback, Checkpoints) for callback in trainer.callbacks):
+            kept = "nothing was saved, for callbacks.checkpoint was left out"
+        go_on = command("run", f"resume={folder}", config=module.hparams["run"])
         print(f"{stopped}; {kept}; to go on:\n{go_on}", flush=True)
         sys.exit(stopped.exit_code)
     finally:
@@ -170,7 +199,7 @@ def report(
         f"trained in {seconds / 60:.1f} minutes\n"
         f"everything:  {cfg.folder}\n"
         f"watch it:    tensorboard --logdir {cfg.folder}\n"
-        f"score it:    {command(f'eval checkpoint={cfg.folder}', plain)}{score}\n"
+        f"score it:    {command('eval', f'checkpoint={cfg.folder}', config=plain)}{score}\n"
         f"act with it: model = worldloom.create_world_model({str(cfg.folder)!r})",
         flush=True,
     )
@@ -189,7 +218,7 @@ def main() -> None:
     """Run the command line."""
     with readable_errors(), TemporaryDirectory() as scratch:
         words: list[str] | None = with_implied(sys.argv[1:])
-        if any(word.startswith("resume=") for word in sys.argv[1:]):
+        if any(re.match(r"\+*resume=", word) for word in sys.argv[1:]):
             from worldloom.resume import resumed_words
 
             words = resumed_words(sys.argv[1:], Path(scratch))

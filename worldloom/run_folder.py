@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -54,7 +55,8 @@ def claimed(folder: Path, resumes: bool) -> Iterator[None]:
     Raises:
         ValueError: another process writes it, or there is a run in it that would be overwritten.
     """
-    lock = FileLock(folder / LOCK, timeout=0)
+    # Whoever only looks whether a run lives (`is_claimed`) holds its lock for a moment.
+    lock = FileLock(folder / LOCK, timeout=1)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire()
@@ -77,9 +79,20 @@ def claimed(folder: Path, resumes: bool) -> Iterator[None]:
 
 
 def begin_anew(folder: Path) -> None:
-    """Clear what a run left that was killed before its first checkpoint."""
+    """Clear what a run left that was killed before its first checkpoint.
+
+    Raises:
+        ValueError: there is something else among its checkpoints.
+    """
+    checkpoints = folder / "checkpoints"
+    left = [path for path in checkpoints.glob("*") if path.suffix != ".tmp"]
+    if others := [path.name for path in left if path.name != "replay"]:
+        raise ValueError(
+            f"{checkpoints} holds {', '.join(others)}, but neither last.ckpt nor previous.ckpt, so "
+            "this run cannot go on; begin a new one, from its model if it has one: init_from=…"
+        )
+    shutil.rmtree(checkpoints, ignore_errors=True)
     (folder / "metrics.csv").unlink(missing_ok=True)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def is_claimed(folder: Path) -> bool:
@@ -91,6 +104,14 @@ def is_claimed(folder: Path) -> bool:
         return True
     except NotImplementedError:
         return False
+
+
+def stands_alone(value: Any) -> bool:
+    """Tell whether all that a value of a configuration stands for are other keys, ${section.key}.
+
+    Not what a resolver finds elsewhere, ${oc.env:KEY}, nor keys that are put together from parts.
+    """
+    return "${" not in re.sub(r"\$\{[A-Za-z_][\w.]*\}", "", str(value))
 
 
 def write_text(file: Path, text: str) -> None:

@@ -244,11 +244,29 @@ def test_a_resume_puts_the_best_model_back_that_it_was_saved_with(tmp_path):
     state = kept.state_dict()
     best = read_saved(tmp_path / "model")[1]
     (tmp_path / "model" / "model.safetensors").write_bytes(b"of another model")
-    again = Evaluation(Scores(), every=0, folder=tmp_path / "model")
+    again = Evaluation(Scores(5.0), every=1000, folder=tmp_path / "model")
     again.load_state_dict(state)
     fit(online(), again)
     assert again.best == kept.best
     assert read_saved(tmp_path / "model")[1]["weight"] == best["weight"]
+
+
+@pytest.mark.parametrize("options", [{"every": 0}, {"every": 20, "folder": None}])
+def test_a_resumed_run_that_keeps_no_best_model_ends_with_its_last(tmp_path, options):
+    kept = Evaluation(Scores(1.0, 7.0), every=30, folder=tmp_path / "model")
+    fit(online(), kept)
+    again = Evaluation(Scores(), **{"folder": tmp_path / "model", **options})
+    again.load_state_dict(kept.state_dict())
+    assert again.best is None
+
+
+def test_an_evaluation_that_was_due_when_the_run_stopped_is_made_up_for():
+    """It stopped while collecting: past the mark, before the next update."""
+    due = Evaluation(Scores(), every=20)
+    again = Evaluation(Scores(1.0, 2.0, 3.0, 4.0), every=20)
+    again.load_state_dict({**due.state_dict(), "next": 4})
+    notes = fit(online(), again)
+    assert [step for step, _ in notes.of("eval/return")] == [12, 20, 40, 60]
 
 
 def test_a_resumed_run_may_evaluate_at_other_steps():

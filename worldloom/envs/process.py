@@ -28,6 +28,8 @@ from worldloom.envs.episodes import LocalVectorEnv
 INFOS = ("success", "_success", "lost")
 # What making the environments may take at least, however short the timeout of a step.
 START_SECONDS = 120.0
+# SLURM may send it to all processes of a job, ahead of a time limit; Windows has none.
+USER_SIGNALS = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
 # Patience with a process that was asked to end.
 CLOSE_SECONDS = 5.0
 # Between signs of life.
@@ -156,7 +158,7 @@ def _single_threaded() -> Iterator[None]:
 
 def _work(pipe: Any, make_envs: bytes, environ: dict[str, str]) -> None:
     """Run environments at the parent's requests, in a process of their own."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, *USER_SIGNALS):
         # They go to the whole group, and it is the parent that decides. Not SIG_IGN, which
         # simulators that an environment starts as programs would inherit.
         signal.signal(number, lambda *_: None)

@@ -103,11 +103,12 @@ class Evaluation(Callback):
         self._scored = -1  # updates of the model that was scored last
         # Of the best model, while they do not lie in its folder: after a resume, on a full disk.
         self._weights: dict[str, Any] | None = None
+        self._changed = False  # whether a resumed run evaluates at other steps than before
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After a resume, put the best model back: a later one may have been saved since."""
         self._save_best(pl_module)
-        if self.every:  # which the resumed run may have changed
+        if self._changed:
             steps = x_axis(trainer, pl_module)
             self._next = steps - steps % self.every + self.every
 
@@ -133,13 +134,15 @@ class Evaluation(Callback):
         weights = self._weights
         if weights is None and self.folder is not None and self.best is not None:
             weights = read_saved(self.folder)[1]
-        state = {"best": self.best, "next": self._next, "scored": self._scored}
-        return {**state, "weights": weights}
+        state = {"every": self.every, "next": self._next, "scored": self._scored}
+        return {**state, "best": self.best, "weights": weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.best, self._next = state_dict["best"], state_dict["next"]
-        self._scored, self._weights = state_dict["scored"], state_dict["weights"]
+        """Restore what `state_dict` returned, unless this run keeps no best model any more."""
+        self._next, self._scored = state_dict["next"], state_dict["scored"]
+        self._changed = bool(self.every) and self.every != state_dict["every"]
+        if self.every and (self.folder is not None or state_dict["weights"] is None):
+            self.best, self._weights = state_dict["best"], state_dict["weights"]
 
     def _score(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, WorldModelModule)

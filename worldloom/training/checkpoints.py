@@ -224,9 +224,8 @@ class Checkpoints(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop here if a signal asked for it; save when it is time."""
+        """Save when it is time."""
         assert isinstance(pl_module, WorldModelModule)
-        trainer.datamodule.check()  # type: ignore[attr-defined]
         self._look(trainer)
         if time.monotonic() > self._due or (
             self.updates and pl_module.updates % self.updates == 0 and not self._failed

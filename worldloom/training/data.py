@@ -107,7 +107,7 @@ class ReplayDataModule(lightning.LightningDataModule):
         self.total_steps = total_steps
         self.across_episodes = across_episodes
         self.refresh = refresh
-        # Called before every step of collecting; may raise to stop there.
+        # Called after every update and before every step of collecting; may raise to stop there.
         self.check: Callable[[], None] = lambda: None
         # Called before a state is made: the replay finishes one after the other.
         self.written: Callable[[], None] = lambda: None
@@ -288,6 +288,7 @@ class ReplayDataModule(lightning.LightningDataModule):
         self.settle()
         self._store_latents()
         self._batch = None
+        self.check()
 
     def _store_latents(self) -> None:
         # Also before saving: the stream still waits then, with the last batch's latents unwritten.
