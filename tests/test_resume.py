@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from worldloom import resume
 from worldloom.assembly import settled
 from worldloom.cli import composed, with_implied
-from worldloom.run_folder import CONFIG, SCORES, claimed, read_config, write_text
+from worldloom.run_folder import CONFIG, SCORES, begin_anew, claimed, read_config, write_text
 
 WORDS = ["env=gymnasium", "env.id=Pendulum-v1", "model=dreamerv3_size1m", "name=mine"]
 
@@ -189,6 +189,24 @@ def test_a_finished_run_says_so_and_how_to_extend_it(run, tmp_path, capsys):
     assert resumed(command, tmp_path).training.total_steps == 2_000_000
 
 
+# ---- a start that was cut short ----------------------------------------------------------------
+
+
+def test_what_a_run_left_before_its_first_checkpoint_is_cleared(run):
+    (run / "checkpoints" / "replay").mkdir()
+    (run / "checkpoints" / "last.tmp").touch()
+    (run / "metrics.csv").touch()
+    begin_anew(run)
+    assert [path.name for path in run.iterdir()] == [CONFIG]
+
+
+def test_but_not_checkpoints_of_another_kind(run):
+    (run / "checkpoints" / "epoch=0-step=55.ckpt").touch()
+    with pytest.raises(ValueError, match=r"holds epoch=0-step=55.ckpt, but neither last.ckpt"):
+        begin_anew(run)
+    assert (run / "checkpoints" / "epoch=0-step=55.ckpt").exists()
+
+
 # ---- resume=auto ---------------------------------------------------------------------------------
 
 
@@ -263,6 +281,10 @@ def test_a_second_process_is_refused_until_the_first_is_dead(run):
 
 
 def test_a_new_run_does_not_overwrite_one(run, tmp_path):
+    (tmp_path / "killed" / "checkpoints" / "replay").mkdir(parents=True)
+    with claimed(tmp_path / "killed", resumes=False):  # before it wrote its configuration
+        begin_anew(tmp_path / "killed")
+    assert not (tmp_path / "killed" / "checkpoints").exists()
     said = rf"already holds a run.*resume={run}"
     with pytest.raises(ValueError, match=said), claimed(run, resumes=False):
         pass

@@ -29,6 +29,8 @@ def settled(cfg: DictConfig) -> dict[str, Any]:
     resolved: Any = OmegaConf.to_container(cfg, resolve=True)
     config = _fixed(OmegaConf.to_container(cfg, resolve=False), resolved)
     config |= {"folder": str(resolved["folder"]), "resume": None}
+    if (source := resolved["init_from"]) is not None:
+        config["init_from"] = str(Path(source).expanduser().resolve())
     if "path" in config["data"]:
         config["data"]["path"] = resolved["data"]["path"]
     settle_env(config)

@@ -66,7 +66,8 @@ def _train(cfg: DictConfig) -> dict[str, float]:
         print(f"resuming {folder}", *changes, sep="\n  ", flush=True)
         if not (resumes := has_checkpoint(folder / "checkpoints")):
             print("it was stopped before its first checkpoint, so it begins anew", flush=True)
-            begin_anew(folder)
+    if not resumes:
+        begin_anew(folder)
     task, dataset = open_task(plain)
     model: Any = task.build_model(plain["model"])
     if cfg.init_from is not None and not resumes:

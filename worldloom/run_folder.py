@@ -68,7 +68,8 @@ def claimed(folder: Path, resumes: bool) -> Iterator[None]:
     except NotImplementedError:
         log.warning("%s knows no locks: make sure that no second run writes it", folder)
     try:
-        if not resumes and (folder / "checkpoints").exists():
+        # One that was killed before it wrote its configuration has nothing to lose.
+        if not resumes and (folder / CONFIG).exists():
             raise ValueError(
                 f"{folder} already holds a run, which would be overwritten; continue it with "
                 f"resume={folder}, or choose another folder: hydra.run.dir=…"
@@ -79,7 +80,7 @@ def claimed(folder: Path, resumes: bool) -> Iterator[None]:
 
 
 def begin_anew(folder: Path) -> None:
-    """Clear what a run left that was killed before its first checkpoint.
+    """Clear what a run left that was killed before its first checkpoint, if there was one.
 
     Raises:
         ValueError: there is something else among its checkpoints.
@@ -92,7 +93,8 @@ def begin_anew(folder: Path) -> None:
             "this run cannot go on; begin a new one, from its model if it has one: init_from=…"
         )
     shutil.rmtree(checkpoints, ignore_errors=True)
-    (folder / "metrics.csv").unlink(missing_ok=True)
+    if (folder / CONFIG).exists():
+        (folder / "metrics.csv").unlink(missing_ok=True)
 
 
 def is_claimed(folder: Path) -> bool:

@@ -101,7 +101,7 @@ def _check_texts(plain: Mapping[str, Any]) -> None:
                 f"{key} is {shown(plain[key])}; expected a {'name' * (key == 'name') or 'path'}"
             )
     source = plain["init_from"]
-    if source is not None and not Path(source).expanduser().exists():
+    if source is not None and plain["resume"] is None and not Path(source).expanduser().exists():
         raise ValueError(f"init_from: no file or folder {source!r}; check the path")
 
 

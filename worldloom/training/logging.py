@@ -3,9 +3,11 @@
 import csv
 import io
 import logging
+import os
 import textwrap
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +135,18 @@ class MetricsCSV(Logger):
         return ""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how far the file goes, and the rows that wait."""
+        """Return how far the file goes, which is flushed to the disk, and the rows that wait."""
+        if self._size:
+            with suppress(OSError), self.file.open("rb") as file:
+                os.fsync(file.fileno())
         waiting = [{k: _number(v) for k, v in row.items()} for row in self._waiting]
         return {"columns": list(self.columns), "rows": self._rows, "waiting": waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Cut the file back to that: what came later is logged again."""
         _, rows = self._read()
+        if lost := max(0, state["rows"] - len(rows)):
+            log.warning("%s has lost %d rows since this run was saved", self.file, lost)
         self._rewrite(list(state["columns"]), rows[: state["rows"]])
         self._waiting = list(state["waiting"])
 
