@@ -107,6 +107,12 @@ def test_what_a_run_cannot_change_is_named(run, tmp_path, word):
     assert "threads" not in str(error.value)
 
 
+@pytest.mark.parametrize("word", ["folder=/tmp/other", "hydra.run.dir=/tmp/other"])
+def test_a_resumed_run_stays_in_its_folder(run, tmp_path, word):
+    with pytest.raises(ValueError, match=f"stays in its folder, but {word} was given"):
+        resume.resumed_words([f"resume={run}", word], scratch(tmp_path))
+
+
 @pytest.mark.parametrize("word", ["-m", "--multirun"])
 def test_a_sweep_is_not_resumed_as_one(run, tmp_path, word):
     with pytest.raises(ValueError, match="one by one"):

@@ -80,6 +80,7 @@ def test_pixels_stay_right_when_an_evaluation_has_ended(tmp_path, renderer):
     assert (torch.cat(rows).float().std((1, 2, 3)) > 1).all()  # no row is black
 
 
+@pytest.mark.slow
 def test_memory_maze_trains(tmp_path, renderer):
     needs("labmaze", "memory-maze")
     words = ["env=memory_maze", "env.time_limit=30", "env.workers=2", "training.total_steps=120"]

@@ -145,7 +145,7 @@ def kill_and_resume(server, name, kills, seed, cwd, expected):
         if words is None:
             runs, folder = runs + 1, cwd / f"run{runs}"
             words = [*RUNS[name], f"hydra.run.dir={folder}"]
-        kill = (rng.uniform(0.2, 3.0), signal.SIGKILL) if kills else None
+        kill = (rng.uniform(0.2, 2.4), signal.SIGKILL) if kills else None
         done = server.run(words, cwd, kill=kill)
         said = done["out"] + done["err"]
         assert "damaged" not in said and "Traceback" not in said
@@ -218,6 +218,14 @@ def test_auto_is_the_same_command_again_and_again(server, straight, tmp_path):
     assert "a new one begins" in said[0]
     assert all(f"going on with runs/queue/{folder.name}" in out for out in said[1:])
     require_equal(folder, straight(name))
+
+
+def test_several_processes_are_refused_before_they_start(server, straight, tmp_path):
+    folder = straight("dreamerv3, vectors")
+    words = [f"resume={folder}", "training.total_steps=999", "trainer.devices=2"]
+    done = server.run([*words, "+trainer.strategy=ddp"], tmp_path)
+    assert done["code"] == 1 and "2 processes cannot be resumed yet" in done["err"]
+    assert (folder / "scores.yaml").exists()  # nothing was touched
 
 
 def test_a_run_can_be_extended_with_what_was_changed_written_down(server, tmp_path):
@@ -333,7 +341,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_is_told_once_and_costs_nothing(server, tmp_path, small_disk):
-    words = [*RUNS["dreamerv3, vectors"], "training.total_steps=400", "data.capacity=5000"]
+    words = [*RUNS["dreamerv3, vectors"], "training.total_steps=280", "data.capacity=5000"]
     server.good([*words, f"hydra.run.dir={tmp_path / 'straight'}"], tmp_path)
     folder = small_disk / "run"
     with start([*words, f"hydra.run.dir={folder}"], tmp_path) as process:
@@ -405,6 +413,8 @@ def test_a_nan_in_an_observation_stops_the_run_saved_and_named(server, tmp_path)
     done = server.run(faulty("no number", tmp_path), tmp_path)
     assert done["code"] == 1 and done["err"].count("error:") == 1
     assert "obs of env 0 holds nan" in done["err"] and "Traceback" not in done["err"]
+    go_on = f"python -m worldloom.run resume={tmp_path / 'run'} env._target_=my_env.make_env"
+    assert done["out"].splitlines()[-1] == go_on
     checkpoint = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")
     assert checkpoint["updates"] > 0
     assert checkpoint["ReplayDataModule"]["collector"]["env_steps"] >= 70

@@ -114,6 +114,9 @@ def build_data(
         if dataset is None:
             raise ValueError("data.capacity is null; expected steps or memory, such as 2GB")
         capacity = dataset.steps + len(dataset)
+    # An episode of one step is two rows.
+    most = 2 * (training["total_steps"] + task.running.get("num_envs", 1))
+    first = is_first_process()  # of several, the only one that saves
     buffer = ReplayBuffer(
         capacity,
         task.obs.shape,
@@ -122,12 +125,9 @@ def build_data(
         latents=getattr(actor.model, "latents", None),
         online=dataset is None and data["online"],
         seed=plain["seed"],
-        storage=data["storage"],
-        folder=Path(plain["folder"]) / "checkpoints" / "replay",
-        # An episode of one step is two rows.
-        expected=None
-        if dataset is not None
-        else 2 * training["total_steps"] + 2 * task.running["num_envs"],
+        storage=data["storage"] if first else "ram",
+        folder=Path(plain["folder"]) / "checkpoints" / "replay" if first else None,
+        expected=most if dataset is None else None,
     )
     names = ("batch_size", "sequence_length", "total_steps")
     options = {k: training[k] for k in names} | {"across_episodes": data["across_episodes"]}
@@ -224,6 +224,13 @@ def fill(buffer: Any, dataset: Dataset) -> str:
         f"data: {kept}{len(dataset):,} episodes{why} of {dataset.path}, {len(buffer):,} rows, "
         f"return {np.mean(returns):.1f} ± {np.std(returns):.1f}"
     )
+
+
+def is_first_process() -> bool:
+    """Tell whether this process is the only one, or the first, of those that train together."""
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
+    return not getattr(rank_zero_only, "rank", 0)
 
 
 def prepare(seed: int, threads: int | None) -> None:

@@ -54,6 +54,11 @@ def resumed_words(words: Sequence[str], scratch: Path) -> list[str] | None:
         print(f"resume=auto: going on with {folder}")
         rest = []
     else:
+        if elsewhere := [w for w in rest if re.match(r"\+*(folder|hydra\.run\.dir)=", w)]:
+            raise ValueError(
+                f"a resumed run stays in its folder, but {elsewhere[0]} was given; leave it out, "
+                "or copy the folder and resume the copy"
+            )
         folder = Path(str(wanted)).expanduser()
         folder = folder.parent if folder.name in ("checkpoints", CONFIG, "model") else folder
         folder = folder.parent.parent if folder.suffix == ".ckpt" else folder

@@ -23,12 +23,11 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     Everything lies in cfg.folder.
     """
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
-
+    from worldloom.assembly import is_first_process
     from worldloom.finished import command
     from worldloom.run_folder import claimed
 
-    if getattr(rank_zero_only, "rank", 0):  # the first process of several holds the folder for all
+    if not is_first_process():  # which holds the folder for all
         return _train(cfg)
     with claimed(Path(cfg.folder), cfg.resume is not None):
         try:
@@ -44,7 +43,14 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     from hydra.utils import instantiate
     from lightning.pytorch.callbacks import LambdaCallback
 
-    from worldloom.assembly import Evaluator, build_data, open_task, prepare, settled
+    from worldloom.assembly import (
+        Evaluator,
+        build_data,
+        is_first_process,
+        open_task,
+        prepare,
+        settled,
+    )
     from worldloom.resume import require_changeable
     from worldloom.run_folder import CONFIG, SCORES, begin_anew, read_config, write_text
     from worldloom.saving import load_tensors, read_saved, save_model
@@ -66,7 +72,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
         print(f"resuming {folder}", *changes, sep="\n  ", flush=True)
         if not (resumes := has_checkpoint(folder / "checkpoints")):
             print("it was stopped before its first checkpoint, so it begins anew", flush=True)
-    if not resumes:
+    if not resumes and is_first_process():
         begin_anew(folder)
     task, dataset = open_task(plain)
     model: Any = task.build_model(plain["model"])
@@ -105,6 +111,12 @@ def _train(cfg: DictConfig) -> dict[str, float]:
         # What the others do after an update belongs to a checkpoint of it.
         callbacks=sorted([during, *callbacks], key=lambda c: isinstance(c, Checkpoints)),
     )
+    if resumes and trainer.world_size > 1:
+        raise ValueError(
+            f"a run in {trainer.world_size} processes cannot be resumed yet: its checkpoint holds "
+            "the replay of the first one alone; resume it in one (trainer.devices=1), or begin a "
+            f"new run from its weights: init_from={folder}"
+        )
     print(
         task.describe(model),
         data.buffer.resources,
@@ -144,7 +156,7 @@ def fit(trainer: Any, module: Any, data: Any, checkpoint: Path | None, folder: P
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from worldloom.finished import command
-    from worldloom.training.checkpoints import Checkpoints
+    from worldloom.training.checkpoints import Checkpoints, has_checkpoint
     from worldloom.training.interruption import Interrupted, Interruption
 
     interruption = Interruption()
@@ -166,6 +178,11 @@ def fit(trainer: Any, module: Any, data: Any, checkpoint: Path | None, folder: P
         go_on = command("run", f"resume={folder}", config=module.hparams["run"])
         print(f"{stopped}; {kept}; to go on:\n{go_on}", flush=True)
         sys.exit(stopped.exit_code)
+    except Exception:
+        if has_checkpoint(folder / "checkpoints"):
+            go_on = command("run", f"resume={folder}", config=module.hparams["run"])
+            print(f"to go on from the last checkpoint:\n{go_on}", flush=True)
+        raise
     finally:
         data.close()
 

@@ -19,6 +19,7 @@ def pictures(env, seed):
     return np.stack([env.reset(seed=seed)[0], env.reset()[0]])
 
 
+@pytest.mark.slow
 def test_mazes_follow_from_the_seed(simulator):
     env = make_env("9x9")
     assert env.observation_space == spaces.Box(0, 255, (64, 64, 3), np.uint8)

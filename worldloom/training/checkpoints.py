@@ -112,12 +112,13 @@ class CheckpointFiles(CheckpointIO):
             if path.name == LAST and path.exists():
                 _link(path, path.with_name(PREVIOUS))
             os.replace(temporary, path)
-            _sync_folder(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         if path.name == LAST:
             self._states = [*self._states[-1:], state]
+        _sync_folder(path.parent)
+        if path.name == LAST:
             self.data.keep(self._states)
 
 
