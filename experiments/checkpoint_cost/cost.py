@@ -149,18 +149,14 @@ def main() -> None:
         sys.stdout.flush()
         memory.most = memory.most_own = 0.0
 
+    def new_buffer() -> ReplayBuffer:
+        where = {"storage": args.storage, "folder": folder}
+        return ReplayBuffer(args.rows, (3, 64, 64), 6, num_envs=STREAMS, latents=LATENTS, **where)
+
     memory = Memory()
     try:
         at_start = status("VmRSS")
-        buffer = ReplayBuffer(
-            args.rows,
-            (3, 64, 64),
-            6,
-            num_envs=STREAMS,
-            latents=LATENTS,
-            storage=args.storage,
-            folder=folder,
-        )
+        buffer = new_buffer()
         print(f"{at_start:.2f} GB resident before;", buffer.resources)
         work = Work(buffer)
         start = time.perf_counter()
@@ -175,15 +171,7 @@ def main() -> None:
         buffer.finish(state)
         del buffer, work.buffer
         start = time.perf_counter()
-        resumed = ReplayBuffer(
-            args.rows,
-            (3, 64, 64),
-            6,
-            num_envs=STREAMS,
-            latents=LATENTS,
-            storage=args.storage,
-            folder=folder,
-        )
+        resumed = new_buffer()
         resumed.load_state_dict(state)
         report("resume", {"seconds": time.perf_counter() - start})
         print(f"VmHWM {status('VmHWM'):.2f} GB")

@@ -21,6 +21,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from worldloom.training.chunks import flush_to_disk
 from worldloom.training.interruption import Interrupted
 from worldloom.training.module import WorldModelModule
 from worldloom.training.randomness import random_state, set_random_state
@@ -117,7 +118,7 @@ class CheckpointFiles(CheckpointIO):
             raise
         if path.name == LAST:
             self._states = [*self._states[-1:], state]
-        _sync_folder(path.parent)
+        flush_to_disk(path.parent)
         if path.name == LAST:
             self.data.keep(self._states)
 
@@ -363,16 +364,6 @@ def _link(path: Path, other: Path) -> None:
             raise
         temporary = path
     os.replace(temporary, other)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder last; Windows has no such call."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _cause(error: OSError) -> str:

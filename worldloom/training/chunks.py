@@ -95,12 +95,12 @@ class ChunkFolder:
         """Flush those files to the disk that were not yet; `sync_folder` makes their names last."""
         for name in self._unsynced.intersection(names):
             # Files of latents are read at a resume at most: let the system cache those of rows.
-            _fsync(self.path / name, forget="latents" in name)
+            flush_to_disk(self.path / name, forget="latents" in name)
             self._unsynced.discard(name)
 
     def sync_folder(self) -> None:
         """Flush the names of the files to the disk."""
-        _fsync(self.path)
+        flush_to_disk(self.path)
 
     def read(self, name: str, crc: int | None) -> Arrays:
         """Return the arrays of a file, and use it from now on.
@@ -193,7 +193,8 @@ def offsets(data: bytes) -> dict[str, int]:
     }
 
 
-def _fsync(path: Path, forget: bool = False) -> None:
+def flush_to_disk(path: Path, forget: bool = False) -> None:
+    """Make a file last, or the names in a folder; forget: let the system drop what it cached."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
