@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from worldloom.memory import keep_freed_memory
 from worldloom.presets import aliases, describe_preset, load_preset, nearest, preset_names
 from worldloom.saving import config_of, load_tensors, read_weights
 
@@ -102,8 +103,10 @@ def build_model(
 ) -> nn.Module:
     """Build the class that config["_target_"] names from what the environment knows.
 
-    The class is called as `cls(obs_shape=…, action_dim=…, discrete=…, **rest of config)`.
+    The class is called as `cls(obs_shape=…, action_dim=…, discrete=…, **rest of config)`. From then
+    on the process keeps the memory that tensors free: see `worldloom.memory`.
     """
+    keep_freed_memory()
     options = {k: v for k, v in config.items() if k not in ("_target_", "_partial_")}
     cls = import_target(str(config["_target_"]))
     parameters = inspect.signature(cls).parameters

@@ -131,3 +131,17 @@ def test_binary_cross_entropy_of_soft_targets():
     p = logits.sigmoid()
     expected = -(target * p.log() + (1 - target) * (1 - p).log())
     torch.testing.assert_close(ours.binary_cross_entropy(logits, target), expected)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4, 8, 9])
+def test_a_softmax_over_few_classes_is_torchs(classes):
+    logits = 50 * torch.randn(5, 3, classes, dtype=F64)
+    logits[0] += 1e4  # which no exponential survives
+    logits.requires_grad_()
+    pick = torch.randn(5, 3, classes, dtype=F64)
+    expected = logits.softmax(-1)
+    torch.testing.assert_close(ours.softmax(logits), expected)
+    grads = [
+        torch.autograd.grad((x * pick).sum(), logits)[0] for x in (ours.softmax(logits), expected)
+    ]
+    torch.testing.assert_close(*grads)

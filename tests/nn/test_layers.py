@@ -14,6 +14,7 @@ from worldloom.nn.layers import (
     Linear,
     RMSNorm,
     init_kernel,
+    norm_silu,
     rms_norm,
 )
 
@@ -56,6 +57,24 @@ def test_half_precision_is_normalised_in_float32():
     norm = RMSNorm(512)
     assert norm(x).dtype == torch.bfloat16
     assert torch.equal(norm(x), norm(x.float()).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale"), [((5, 7), (7,)), ((2, 3, 7), (7,)), ((4, 3, 5), (4, 1, 5))]
+)
+def test_norm_and_silu_in_one_are_norm_and_silu(shape, scale):
+    x = torch.randn(shape, dtype=F64, requires_grad=True)
+    scale = torch.randn(scale, dtype=F64, requires_grad=True)
+
+    def in_one(x, scale):
+        return norm_silu(x * 1.0, scale)  # a result that may be used up
+
+    expected = F.silu(rms_norm(x, scale, -1 if scale.ndim == 1 else (0, 2)))
+    torch.testing.assert_close(in_one(x, scale), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(in_one(x, scale), expected)
+    torch.autograd.gradcheck(in_one, (x, scale))
+    torch.autograd.gradcheck(lambda x: in_one(x, scale.detach()), (x,))
 
 
 # ---- dense ---------------------------------------------------------------------------------------

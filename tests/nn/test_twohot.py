@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from worldloom.nn.twohot import (
+    sparse_cross_entropy,
     symexp_bins,
     symlog_twohot_loss,
     symlog_twohot_mean,
@@ -194,3 +195,30 @@ def test_a_target_that_is_no_number_gives_a_loss_that_is_none():
     target = torch.tensor([1.0, float("nan"), float("inf")])
     for loss in (twohot_loss(logits, target), symlog_twohot_loss(logits, target, -5.0, 5.0)):
         assert loss.isnan().tolist() == [False, True, False]
+
+
+def test_the_loss_of_several_targets_is_the_sum_of_theirs():
+    logits = torch.randn(4, 6, 41, dtype=F64, requires_grad=True)
+    targets = 3 * torch.randn(2, 4, 6, dtype=F64)
+    each = twohot_loss(logits, targets[0]) + 0.3 * twohot_loss(logits, targets[1])
+    both = twohot_loss(logits, *targets, weights=(1.0, 0.3))
+    torch.testing.assert_close(both, each)
+    pick = torch.randn(4, 6, dtype=F64)
+    grads = [torch.autograd.grad((x * pick).sum(), logits)[0] for x in (both, each)]
+    torch.testing.assert_close(*grads)
+
+
+def test_a_sparse_code_costs_what_torch_says_of_the_dense_one():
+    logits = torch.randn(3, 2, 9, dtype=F64, requires_grad=True)
+    index = torch.randint(9, (3, 2, 3))
+    index[0, 0] = 4  # one bin three times
+    mass = torch.rand(3, 2, 3, dtype=F64)
+    dense = torch.zeros(3, 2, 9, dtype=F64).scatter_add_(-1, index, mass)
+    expected = torch.nn.functional.cross_entropy(
+        logits.movedim(-1, 1), dense.movedim(-1, 1), reduction="none"
+    )
+    torch.testing.assert_close(sparse_cross_entropy(logits, index, mass), expected)
+    torch.testing.assert_close(
+        sparse_cross_entropy(logits.detach(), index, mass), expected.detach()
+    )
+    torch.autograd.gradcheck(lambda x: sparse_cross_entropy(x, index, mass), (logits,))

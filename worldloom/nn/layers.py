@@ -5,10 +5,14 @@ layout (out, in) except for `BlockLinear`.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+EPS = 1e-4  # added to the mean square
 
 
 def init_kernel(weight: Tensor, fan_in: int, scale: float = 1.0) -> None:
@@ -30,8 +34,74 @@ def full(x: Tensor) -> Tensor:
 def rms_norm(x: Tensor, scale: Tensor, dims: int | tuple[int, ...] = -1) -> Tensor:
     """Divide by the root mean square over `dims` and multiply by `scale`, in float32 or better."""
     exact = full(x)
-    inverse = torch.rsqrt(exact.square().mean(dims, keepdim=True) + 1e-4)
+    inverse = torch.rsqrt(exact.square().mean(dims, keepdim=True) + EPS)
     return (exact * inverse * scale).to(x.dtype)
+
+
+def add_product(y: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
+    """Return y + x @ kernel, all with blocks first, or none; y is used up."""
+    add = torch.baddbmm if kernel.ndim == 3 else torch.addmm
+    in_place = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+    return add(y, x, kernel, out=y) if in_place else add(y, x, kernel)
+
+
+def norm_silu(x: Tensor, scale: Tensor) -> Tensor:
+    """Return silu(rms_norm(x, scale)) of x [..., units], or of x [blocks, N, units / blocks].
+
+    It belongs to x by block if scale is [blocks, 1, units / blocks]: the norm is then taken over
+    all units of all blocks. x is used up: its memory holds the result, or what the gradient needs.
+    """
+    if torch.compiler.is_compiling() or full(x) is not x or scale.dtype != x.dtype:
+        return F.silu(rms_norm(x, scale, -1 if scale.ndim == 1 else (0, 2)))
+    if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
+        return _NormSiLU.apply(x, scale)
+    return F.silu(normalize_(x, scale)[0].mul_(scale), inplace=True)
+
+
+def _over_blocks(per_row: Tensor, scale: Tensor) -> Tensor:
+    """Add up sums over the last axis [..., 1] over the blocks, if scale is by block."""
+    return per_row if scale.ndim == 1 else per_row.sum(0, keepdim=True)
+
+
+def normalize_(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide x in place by its root mean square; return it and the factor.
+
+    Of scale, which is as in `norm_silu`, only the shape counts.
+    """
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    inverse = _over_blocks(square, scale).div_(scale.numel()).add_(EPS).rsqrt_()
+    return x.mul_(inverse), inverse
+
+
+def norm_silu_backward(
+    grad: Tensor, normed: Tensor, inverse: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of `norm_silu` by x, and by scale but for the sum over all rows.
+
+    normed, inverse: what `normalize_` returned.
+    """
+    grad = torch.ops.aten.silu_backward(grad, normed * scale)
+    by_scale = grad * normed
+    sums = _over_blocks((by_scale * scale).sum(-1, keepdim=True), scale)
+    grad = grad.mul_(scale).addcmul_(normed, sums, value=-1 / scale.numel())
+    return grad.mul_(inverse), by_scale
+
+
+class _NormSiLU(torch.autograd.Function):
+    """`norm_silu` in half of the passes over memory, and a third of the memory, of its parts."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
+        normed, inverse = normalize_(x.detach(), scale)
+        ctx.save_for_backward(normed, inverse, scale)
+        return F.silu(normed * scale, inplace=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        *saved, scale = ctx.saved_tensors
+        grad, by_scale = norm_silu_backward(grad, *saved, scale)
+        return grad, by_scale.sum_to_size(scale.shape)
 
 
 class RMSNorm(nn.Module):
@@ -69,7 +139,7 @@ class Dense(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., inputs] to [..., units]."""
-        return F.silu(self.norm(self.linear(x)))
+        return norm_silu(self.linear(x), self.norm.scale)
 
 
 class MLP(nn.Sequential):
@@ -136,8 +206,8 @@ class BlockDense(nn.Module):
         # per block.
         blocks, rows = x.shape[:2]
         y = torch.baddbmm(self.linear.bias.view(blocks, 1, -1), x, kernels[0])
-        y = torch.baddbmm(y, shared.expand(blocks, rows, -1), kernels[1])
-        return F.silu(rms_norm(y, self.norm.scale.view(len(y), 1, -1), (0, 2)))
+        y = add_product(y, shared.expand(blocks, rows, -1), kernels[1])
+        return norm_silu(y, self.norm.scale.view(blocks, 1, -1))
 
 
 class Conv(nn.Conv2d):

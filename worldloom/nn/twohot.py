@@ -6,9 +6,12 @@ is what the functions named symlog_… do.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from worldloom.nn.layers import full
 from worldloom.nn.symlog import symexp, symlog
@@ -35,29 +38,68 @@ def twohot_mean(logits: Tensor) -> Tensor:
     # exactly: a plain sum over bins of up to 5e8 leaves rounding noise that an untrained critic
     # would report as value. The centre of an odd number of bins is zero.
     half = probs.shape[-1] // 2
+    above, below = probs[..., -half:], probs[..., :half].flip(-1)
     # No matrix product: mixed precision would round it.
-    return ((probs[..., -half:] - probs[..., :half].flip(-1)) * bins[-half:]).sum(-1)
+    if probs.requires_grad:
+        return ((above - below) * bins[-half:]).sum(-1)
+    return above.sub_(below).mul_(bins[-half:]).sum(-1)
 
 
-def twohot_loss(logits: Tensor, target: Tensor, log_total: Tensor | None = None) -> Tensor:
+def twohot_loss(logits: Tensor, *targets: Tensor, weights: Sequence[float] = (1.0,)) -> Tensor:
     """Cross entropy [...] of logits [..., bins] with the two-hot code of target [...].
 
     The target spreads its mass over the two nearest bins by linear distance; beyond the ends it
-    goes to the end bin. No gradient reaches the target. `log_total` may pass in
-    logits.logsumexp(-1), where several targets share the logits.
+    goes to the end bin. No gradient reaches the target. Of several targets the losses are added,
+    by `weights`.
     """
     logits = full(logits)
-    target = target.detach().to(logits.dtype)
     bins = symexp_bins(logits.shape[-1], logits.dtype, logits.device)
-    count = torch.searchsorted(bins, target.contiguous(), right=True)
-    below, above = (count - 1).clamp(min=0), count.clamp(max=len(bins) - 1)
-    low, high = bins[below], bins[above]
-    at_an_end = (below == above) & ~target.isnan()  # no number stays none
-    share = torch.where(at_an_end, 0.0, (target - low) / (high - low).clamp(min=1e-30))
-    at_low = logits.gather(-1, below.unsqueeze(-1)).squeeze(-1)
-    at_high = logits.gather(-1, above.unsqueeze(-1)).squeeze(-1)
-    log_total = logits.logsumexp(-1) if log_total is None else log_total
-    return log_total - (1 - share) * at_low - share * at_high
+    index, mass = [], []
+    for target, weight in zip(targets, weights, strict=True):
+        target = target.detach().to(logits.dtype)
+        count = torch.searchsorted(bins, target.contiguous(), right=True)
+        below, above = (count - 1).clamp(min=0), count.clamp(max=len(bins) - 1)
+        low, high = bins[below], bins[above]
+        at_an_end = (below == above) & ~target.isnan()  # no number stays none
+        share = torch.where(at_an_end, 0.0, (target - low) / (high - low).clamp(min=1e-30))
+        index += [below, above]
+        mass += [weight * (1 - share), weight * share]
+    return sparse_cross_entropy(logits, torch.stack(index, -1), torch.stack(mass, -1))
+
+
+def sparse_cross_entropy(logits: Tensor, index: Tensor, mass: Tensor) -> Tensor:
+    """Cross entropy [...] of logits [..., bins] with a code that is zero but for a few bins.
+
+    index, mass: [..., K], the bins (one may come twice) and their weights, without gradient.
+    """
+    index, mass = index.expand(*logits.shape[:-1], -1), mass.expand(*logits.shape[:-1], -1)
+    if torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling():
+        return _SparseCrossEntropy.apply(logits, index, mass)
+    return _cross_entropy(logits, index, mass)[0]
+
+
+def _cross_entropy(logits: Tensor, index: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss [...] and the logarithm [..., 1] of the sum of exp(logits)."""
+    log_total = logits.logsumexp(-1, keepdim=True)
+    return (mass * (log_total - logits.gather(-1, index))).sum(-1), log_total
+
+
+class _SparseCrossEntropy(torch.autograd.Function):
+    """Makes one tensor as large as the logits; torch's parts make one for each bin of the code."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, index: Tensor, mass: Tensor) -> Tensor:
+        loss, log_total = _cross_entropy(logits, index, mass)
+        ctx.save_for_backward(logits, log_total, index, mass)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        logits, log_total, index, mass = ctx.saved_tensors
+        mass = grad.unsqueeze(-1) * mass
+        slope = (logits - log_total).exp_().mul_(mass.sum(-1, keepdim=True))
+        return slope.scatter_add_(-1, index, -mass), None, None
 
 
 @functools.lru_cache

@@ -84,10 +84,10 @@ def imagination_losses(
     entropy = imagined.policy.entropy()
     log_prob = imagined.policy.log_prob(imagined.actions)
     bonus = actent * torch.stack(list(entropy.values())).sum(0)
-    logits, slow = imagined.value_logits[:, :-1], imagined.slow_value[:, :-1]
     losses = {
         "policy": -weight * (log_prob * normed_advantage + bonus),
-        "value": weight * _value_loss(logits, normed_target, slow, slowreg),
+        "value": weight
+        * _value_loss(imagined.value_logits, normed_target, imagined.slow_value, slowreg),
     }
     normed = (returns - ret_offset) / ret_scale
     stats = {
@@ -141,12 +141,15 @@ def replay_value_loss(
             values.update(returns)
         offset, scale = values.stats()
         target = (returns - offset) / scale
-    loss = _value_loss(value_logits[:, :-1], target, slow_value[:, :-1], slowreg)
+    loss = _value_loss(value_logits, target, slow_value, slowreg)
     return (1 - last[:, :-1]) * loss, returns
 
 
 def _value_loss(logits: Tensor, target: Tensor, slow_value: Tensor, slowreg: float) -> Tensor:
-    """Pull the critic towards its target and towards its slow copy (paper, eq. 11)."""
-    total = logits.logsumexp(-1)
-    loss = twohot_loss(logits, target, total)
-    return loss + slowreg * twohot_loss(logits, slow_value, total)
+    """Pull the critic towards its target and towards its slow copy (paper, eq. 11).
+
+    logits [N, H + 1, bins], slow_value [N, H + 1]; target and the result [N, H] leave out the last.
+    """
+    # Cutting the last state's loss off, not its logits, saves a copy of all of them.
+    padded = torch.cat([target, slow_value[:, -1:]], 1)
+    return twohot_loss(logits, padded, slow_value, weights=(1.0, slowreg))[:, :-1]

@@ -29,6 +29,9 @@ from worldloom.nn.normalizer import Normalizer
 from worldloom.nn.twohot import twohot_loss, twohot_mean
 from worldloom.protocol import Batch, LatentState, Obs, Trajectory
 
+# Imagined states that the heads which do not learn look at together on a CPU.
+CPU_ROWS = 1024
+
 
 @dataclass
 class Sequences:
@@ -322,13 +325,9 @@ class DreamerV3(nn.Module):
         rows, steps = deter.shape[:2]
         starts = min(self.imag_last or steps, steps)
         deter, stoch = deter[:, -starts:], stoch[:, -starts:]
-        features, actions = self.imagine_policy(
-            deter.detach().flatten(0, 1), stoch.detach().flatten(0, 1)
-        )
-        if self.ac_grads:
-            first = torch.cat([deter, stoch], -1).flatten(0, 1).unsqueeze(1)
-            features = torch.cat([first, features[:, 1:]], 1)
-        imagined = self.evaluate(features, actions)
+        start = torch.cat([deter, stoch], -1).flatten(0, 1)
+        start = start if self.ac_grads else start.detach()
+        imagined = self.evaluate(*self.rollout(start))
         norms = Normalizers(self.retnorm, self.valnorm, self.advnorm)
         options: dict[str, Any] = {"update": self.training, "horizon": self.horizon}
         losses, returns, stats = imagination_losses(
@@ -353,29 +352,55 @@ class DreamerV3(nn.Module):
             )
         return terms, {k: v.detach() for k, v in stats.items()}
 
-    @torch.no_grad()
     def imagine_policy(self, deter: Tensor, stoch: Tensor) -> tuple[Tensor, Tensor]:
         """Let the policy act in imagination from deter [N, D] and stoch [N, S * C].
 
-        Returns features [N, H + 1, F] and actions [N, H, A]. No graph is built: the official code
-        stops every gradient that would pass through the rollout.
+        Returns features [N, H + 1, F] and actions [N, H, A], without gradient.
         """
-        features, actions = [torch.cat([deter, stoch], -1)], []
-        for _ in range(self.imag_length):
-            action = self.actor(features[-1]).sample()
-            deter, stoch, _ = self.rssm.imagine_step(deter, stoch, action)
-            features.append(torch.cat([deter, stoch], -1))
-            actions.append(action)
-        return torch.stack(features, 1), torch.stack(actions, 1)
-
-    def evaluate(self, features: Tensor, actions: Tensor) -> Imagined:
-        """Run all heads once over imagined features [N, H + 1, F]."""
         with torch.no_grad():
-            reward = twohot_mean(self.reward(features))
-            cont = torch.sigmoid(self.cont(features).squeeze(-1))
-            slow_value = twohot_mean(self.slow_critic(features))
-        policy: Policy = self.actor(features[:, :-1])
+            features, actions, _ = self.rollout(torch.cat([deter, stoch], -1))
+        return features, actions
+
+    def rollout(self, start: Tensor) -> tuple[Tensor, Tensor, Policy]:
+        """Let the policy act in imagination from features [N, F], which may carry gradient.
+
+        Returns features [N, H + 1, F], actions [N, H, A] and the policy at the first H states. The
+        policy alone has a graph: the official code stops every gradient that would pass through
+        the rollout. So it is evaluated once, to act and to learn.
+        """
+        rows, width = start.shape
+        features = start.new_empty(rows, self.imag_length + 1, width)
+        # `.data`, because autograd takes a later step's entry for a change of the earlier ones.
+        steps = [step.data for step in features.unbind(1)]
+        steps[0].copy_(start.detach())
+        deter, stoch = start.detach().split([self.rssm.deter, width - self.rssm.deter], 1)
+        actions, policies = [], []
+        with torch.no_grad():
+            kernels = self.rssm.kernels()
+        for t in range(self.imag_length):
+            policies.append(self.actor(steps[t] if t else start))
+            with torch.no_grad():
+                actions.append(policies[t].sample())
+                deter, stoch, _ = self.rssm.imagine_step(deter, stoch, actions[t], kernels)
+            torch.cat([deter, stoch], 1, out=steps[t + 1])
+        if start.requires_grad:
+            features = torch.cat([start.unsqueeze(1), features[:, 1:]], 1)
+        return features, torch.stack(actions, 1), Policy.stack(policies)
+
+    def evaluate(self, features: Tensor, actions: Tensor, policy: Policy | None = None) -> Imagined:
+        """Run the heads over imagined features [N, H + 1, F]; the policy too if none is given."""
+        with torch.no_grad():
+            # In pieces on a CPU: what a head makes of one fits its cache.
+            at_once = CPU_ROWS if features.device.type == "cpu" else features[..., 0].numel()
+            pieces = features.split(max(1, at_once // features.shape[1]))
+            reward, cont, slow_value = torch.cat([self._judge(piece) for piece in pieces], 1)
+        policy = self.actor(features[:, :-1]) if policy is None else policy
         return Imagined(actions, policy, reward, cont, self.critic(features), slow_value)
+
+    def _judge(self, features: Tensor) -> Tensor:
+        """Return reward, continuation and slow value [3, ...] of features [..., F]."""
+        reward, slow_value = (twohot_mean(f(features)) for f in (self.reward, self.slow_critic))
+        return torch.stack([reward, torch.sigmoid(self.cont(features).squeeze(-1)), slow_value])
 
     # Small things ---------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ Axes: N stands for all leading axes flattened; features are concat(deter, stoch)
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -272,6 +273,15 @@ class Policy:
 
     def __init__(self, spaces: ActSpaces, dists: dict[str, Classes | BoundedNormal]) -> None:
         self.spaces, self.dists = spaces, dists
+
+    @classmethod
+    def stack(cls, policies: Sequence["Policy"]) -> "Policy":
+        """Put policies of the same actions together along a new second axis."""
+        dists: dict[str, Any] = {}
+        for key, dist in policies[0].dists.items():
+            same: list[Any] = [policy.dists[key] for policy in policies]
+            dists[key] = dist.stack(same)
+        return cls(policies[0].spaces, dists)
 
     def sample(self, deterministic: bool = False) -> Tensor:
         """Draw an action vector [..., A], or return the likeliest."""
