@@ -99,8 +99,8 @@ class _NormSiLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        *saved, scale = ctx.saved_tensors
-        grad, by_scale = norm_silu_backward(grad, *saved, scale)
+        normed, inverse, scale = ctx.saved_tensors
+        grad, by_scale = norm_silu_backward(grad, normed, inverse, scale)
         return grad, by_scale.sum_to_size(scale.shape)
 
 

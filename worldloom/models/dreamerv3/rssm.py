@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from worldloom.models.dreamerv3.unrolled import unroll
 from worldloom.nn.distributions import sample_straight_through, unimix_probs
-from worldloom.nn.layers import MLP, BlockDense, BlockLinear, Dense, Linear
+from worldloom.nn.layers import MLP, BlockDense, BlockLinear, Dense, Linear, full
 
 
 class Kernels(NamedTuple):
@@ -136,11 +137,14 @@ class RSSM(nn.Module):
         posterior logits [B, T, S, C]. Only the recurrence itself runs step by step.
         """
         keep = (~is_first).to(deter.dtype).unsqueeze(-1)
-        embedded = self.embed_action(actions * keep).unbind(1)
+        embedded = self.embed_action(actions * keep)
         kernels = self.kernels()
-        projected = self.project_tokens(tokens, kernels).unbind(1)
+        projected = self.project_tokens(tokens, kernels)
+        if self._unrolls(embedded):
+            return unroll(self, deter, stoch, embedded, projected, keep)
         deters, stochs, logits = [], [], []
-        for mask, action, token in zip(keep.unbind(1), embedded, projected, strict=True):
+        steps = (x.unbind(1) for x in (keep, embedded, projected))
+        for mask, action, token in zip(*steps, strict=True):
             deter = self.core(deter * mask, stoch * mask, action, kernels)
             logit = self.posterior_of(deter, token, kernels)
             stoch = self.sample(logit)
@@ -152,6 +156,13 @@ class RSSM(nn.Module):
     def hidden_layers(self) -> list[BlockDense]:
         """Return the layers between the inputs and the GRU."""
         return [layer for layer in self.hidden if isinstance(layer, BlockDense)]
+
+    def _unrolls(self, embedded: Tensor) -> bool:
+        """Whether the backward pass by hand serves: not in mixed precision, nor for a compiler."""
+        if torch.compiler.is_compiling() or self.absolute:
+            return False
+        mixed = torch.is_autocast_enabled(embedded.device.type) or full(embedded) is not embedded
+        return embedded.requires_grad and not mixed
 
     def _groups(self, logits: Tensor) -> Tensor:
         return logits.unflatten(-1, (self.stoch, self.classes))

@@ -1,0 +1,76 @@
+"""The backward pass by hand through the sequence, against autograd's over the same steps."""
+
+import pytest
+import torch
+
+from worldloom.models.dreamerv3.rssm import RSSM
+
+SIZES = dict(deter=8, hidden=6, stoch=3, classes=4, blocks=4, img_layers=1, unimix=0.01)
+LAYERS = dict(dyn_layers=1, obs_layers=1, absolute=False)
+
+
+def rssm(**options):
+    torch.manual_seed(0)
+    model = RSSM(2, 5, **SIZES | LAYERS | options).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p)
+    return model
+
+
+def sequences(rows=3, steps=5):
+    shapes = [(rows, 8), (rows, 12), (rows, steps, 5), (rows, steps, 2)]
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    return inputs, torch.rand(rows, steps) < 0.3
+
+
+def results(model, inputs, first):
+    """What the sequence says, and a loss that weighs all of it."""
+    torch.manual_seed(1)
+    out = model.observe(*inputs, first)
+    return out, sum((x * torch.randn_like(x)).sum() for x in out)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dyn_layers": 3, "obs_layers": 2, "blocks": 2}, {"unimix": 0.0}, {"absolute": True}],
+)
+def test_values_and_gradients_are_those_of_autograd(options, monkeypatch):
+    model = rssm(**options)
+    inputs, first = sequences()
+    learnt = [*inputs, *(p for n, p in model.named_parameters() if not n.startswith("prior"))]
+    values, loss = results(model, inputs, first)
+    twice = [torch.autograd.grad(loss, learnt, retain_graph=True) for _ in range(2)]
+    monkeypatch.setattr(RSSM, "_unrolls", lambda *_: False)
+    expected, loss = results(model, inputs, first)
+    torch.testing.assert_close(values, expected)
+    for grads in twice:
+        torch.testing.assert_close(grads, torch.autograd.grad(loss, learnt, retain_graph=True))
+
+
+def test_a_single_step_equals_the_sequence_of_one():
+    model = rssm()
+    (deter, stoch, tokens, actions), _ = sequences(steps=1)
+    torch.manual_seed(1)
+    whole = model.observe(deter, stoch, tokens, actions, torch.zeros(3, 1, dtype=torch.bool))
+    torch.manual_seed(1)
+    step = model.observe_step(deter, stoch, actions[:, 0], tokens[:, 0])
+    torch.testing.assert_close([x[:, 0] for x in whole], list(step))
+
+
+def test_a_weight_that_changes_before_the_backward_pass_is_noticed():
+    model = rssm()
+    inputs, first = sequences()
+    _, loss = results(model, inputs, first)
+    with torch.no_grad():
+        model.gru.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_mixed_precision_takes_autograds_way():
+    model = rssm().float()
+    inputs, first = sequences()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, loss = results(model, [x.detach().float() for x in inputs], first)
+    loss.backward()
+    assert all(p.grad.isfinite().all() for n, p in model.named_parameters() if "prior" not in n)
