@@ -493,3 +493,60 @@ def test_the_newest_rows_are_read_without_drawing():
     assert newest["is_last"].flatten().tolist() == [t % 7 == 6 for t in range(16, 26)]
     assert buffer.state_dict()["rng"] == before
     assert ReplayBuffer(20, (1,), 1).newest(4)["obs"].shape == (1, 0, 1)
+
+
+# ---- the fast ways give what the slow ones do ------------------------------------------------
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_draws_pick_from_the_list_of_all_start_positions(behind):
+    buffer = ReplayBuffer(60, num_envs=3, seed=5)
+    Recorder(buffer).step(31)
+    ends = [31, 31, 31]
+    if behind:  # the streams no longer have the same number of rows
+        buffer.add_episode(**episode(6), env=1)
+        ends[1] += 7
+    starts = [(env, row) for env in range(3) for row in range(ends[env] - 20, ends[env] - 4 + 1)]
+    drawn = np.random.default_rng(5).integers(len(starts), size=50)
+    assert buffer.sample(50, 4)["index"].tolist() == [list(starts[n]) for n in drawn]
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (3, 65, 65)])  # bytes that eight divides, or not
+def test_large_batches_are_the_stored_rows(shape):
+    buffer = ReplayBuffer(80, shape, 2, num_envs=2)
+    frames = np.random.default_rng(0).integers(0, 256, (2, 60, *shape), np.uint8)
+    for env in range(2):
+        buffer.add_episode(frames[env], np.zeros((59, 2)), np.zeros(59), env=env)
+    batch = buffer.sample(16, 20)  # 3.9 MB, from rings whose first 20 rows were overwritten
+    for obs, (env, start) in zip(batch["obs"], batch["index"].tolist(), strict=True):
+        np.testing.assert_array_equal(obs, frames[env, start : start + 20])
+
+
+def test_a_batch_stays_as_it_is_while_others_are_drawn_and_rows_added():
+    buffer = ReplayBuffer(40, (3, 64, 64), 2)
+    frames = np.random.default_rng(0).integers(0, 256, (31, 3, 64, 64), np.uint8)
+    whole = {"obs": frames, "actions": np.ones((30, 2)), "rewards": np.arange(30)}
+    buffer.add_episode(**whole)
+    batches = [buffer.sample(8, 20) for _ in range(5)]
+    copies = copy.deepcopy(batches)
+    buffer.add_episode(**(whole | {"obs": 255 - frames}))
+    batches += [buffer.sample(8, 20) for _ in range(5)]
+    for batch, before in zip(batches, copies, strict=False):
+        for key, value in before.items():
+            assert torch.equal(batch[key], value), key
+    memory = {x.untyped_storage().data_ptr() for batch in batches for x in batch.values()}
+    assert len(memory) == len(batches) * len(batches[0])
+
+
+def test_rows_may_be_tensors_lists_slices_and_other_dtypes():
+    plain, odd = ReplayBuffer(9, num_envs=2), ReplayBuffer(9, num_envs=2)
+    obs, yes, no = np.arange(8.0).reshape(2, 4), np.ones(2, bool), np.zeros(2, bool)
+    actions = np.array([[0.5, 1], [-1, 0]], np.float32)
+    rewards = np.array([1, 2], np.float32)
+    plain.add(obs.astype(np.float32), actions, rewards, yes, no, no)
+    spread = np.zeros((2, 4), np.float32)
+    spread[:, ::2] = actions
+    flags = np.zeros((2, 2), bool)
+    odd.add(torch.tensor(obs), spread[:, ::2], [1, 2], [True, True], flags[:, 0], torch.tensor(no))
+    for key, value in plain.newest(1).items():
+        assert torch.equal(odd.newest(1)[key], value), key

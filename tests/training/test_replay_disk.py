@@ -597,3 +597,24 @@ def test_a_replay_that_is_never_filled_needs_no_room_for_its_capacity(tmp_path):
     small = ReplayBuffer(**huge, expected=40, folder=tmp_path / "ram")
     with pytest.raises(ValueError, match=r"60 rows .* expects 40 .*total_steps"):
         small.load_state_dict(states["ram"])
+
+
+def test_large_batches_are_read_by_several_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    filed = ReplayBuffer(200, (3, 64, 64), 2, storage="memmap", folder=tmp_path)
+    plain = ReplayBuffer(200, (3, 64, 64), 2)
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (301, 3, 64, 64), np.uint8)
+    for buffer in (filed, plain):
+        buffer.add_episode(frames, np.zeros((300, 2)), np.zeros(300))
+    for _ in range(5):
+        assert torch.equal(filed.sample(16, 60)["obs"], plain.sample(16, 60)["obs"])
+    files = sorted(tmp_path.glob("*-rows.safetensors"))
+    file = files[len(files) // 2]
+    data = file.read_bytes()
+    os.truncate(file, len(data) // 2)
+    with pytest.raises(OSError, match="was cut off"):
+        filed.sample(64, 60)
+    file.write_bytes(data)
+    plain.sample(64, 60)
+    assert torch.equal(filed.sample(16, 60)["obs"], plain.sample(16, 60)["obs"])

@@ -99,3 +99,16 @@ def test_bfloat16_latents_are_taken():
     given = {"deter": torch.tensor([[1.0, 0.5, -2.0]], dtype=torch.bfloat16)}
     (stored,) = rows.convert_latents(given, (1,)).values()
     assert (stored.dtype, stored.tolist()) == (np.float16, [[1, 0.5, -2]])
+
+
+def test_latents_are_rounded_to_the_nearest_that_can_be_stored():
+    rows = RowFormat((4,), 2, {"deter": ((4,), torch.float16), "stoch": ((4,), torch.uint8)}, None)
+    # Halves have eleven bits: 2049 lies between 2048 and 2050, and a tie goes to the even one.
+    given = {
+        "deter": torch.tensor([[2049.0, 2051.0, 1 + 2**-10, 1e-8]]),
+        "stoch": torch.tensor([[0.9999999, 1.0000001, 0.0, 0.0]]),
+    }
+    for latents in (given, {name: x.numpy() for name, x in given.items()}):
+        deter, stoch = rows.convert_latents(latents, (1,)).values()
+        assert (deter.dtype, deter.tolist()) == (np.float16, [[2048, 2052, 1 + 2**-10, 0]])
+        assert (stoch.dtype, stoch.tolist()) == (np.uint8, [[1, 1, 0, 0]])

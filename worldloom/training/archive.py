@@ -40,7 +40,8 @@ class Archive:
         self.digest: int | None = None
         # Rows in memory are not written before the first state: offline runs never need that.
         self._eager = store.mapped
-        self._changes = threading.Condition()  # of rows, latents and what is known of files
+        self._lock = threading.RLock()  # of rows, latents and what is known of files
+        self._changes = threading.Condition(self._lock)
         self._writer = threading.Lock()  # held while a state is made or finished
         self._latents: dict[Block, str] = {}  # the file of each block that did not change since
         self._generation = folder.newest_generation()
@@ -53,14 +54,22 @@ class Archive:
         """Tell whether no rows may be added any more."""
         return self.digest is not None
 
-    def write(self, env: int | np.ndarray, row: np.ndarray, values: Arrays) -> None:
-        """Write new rows (numbers [N]) of one stream or of streams env [N] over the oldest."""
+    def write(self, env: int, row: np.ndarray, values: Arrays) -> None:
+        """Write new rows (numbers [N]) of one stream over the oldest."""
         with self._changes:
             if self._snapshot is not None:
                 last = self.store.written[env] - 1  # an episode may leap over rows of the ring
                 overwritten = last - (last - row) % self.store.rows
                 self._protect((ROWS, LATENTS), np.broadcast_to(env, row.shape), overwritten)
             self.store.write(env, row, values)
+
+    def append(self, values: Arrays) -> None:
+        """Write a row behind the newest of every stream, over the oldest."""
+        with self._lock:  # that of `_changes`, which takes longer to enter
+            if self._snapshot is not None:
+                store = self.store
+                self._protect((ROWS, LATENTS), store.streams, store.written - store.rows)
+            self.store.append(values)
 
     def write_latents(self, env: np.ndarray, row: np.ndarray, values: Arrays) -> None:
         """Write latents of stored rows (numbers [N]) of streams env [N]."""

@@ -20,8 +20,7 @@ class Blocks:
         self._store = store
         self.unwritten: dict[Block, None] = {}
         self.lost: set[Block] = set()
-        self.complete = np.zeros(store.num_envs, np.int64)
-        self.lowest = np.zeros(store.num_envs, np.int64)
+        self._count(np.zeros(store.num_envs, np.int64), np.zeros(store.num_envs, np.int64))
 
     def __iter__(self) -> Iterator[Block]:
         """List the complete blocks of which rows are stored, and the lost ones among them."""
@@ -33,10 +32,13 @@ class Blocks:
         """Count anew, as if every block were in a file and none lost."""
         self.unwritten.clear()
         self.lost.clear()
-        self.complete, self.lowest = self._numbers()
+        self._count(*self._numbers())
 
     def changed(self) -> bool:
         """Tell whether a block was completed or has left the ring since the last account."""
+        common = self._store.common
+        if common is not None and common < self._until:
+            return False
         complete, lowest = self._numbers()
         return bool((complete != self.complete).any() or (lowest != self.lowest).any())
 
@@ -48,7 +50,7 @@ class Blocks:
             gone += [(env, n) for n in range(int(self.lowest[env]), int(lowest[env]))]
             first = max(int(self.complete[env]), int(lowest[env]))
             new += [(env, n) for n in range(first, int(complete[env]))]
-        self.complete, self.lowest = complete, lowest
+        self._count(complete, lowest)
         self.unwritten |= dict.fromkeys(new)
         for block in gone:
             self.unwritten.pop(block, None)
@@ -83,6 +85,13 @@ class Blocks:
             found.append((env, first, end))
         envs, firsts, ends = np.array(found, np.int64).T
         return envs, firsts, ends
+
+    def _count(self, complete: np.ndarray, lowest: np.ndarray) -> None:
+        self.complete, self.lowest = complete, lowest
+        # No stream with fewer rows than this has completed or lost another block.
+        next_complete, next_gone = complete.min() + 1, lowest.min() + 1
+        rows = self._store.block_rows
+        self._until = int(min(next_complete * rows, next_gone * rows + self._store.rows))
 
     def _bounds(self, number: int) -> tuple[int, int]:
         return number * self._store.block_rows, (number + 1) * self._store.block_rows

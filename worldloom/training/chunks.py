@@ -130,9 +130,13 @@ class ChunkFolder:
         """
         offset = self._offsets[name][array] + skip
         left = memoryview(cast(Any, out)).cast("B")
-        with open(self.path / name, "rb", buffering=0) as file:
-            while left and (count := os.preadv(file.fileno(), [left], offset)):
+        # Much cheaper than `open` of a `Path`, and a batch reads from some twenty files.
+        file = os.open(os.path.join(self.path, name), os.O_RDONLY)
+        try:
+            while left and (count := os.preadv(file, [left], offset)):
                 left, offset = left[count:], offset + count
+        finally:
+            os.close(file)
         if left:
             raise OSError(f"{self.path / name} was cut off while the run was using it; resume it")
 

@@ -34,6 +34,8 @@ class Draws:
 
     def longest(self) -> int:
         """Return the number of rows in the longest stretch."""
+        if (common := self._common()) is not None:
+            return min(common, self._store.rows)
         _, first, end = self.stretches()
         return int((end - first).max())
 
@@ -48,6 +50,11 @@ class Draws:
 
     def anywhere(self, count: int, length: int) -> Places:
         """Draw uniformly from all start positions of sequences of that length."""
+        if (common := self._common()) is not None:  # gives what follows below, sooner
+            oldest = max(common - self._store.rows, 0)
+            starts = common - oldest - length + 1
+            drawn = self.rng.integers(starts * len(self._streams), size=count)
+            return drawn // starts, oldest + drawn % starts
         streams, first, end = self.stretches()
         starts = np.maximum(end - first - length + 1, 0)
         ends = starts.cumsum()
@@ -107,6 +114,12 @@ class Draws:
             return np.zeros(1, np.int64), 0
         start = np.maximum(first, end - most)[last]
         return start, int((end[last] - start)[0])
+
+    def _common(self) -> int | None:
+        """Number of rows written, if each stream is one stretch of the same rows, else None."""
+        if self._blocks is not None and self._blocks.lost:
+            return None
+        return self._store.common
 
     def _episodes(self, env: int, first: int, end: int) -> np.ndarray:
         """Episode (number of its first row) of rows of a stream."""

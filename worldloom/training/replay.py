@@ -74,7 +74,7 @@ class ReplayBuffer:
     ) -> None:
         require_positive(action_dim=action_dim, num_envs=num_envs)
         require_storage(storage, folder)
-        self._format = RowFormat(obs_shape, action_dim, latents or {}, obs_dtypes)
+        self._format = RowFormat(obs_shape, action_dim, latents or {}, obs_dtypes, num_envs)
         self.num_envs = num_envs
         self.online = online
         self.keeps_latents = bool(latents)
@@ -138,18 +138,20 @@ class ReplayBuffer:
             RuntimeError: the buffer was sealed.
         """
         self._require_open()
-        flags = dict(zip(FLAGS, (is_first, is_last, is_terminal), strict=True))
-        given = {**self._format.named(obs), "actions": actions, "rewards": rewards, **flags}
-        lead = (self.num_envs,)
-        values = {name: self._format.convert(name, x, lead, "env {}") for name, x in given.items()}
-        values |= self._format.convert_latents(latents, lead)
-        env, row = np.arange(self.num_envs), self._store.written
-        before, rings = (env, (row - 1) % self.rows), self._store.rings
-        require_borders((row == 0) | rings["is_last"][before], values)
-        values["episode"] = np.where(values["is_first"], row, rings["episode"][before])
-        self._write(env, row, values)
-        self._store.written = row + 1
-        self._added(self.num_envs)
+        given = self._format.named(obs)
+        given["actions"], given["rewards"] = actions, rewards
+        given["is_first"], given["is_last"], given["is_terminal"] = is_first, is_last, is_terminal
+        values = self._format.convert_row(given)
+        if self.keeps_latents or latents is not None:
+            values |= self._format.convert_latents(latents, (self.num_envs,))
+        values["episode"] = self._episodes(values)
+        if self._archive is None:
+            self._store.append(values)
+            self._store.advance()
+        else:
+            self._archive.append(values)
+            self._store.advance()
+            self._archive.added(self.num_envs)
 
     def add_episode(
         self,
@@ -183,7 +185,9 @@ class ReplayBuffer:
         # Of an episode longer than the ring only the newest rows, so no slot is written twice.
         kept = {name: x[-self.rows :] for name, x in values.items()}
         self._write(env, np.arange(first, first + rows)[-self.rows :], kept)
-        self._store.written[env] += rows
+        written = self._store.written.copy()
+        written[env] += rows
+        self._store.written = written
         self._added(rows)
 
     def write_latents(self, index: Tensor, latents: Mapping[str, Array]) -> None:
@@ -197,8 +201,10 @@ class ReplayBuffer:
         values = self._format.convert_latents(latents, row.shape)
         stored = row >= self._store.oldest[env][:, None]
         env = np.broadcast_to(env[:, None], row.shape)
+        # As a rule none is overwritten; an index by rows [B, T - 1] then saves a copy of them all.
+        kept = Ellipsis if stored.all() else stored
         write = self._store.write if self._archive is None else self._archive.write_latents
-        write(env[stored], row[stored], {name: x[stored] for name, x in values.items()})
+        write(env[kept], row[kept], {name: x[kept] for name, x in values.items()})
 
     def can_sample(self, seq_len: int, *, across_episodes: bool = True) -> bool:
         """Tell whether a sequence of `seq_len` rows is stored."""
@@ -233,7 +239,8 @@ class ReplayBuffer:
         if self.online:
             fresh_env, fresh_start = self._draws.fresh(batch_size, seq_len)
             env[: len(fresh_env)], start[: len(fresh_env)] = fresh_env, fresh_start
-        return cast(Batch, to_device(self._read(env, start, seq_len), device))
+        batch = self._read(env, start, seq_len)
+        return cast(Batch, batch if device == "cpu" else to_device(batch, device))
 
     def newest(self, rows: int, device: str | torch.device = "cpu") -> Batch:
         """Return the newest rows of the first stream, at most so many, [1, T]; draw nothing."""
@@ -344,14 +351,18 @@ class ReplayBuffer:
         """Read sequences of streams env [B] from rows start [B] on."""
         slots = env[:, None] * self.rows + (start[:, None] + np.arange(length)) % self.rows
         where = (env, start, slots)
-        batch: dict[str, Any] = {"obs": self._take_obs(*where)}
-        batch |= {name: self._take(name, *where) for name in ("actions", "rewards", *FLAGS)}
+        rows = {name: self._store.take(name, *where) for name in ("actions", "rewards", *FLAGS)}
         # That an episode was abandoned (a resumed run resets its environments, a crashed one is
         # replaced) was not known when its last row was written, with an action that led nowhere.
-        abandoned = batch["is_first"][:, 1:] & ~batch["is_last"][:, :-1]
-        batch["is_last"][:, :-1] |= abandoned
-        batch["actions"][:, :-1][abandoned] = 0.0
-        batch["index"] = torch.from_numpy(np.stack([env, start], 1))
+        abandoned = rows["is_first"][:, 1:] > rows["is_last"][:, :-1]
+        if np.count_nonzero(abandoned):
+            rows["is_last"][:, :-1] |= abandoned
+            rows["actions"][:, :-1][abandoned] = 0.0
+        batch: dict[str, Any] = {"obs": self._take_obs(*where)}
+        batch |= {name: torch.from_numpy(x) for name, x in rows.items()}
+        index = np.empty((len(env), 2), np.int64)
+        index[:, 0], index[:, 1] = env, start
+        batch["index"] = torch.from_numpy(index)
         if self.keeps_latents and length:
             names = self._format.latent_names.items()
             batch["context"] = {
@@ -369,7 +380,24 @@ class ReplayBuffer:
             return self._take("obs", *where)
         return {key: self._take(name, *where) for key, name in self._format.obs_names.items()}
 
-    def _write(self, env: int | np.ndarray, row: np.ndarray, values: Arrays) -> None:
+    def _episodes(self, values: Arrays) -> np.ndarray:
+        """Check the flags of a row of every stream; return the episodes that the rows are of."""
+        store = self._store
+        place, first = store.place(-1), values["is_first"]
+        before, ended = store.rings["episode"][place], store.rings["is_last"][place]
+        # Most rows lie within an episode, and comparing bytes is the fastest way to see that.
+        none = bytes(self.num_envs)
+        if (
+            first.tobytes() == none
+            and ended.tobytes() == none
+            and values["is_terminal"].tobytes() == none
+            and (store.common or store.written.all())
+        ):
+            return before
+        require_borders(ended | (store.written == 0), values)
+        return np.where(first, store.written, before)
+
+    def _write(self, env: int, row: np.ndarray, values: Arrays) -> None:
         (self._store if self._archive is None else self._archive).write(env, row, values)
 
     def _added(self, rows: int) -> None:

@@ -95,7 +95,7 @@ class GRU:
         self.saved: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def forward(self, old: Tensor, gates: Tensor) -> Tensor:
-        """Return the new state of the old one [G, N, d] and gates [G, N, 3 d], which are used up."""
+        """Return the state after an old one [G, N, d] for gates [G, N, 3 d], which are used up."""
         reset, cand, update = gates.chunk(3, -1)
         reset.sigmoid_()
         update.sub_(1).sigmoid_()
