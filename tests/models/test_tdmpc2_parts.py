@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from worldloom import create_world_model
 from worldloom.check.data import RandomData
 from worldloom.models.tdmpc2 import draws
-from worldloom.models.tdmpc2.networks import random_shift
+from worldloom.models.tdmpc2.networks import (
+    Ensemble,
+    all_at_once,
+    drop,
+    joint_linear,
+    one_by_one,
+    random_shift,
+)
 from worldloom.training.optimizers import Adam
 
 SMALL = dict(enc_dim=16, mlp_dim=16, latent_dim=16, num_channels=1, num_q=3, dropout=0.1)
@@ -43,6 +50,7 @@ def batch_for(model, seed=1, rows=B, length=T):
 def losses_of(model, batch, seed=2):
     """The losses and statistics, and the gradients of those parameters that have one."""
     model.zero_grad()
+    model.scale.value.fill_(1.0)  # every call moves it
     torch.manual_seed(seed)
     losses = model.compute_loss(batch)
     losses["loss"].backward()
@@ -417,3 +425,82 @@ def test_several_observations_add_up_before_simnorm(monkeypatch):
 def test_sizes_that_do_not_fit(shape, options, message):
     with pytest.raises(ValueError, match=message):
         create(shape, 2, **options)
+
+
+# ---- networks ------------------------------------------------------------------------------------
+
+
+def test_a_linear_map_of_parts_is_that_of_their_concatenation():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(9, 5).double()
+    parts = [torch.randn(*shape, dtype=torch.float64) for shape in ((2, 1, 4), (2, 3, 2), (3, 3))]
+    for used in (parts, [parts[1], parts[1], torch.randn(2, 3, 5, dtype=torch.float64)]):
+        joined = torch.cat([part.expand(2, 3, -1) for part in used], -1)
+        found = joint_linear(used, layer.weight, layer.bias)
+        torch.testing.assert_close(found, layer(joined), rtol=0, atol=1e-14)  # entries below ten
+
+
+@pytest.mark.parametrize("members", [None, [3, 1]])
+def test_member_by_member_is_all_at_once(members):
+    torch.manual_seed(0)
+    ensemble = Ensemble(4, 6, [8, 8], 3).double()
+    for p in ensemble.parameters():
+        torch.nn.init.normal_(p)
+    layers = [layer.stacked() for layer in ensemble.layers]
+    chosen = None if members is None else torch.tensor(members)
+    parts = [torch.randn(*shape, dtype=torch.float64) for shape in ((2, 5, 4), (1, 5, 2))]
+    outputs, gradients = [], []
+    for compute in (one_by_one, all_at_once):
+        outputs.append(compute(parts, layers, chosen, 0.0))
+        gradients.append(torch.autograd.grad(outputs[-1].square().sum(), ensemble.parameters()))
+    assert outputs[0].shape == (len(members or range(4)), 2, 5, 3)
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*gradients)
+
+
+def test_each_number_is_dropped_with_the_same_probability_and_alone():
+    torch.manual_seed(0)
+    tries, count, p = 4000, 50, 0.1
+    lost = torch.zeros(tries, count)
+    for row in lost:
+        at = draws.dropped(count, p)
+        assert (at.diff() > 0).all() and (at >= 0).all()
+        row[at] = 1.0
+    # Five deviations of a share, of a variance and of the correlation of neighbours.
+    assert ((lost.mean(0) - p).abs() < 5 * (p * (1 - p) / tries) ** 0.5).all()
+    totals = lost.sum(1)
+    wanted = count * p * (1 - p)
+    assert abs(totals.var() - wanted) < 5 * wanted * (2 / tries) ** 0.5
+    together = (lost[:, 1:] * lost[:, :-1]).mean()
+    assert abs(together - p * p) < 5 * (3 * p * p / (tries * (count - 1))) ** 0.5
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.1, 0.3])
+def test_dropping_goes_on_to_the_last_number(p, monkeypatch):
+    """Also if the first draws reach less far than six deviations."""
+    geometric, calls = torch.Tensor.geometric_, []
+
+    def short(self, probability):
+        calls.append(len(self))
+        return geometric(self, probability) if len(calls) > 2 else self.fill_(1)
+
+    monkeypatch.setattr(torch.Tensor, "geometric_", short)
+    torch.manual_seed(0)
+    lost = draws.dropped(20_000, p)
+    short_of = sum(calls[:2])
+    assert len(calls) > 2 and lost[:short_of].tolist() == list(range(short_of))
+    rest = 20_000 - short_of
+    share = (len(lost) - short_of) / rest
+    assert abs(share - p) < 5 * (p * (1 - p) / rest) ** 0.5 + 1 / rest
+
+
+def test_what_is_not_dropped_makes_up_for_it():
+    torch.manual_seed(0)
+    x = torch.randn(3, 400, requires_grad=True)
+    y = drop(x, 0.25)
+    y.sum().backward()
+    stays = y != 0
+    assert 0.15 < 1 - stays.float().mean() < 0.35
+    torch.testing.assert_close(y[stays], (x / 0.75)[stays])
+    torch.testing.assert_close(x.grad, stays / 0.75)
+    assert drop(x, 0.0) is x

@@ -284,7 +284,8 @@ def test_the_value_of_the_last_latent_steers():
     """Latents are position and goal; three actions together must reach the goal."""
 
     def move(z, action, task):
-        return torch.cat([z[..., :1] + action[..., :1], z[..., 1:]], -1)
+        position = z[..., :1] + action[..., :1]
+        return torch.cat([position, z[..., 1:].expand(*position.shape[:-1], -1)], -1)
 
     def value(z, action, task):
         return -100 * (z[..., 0] - z[..., 1]).square()

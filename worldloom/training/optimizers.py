@@ -119,7 +119,7 @@ class Adam(torch.optim.Adam):
     ) -> None:
         if max_norm is not None and max_norm <= 0:
             raise ValueError(f"max_norm={max_norm}; expected one above 0, or None for no clipping")
-        super().__init__(params, lr, (betas[0], betas[1]), eps)
+        super().__init__(params, lr, (betas[0], betas[1]), eps, fused=True)
         for group in self.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
             group["max_norm"] = max_norm

@@ -160,30 +160,31 @@ class LatentModel(nn.Module):
         actions: dict[str, Any] = {"action_dim": self.act_spaces.width, "discrete": self.chooses}
         return LatentMPPI(model=self, **actions, **self.planning)
 
-    # Functions of latents [..., B, L] and tasks [B] or None ---------------------------------------
+    # Functions of latents [..., B, L] and tasks [B] or None -------------------------------------
+    # Leading axes of latents, actions and tasks broadcast: [B, 1] fits the N samples of [B, N].
 
     def next(self, z: Tensor, action: Tensor, task: Tensor | None) -> Tensor:
         """Return the next latent [..., L] after action [..., A]."""
-        return simnorm(self.dynamics(self._join(z, task, action)), self.simnorm_dim)
+        return simnorm(self.dynamics(*self._parts(z, task, action)), self.simnorm_dim)
 
     def reward_of(self, z: Tensor, action: Tensor, task: Tensor | None) -> Tensor:
         """Return the reward [...] that action [..., A] earns."""
-        return symlog_twohot_mean(self.reward(self._join(z, task, action)), **self.value_range)
+        return symlog_twohot_mean(self.reward(*self._parts(z, task, action)), **self.value_range)
 
     def is_terminal(self, z: Tensor, task: Tensor | None) -> Tensor:
         """Return 1.0 where z [..., L] is more likely terminal than not, else 0.0, [...]."""
         assert self.termination is not None
-        logits = self.termination(self._join(z, task)).squeeze(-1)
+        logits = self.termination(*self._parts(z, task)).squeeze(-1)
         return ((logits > 0) & self.terminates).to(z.dtype)
 
     def prior(self, z: Tensor, task: Tensor | None) -> Choice:
         """Let the policy prior choose actions [..., A]."""
-        return self.actor.choose(self._join(z, task), self.mask_of(task))
+        return self.actor.choose(*self._parts(z, task), mask=self.mask_of(task))
 
     def value(self, z: Tensor, action: Tensor, task: Tensor | None, target: bool = False) -> Tensor:
         """Return the values [2, ...] of action [..., A] by two Q-functions drawn at random."""
         critic = self.target_critic if target else self.critic
-        logits = critic(self._join(z, task, action), self._two_heads())
+        logits = critic(*self._parts(z, task, action), members=self._two_heads())
         return symlog_twohot_mean(logits, **self.value_range)
 
     def discount_of(self, task: Tensor | None) -> Tensor | float:
@@ -209,10 +210,9 @@ class LatentModel(nn.Module):
             # Every choice at every latent: [A, ..., A], first axis by choice.
             width = choice.probs.shape[-1]
             every = torch.eye(width, dtype=z.dtype, device=z.device)
-            action = every.view(width, *[1] * (z.ndim - 1), width).expand(width, *z.shape[:-1], -1)
-            z = z.expand(width, *z.shape)
-        joint = self._join(z, task, action)
-        logits = torch.func.functional_call(self.critic, frozen, (joint,), kwargs)
+            action = every.view(width, *[1] * (z.ndim - 1), width)
+        parts = self._parts(z, task, action)
+        logits = torch.func.functional_call(self.critic, frozen, parts, kwargs)
         q = symlog_twohot_mean(logits, **self.value_range).mean(0)
         return q if choice.probs is None else (choice.probs * q.movedim(0, -1)).sum(-1)
 
@@ -232,14 +232,21 @@ class LatentModel(nn.Module):
 
     def _join(self, z: Tensor, task: Tensor | None, action: Tensor | None = None) -> Tensor:
         """Append the task's embedding and then the action, [..., B, L + task_dim + A]."""
-        joined = z if task is None or self.tasks is None else self.tasks.join(z, task)
-        return joined if action is None else torch.cat([joined, action], -1)
+        parts = self._parts(z, task, action)
+        return torch.cat([part.expand(*z.shape[:-1], -1) for part in parts], -1)
+
+    def _parts(
+        self, z: Tensor, task: Tensor | None, action: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """Return what `_join` would concatenate, with axes that broadcast."""
+        embedding = () if task is None or self.tasks is None else (self.tasks.embedding(task),)
+        return (z, *embedding) if action is None else (z, *embedding, action)
 
     def _continue(self, z: Tensor, task: Tensor | None) -> Tensor:
         """Return the probability [..., 1] that the episode goes on after z [..., L]."""
         if self.termination is None:
             return z.new_ones(*z.shape[:-1], 1)
-        prob = torch.sigmoid(self.termination(self._join(z, task)))
+        prob = torch.sigmoid(self.termination(*self._parts(z, task)))
         return 1 - prob * self.terminates.to(prob.dtype)
 
     # Encoding ----

@@ -225,9 +225,9 @@ class TDMPC2(LatentModel):
             latents.append(self.next(latents[-1], action, data.task))
         z = torch.stack(latents)
 
-        joint = self._join(z[:-1], data.task, data.actions)
-        q_logits = self.critic(joint, dropout=self.dropout if self.training else 0.0)
-        rewards = symlog_twohot_loss(self.reward(joint), data.rewards, **self.value_range)
+        parts = self._parts(z[:-1], data.task, data.actions)
+        q_logits = self.critic(*parts, dropout=self.dropout if self.training else 0.0)
+        rewards = symlog_twohot_loss(self.reward(*parts), data.rewards, **self.value_range)
         targets = target.expand(q_logits.shape[:-1])
         values = symlog_twohot_loss(q_logits, targets, **self.value_range)
         errors = (z[1:] - next_z).square().mean(-1)
@@ -241,7 +241,7 @@ class TDMPC2(LatentModel):
         }
         stats: dict[str, Tensor] = {}
         if self.termination is not None:
-            logits = self.termination(self._join(z[1:], data.task)).squeeze(-1)
+            logits = self.termination(*self._parts(z[1:], data.task)).squeeze(-1)
             loss = termination_loss(logits, data.terminated, data.alive)
             terms["termination"] = loss * self.terminates.to(loss.dtype)
             last = (torch.sigmoid(logits[-1]), data.terminated[-1], data.alive[-1])

@@ -19,10 +19,32 @@ from worldloom.nn.symlog import symexp, symlog
 IMAGE_SIDE = 64  # the only side for which the official convolutions fit their latent
 SHIFT = 3  # pixels that the random shift moves an image at most
 
+Stacked = tuple[Tensor, ...]  # parameters of one layer of all members, first axis by member
+
 
 def init_linear(weight: Tensor) -> None:
     """Fill with a normal of deviation 0.02, cut at -2 and 2 (absolute values)."""
     nn.init.trunc_normal_(weight, std=0.02)
+
+
+def joint_linear(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+    """Map the concatenation of parts [..., width] along the last axis, without making it.
+
+    Leading axes broadcast, so that rows which many others share are multiplied once; and a part
+    that needs no gradient costs none.
+    """
+    first, *others = parts
+    if not others:
+        return F.linear(first, weight, bias)
+    piece, *pieces = weight.split([part.shape[-1] for part in parts], -1)
+    y = F.linear(first, piece, bias)
+    for part, piece in zip(others, pieces, strict=True):
+        if part.shape[:-1] == y.shape[:-1]:
+            rows = torch.addmm(y.flatten(0, -2), part.flatten(0, -2), piece.t())
+            y = rows.view(y.shape)
+        else:
+            y = y + F.linear(part, piece)
+    return y
 
 
 class NormedLinear(nn.Module):
@@ -33,9 +55,9 @@ class NormedLinear(nn.Module):
         self.linear = _linear(inputs, units)
         self.norm = nn.LayerNorm(units)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., inputs] to [..., units]."""
-        return self.norm(self.linear(x))
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Map [..., inputs], or parts of that width (see `joint_linear`), to [..., units]."""
+        return self.norm(joint_linear(parts, self.linear.weight, self.linear.bias))
 
 
 class MLP(nn.Module):
@@ -61,15 +83,27 @@ class MLP(nn.Module):
             nn.init.zeros_(last.weight)  # type: ignore[arg-type]
         self.layers = nn.ModuleList([*layers, last])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [..., inputs] to [..., outputs]."""
-        for i, layer in enumerate(self.layers):
-            x = layer(mish(x) if i else x)
+    def forward(self, *parts: Tensor) -> Tensor:
+        """Map [..., inputs], or parts of that width (see `joint_linear`), to [..., outputs]."""
+        first, *others = self.layers
+        x = first(*parts)
+        for layer in others:
+            x = layer(mish(x))
         return x
 
 
+def drop(x: Tensor, probability: float) -> Tensor:
+    """Set each number to zero with a probability and divide the others by that of staying."""
+    if not probability:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, probability)
+    lost = draws.dropped(x.numel(), probability)
+    return (x / (1 - probability)).flatten().index_fill(0, lost, 0.0).view_as(x)
+
+
 class EnsembleLinear(nn.Module):
-    """Q linear layers side by side, each followed by its own layer norm if `normed`.
+    """The parameters of Q linear layers, each followed by a layer norm of its own if `normed`.
 
     weight: [Q, outputs, inputs]; bias, scale and shift of the norm: [Q, outputs].
     """
@@ -87,23 +121,14 @@ class EnsembleLinear(nn.Module):
         else:
             nn.init.zeros_(self.weight)
 
-    def forward(self, x: Tensor, members: Tensor | None, dropout: float) -> Tensor:
-        """Map [N, inputs] or [Q, N, inputs] to [Q, N, outputs], with Mish after a norm."""
-        weight, bias = _of(self.weight, members), _of(self.bias, members)
-        if x.ndim == 2:  # all members read the same input: one large product
-            y = F.linear(x, weight.flatten(0, 1), bias.flatten())
-            y = y.unflatten(-1, bias.shape).transpose(0, 1)
-        else:
-            y = torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
-        if not self.normed:
-            return y
-        y = F.layer_norm(F.dropout(y, dropout) if dropout else y, y.shape[-1:])
-        scale, shift = (_of(p, members).unsqueeze(1) for p in (self.scale, self.shift))
-        return mish(torch.addcmul(shift, y, scale))
+    def stacked(self) -> Stacked:
+        """Return weight and bias, and of a normed layer scale and shift as well."""
+        norm = (self.scale, self.shift) if self.normed else ()
+        return (self.weight, self.bias, *norm)
 
 
 class Ensemble(nn.Module):
-    """Q MLPs of the same shape as one batched computation; the last weights start at zero."""
+    """Q MLPs of the same shape; the last weights start at zero."""
 
     def __init__(self, count: int, inputs: int, hidden: Sequence[int], outputs: int) -> None:
         super().__init__()
@@ -113,17 +138,58 @@ class Ensemble(nn.Module):
             [EnsembleLinear(count, *pair, normed=i < len(hidden)) for i, pair in pairs]
         )
 
-    def forward(self, x: Tensor, members: Tensor | None = None, dropout: float = 0.0) -> Tensor:
+    def forward(
+        self, *parts: Tensor, members: Tensor | None = None, dropout: float = 0.0
+    ) -> Tensor:
         """Map [..., inputs] to [Q, ..., outputs], of all members or of those that are given.
 
-        members: indices; only these are computed. dropout: probability, after the first linear
-        map and before its norm.
+        parts: one tensor, or several of that width together (see `joint_linear`). members:
+        indices; only these are computed. dropout: probability, after the first linear map and
+        before its norm.
         """
-        rows = x.shape[:-1]
-        y = x.flatten(0, -2) if x.ndim > 2 else x
-        for i, layer in enumerate(self.layers):
-            y = layer(y, members, dropout if i == 0 else 0.0)
-        return y.unflatten(1, rows)
+        layers = [layer.stacked() for layer in self.layers]  # type: ignore[operator]
+        compute = one_by_one if parts[0].device.type == "cpu" else all_at_once
+        return compute(parts, layers, members, dropout)
+
+
+def one_by_one(
+    parts: Sequence[Tensor], layers: Sequence[Stacked], members: Tensor | None, dropout: float
+) -> Tensor:
+    """Compute an `Ensemble` member by member, as suits a CPU.
+
+    Its cores share every product, where in a batch of products each core takes whole ones, and what
+    lies between two products stays in its cache.
+    """
+    split = [[p.unbind() for p in layer] for layer in layers]
+    outputs = []
+    for i in range(len(layers[0][0])) if members is None else members.tolist():
+        inputs = parts
+        for number, layer in enumerate(split):
+            weight, bias, *norm = (p[i] for p in layer)
+            y = joint_linear(inputs, weight, bias)
+            y = y if number else drop(y, dropout)
+            if norm:
+                y = mish(F.layer_norm(y, y.shape[-1:], norm[0], norm[1]))
+            inputs = (y,)
+        outputs.append(y)
+    return torch.stack(outputs)
+
+
+def all_at_once(
+    parts: Sequence[Tensor], layers: Sequence[Stacked], members: Tensor | None, dropout: float
+) -> Tensor:
+    """Compute an `Ensemble` as one batch of products, in as few kernels as suit a GPU."""
+    layers = [tuple(p if members is None else p[members] for p in layer) for layer in layers]
+    weight, bias = layers[0][:2]
+    y = joint_linear(parts, weight.flatten(0, 1), bias.flatten())  # one large product
+    rows = y.shape[:-1]
+    y = y.reshape(-1, *bias.shape).transpose(0, 1)  # [Q, N, units]
+    for number, (weight, bias, *norm) in enumerate(layers):
+        y = torch.baddbmm(bias.unsqueeze(1), y, weight.mT) if number else drop(y, dropout)
+        if norm:
+            scale, shift = (p.unsqueeze(1) for p in norm)
+            y = mish(torch.addcmul(shift, F.layer_norm(y, y.shape[-1:]), scale))
+    return y.unflatten(1, rows)
 
 
 class ImageEncoder(nn.Module):
@@ -277,10 +343,6 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
     init_linear(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
-
-
-def _of(parameter: Tensor, members: Tensor | None) -> Tensor:
-    return parameter if members is None else parameter[members]
 
 
 def _require_images_fit(images: Mapping[str, ObsSpace], latent_dim: int, num_channels: int) -> None:

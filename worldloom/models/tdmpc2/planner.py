@@ -50,7 +50,8 @@ class LatentMPPI(MPPI):
         if not self.num_pi_trajs:
             return None
         batch, model = len(state), self.model
-        z, task = self._repeated(state, self.num_pi_trajs)
+        z = state.deterministic.repeat_interleave(self.num_pi_trajs, 0)
+        task = _repeated(model.task_of(state), self.num_pi_trajs)
         actions = []
         for t in range(self.horizon):
             actions.append(model.prior(z, task).action)
@@ -63,22 +64,24 @@ class LatentMPPI(MPPI):
 
         A state that is predicted to be terminal earns nothing after the step that led to it.
         """
-        batch, num = actions.shape[:2]
-        model = self.model
-        z, task = self._repeated(state, num)
+        model, task = self.model, self.model.task_of(state)
+        every = _repeated(task, actions.shape[1])  # [B * N]
+        task = None if task is None else task.unsqueeze(1)
+        # All samples share their first latent, and what the networks first make of it.
+        z = state.deterministic.unsqueeze(1)  # [B, 1, L], and [B, N, L] after the first step
         discount = model.discount_of(task)
-        total, weight = z.new_zeros(len(z)), z.new_ones(len(z))
-        dead = torch.zeros_like(total)
-        for action in actions.flatten(0, 1).to(z.dtype).unbind(1):
+        total = z.new_zeros(actions.shape[:2])
+        weight, dead = torch.ones_like(total), torch.zeros_like(total)
+        for action in actions.to(z.dtype).unbind(2):
             total = total + weight * (1 - dead) * model.reward_of(z, action, task)
             z = model.next(z, action, task)
             weight = weight * discount
             if model.termination is not None:
                 dead = (dead + model.is_terminal(z, task)).clamp(max=1.0)
-        choice = model.prior(z, task)
-        value = model.value(z, choice.action, task).mean(0)
+        z = z.flatten(0, 1)
+        value = model.value(z, model.prior(z, every).action, every).mean(0).view_as(total)
         total = total + weight * (1 - dead) * value
-        return total.masked_fill(~total.isfinite(), -torch.inf).unflatten(0, (batch, num))
+        return total.masked_fill(~total.isfinite(), -torch.inf)
 
     def first_action(
         self,
@@ -102,12 +105,6 @@ class LatentMPPI(MPPI):
         """Draw one of K elites by weight, [B, K] -> [B] (by the Gumbel-max trick)."""
         return (weights.log() - draws.exponential(weights).log()).argmax(1)
 
-    def _repeated(self, state: LatentState, num: int) -> tuple[Tensor, Tensor | None]:
-        """Return latents and tasks with each row so many times."""
-        task = self.model.task_of(state)
-        z = state.deterministic.repeat_interleave(num, 0)
-        return z, None if task is None else task.repeat_interleave(num, 0)
-
     def _start(
         self, state: LatentState, plan: Tensor | None, is_first: Tensor | None
     ) -> GaussianPlan | CategoricalPlan:
@@ -116,3 +113,8 @@ class LatentMPPI(MPPI):
         if mask is None or isinstance(start, CategoricalPlan):
             return start
         return replace(start, mask=mask.unsqueeze(1))
+
+
+def _repeated(task: Tensor | None, num: int) -> Tensor | None:
+    """Return tasks [B], if there are several, with each row so many times."""
+    return None if task is None else task.repeat_interleave(num)

@@ -47,9 +47,9 @@ class SquashedNormal(MLP):
         super().__init__(inputs, 2 * [units], 2 * action_dim)
         self.log_std_min, self.log_std_max = log_std_min, log_std_max
 
-    def choose(self, x: Tensor, mask: Tensor | None = None) -> Choice:
-        """Sample for x [*batch, inputs]; mask [*batch, A] is 1 for the dimensions a task has."""
-        mean, raw = full(self(x)).chunk(2, -1)
+    def choose(self, *parts: Tensor, mask: Tensor | None = None) -> Choice:
+        """Sample for [*batch, inputs] or its parts; mask [*batch, A] is 1 for a task's actions."""
+        mean, raw = full(self(*parts)).chunk(2, -1)
         log_std = self.bounded(raw)
         eps = distributions.standard_normal(mean)
         if mask is not None:
@@ -81,9 +81,9 @@ class Categorical(MLP):
     def __init__(self, inputs: int, units: int, action_dim: int) -> None:
         super().__init__(inputs, 2 * [units], action_dim)
 
-    def choose(self, x: Tensor, mask: Tensor | None = None) -> Choice:
-        """Sample for x [*batch, inputs]; a choice has no mask."""
-        logits = full(self(x))
+    def choose(self, *parts: Tensor, mask: Tensor | None = None) -> Choice:
+        """Sample for [*batch, inputs] or its parts; a choice has no mask."""
+        logits = full(self(*parts))
         log_probs = logits.log_softmax(-1)
         probs = log_probs.exp()
         classes = logits.shape[-1]

@@ -65,10 +65,6 @@ class Tasks(nn.Module):
             )
         return ids
 
-    def join(self, x: Tensor, ids: Tensor) -> Tensor:
-        """Append the embedding of tasks [B] to x [..., B, width]."""
-        return torch.cat([x, self.embedding(ids).expand(*x.shape[:-1], -1)], -1)
-
 
 @functools.lru_cache
 def tensor_of(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
