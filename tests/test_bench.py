@@ -8,9 +8,23 @@ import pytest
 import torch
 from torch import nn
 
-from worldloom.bench import BenchConfig, count_flops, main, measure, random_batch
+import worldloom.bench.__main__ as command
+from worldloom.bench import (
+    BenchConfig,
+    Growth,
+    count_flops,
+    fitted_exponent,
+    grow,
+    growth,
+    measure,
+    random_batch,
+)
+from worldloom.bench.__main__ import main
+from worldloom.bench.growth import growth_table
 from worldloom.factory import create_world_model
+from worldloom.models.dreamerv3 import DreamerV3
 from worldloom.nn.layers import BlockDense, BlockLinear, Conv, Dense
+from worldloom.timing import phase
 
 TINY = {
     "deter": 16,
@@ -45,7 +59,17 @@ def words(**settings):
 def train(layer: nn.Module, *inputs: torch.Tensor) -> int:
     """Operations of a forward and a backward pass that wants gradients of inputs and weights."""
     given = [x.requires_grad_() for x in inputs]
-    return count_flops(lambda: layer(*given).sum().backward())
+    return work_of(lambda: layer(*given).sum().backward())
+
+
+def work_of(run) -> int:
+    """Operations of a call."""
+
+    def counted(read):
+        run()
+        return read()
+
+    return count_flops(counted)
 
 
 # A product [n, k] x [k, m] is n * m * k multiplications and as many additions. Backward does as
@@ -59,16 +83,16 @@ def test_dense_by_hand():
 
 def test_no_gradient_of_the_input_is_not_counted():
     layer = Dense(5, 7)
-    assert count_flops(lambda: layer(torch.randn(3, 5)).sum().backward()) == 2 * 2 * (3 * 5 * 7)
+    assert work_of(lambda: layer(torch.randn(3, 5)).sum().backward()) == 2 * 2 * (3 * 5 * 7)
     with torch.no_grad():
-        assert count_flops(lambda: layer(torch.randn(2, 3, 5))) == 2 * (2 * 3 * 5 * 7)
+        assert work_of(lambda: layer(torch.randn(2, 3, 5))) == 2 * (2 * 3 * 5 * 7)
 
 
 def test_counting_survives_views_of_weights_without_gradient():
     layer = BlockDense(8, 6, 20, 4)
     with torch.no_grad():
         kernels = layer.kernels()
-        work = count_flops(lambda: layer(torch.randn(4, 3, 2), torch.randn(3, 6), kernels))
+        work = work_of(lambda: layer(torch.randn(4, 3, 2), torch.randn(3, 6), kernels))
     assert work == 2 * 4 * (3 * 2 * 5 + 3 * 6 * 5)
 
 
@@ -81,7 +105,7 @@ def test_block_dense_with_a_shared_input_by_hand():
     # 4 blocks, each [3, 2] x [2, 5] on its own input and [3, 6] x [6, 5] on the shared one.
     layer = BlockDense(8, 6, 20, 4)
     inputs = torch.randn(4, 3, 2, requires_grad=True), torch.randn(3, 6, requires_grad=True)
-    work = count_flops(lambda: layer(*inputs, layer.kernels()).sum().backward())
+    work = work_of(lambda: layer(*inputs, layer.kernels()).sum().backward())
     assert work == 3 * 2 * 4 * (3 * 2 * 5 + 3 * 6 * 5)
 
 
@@ -93,26 +117,58 @@ def test_convolution_by_hand():
 
 def test_work_is_linear_in_the_batch():
     small, large = (measure(BenchConfig(**SMALL | {"batch": n}), **TINY).flops for n in (1, 3))
-    assert large == 3 * small
+    assert large == {name: 3 * work for name, work in small.items()}
+    assert small["update"] == sum(work for name, work in small.items() if name != "update")
+    assert small["  backward"] > 0 == small["  optimizer"]
 
 
 # ---- measuring ----------------------------------------------------------------------------------
+
+
+ALWAYS = ["  loss", "  backward", "  optimizer"]  # and what a model marks
+BESIDE = ["collect", "sample", "log", "policy, 1 env", "policy, 16 envs"]
+
+
+def parts(names):
+    return [name for name in names if name.startswith("  ")]
 
 
 def test_share_is_floor_by_median():
     config = BenchConfig(**SMALL)
     result = measure(config, **TINY)
     seconds = result.seconds
-    names = ["update", "compute_loss", "backward", "optimizer"]
-    assert list(seconds) == [*names, "policy, 1 env", "policy, 16 envs"]
-    assert [len(times) for times in seconds.values()] == [2] * 6
+    assert list(seconds) == ["update", *parts(seconds), *BESIDE]
+    assert set(ALWAYS) <= set(parts(seconds)) and parts(seconds) == parts(result.flops)
+    assert [len(times) for times in seconds.values()] == [2] * len(seconds)
     assert len(result.rates) == 6
-    for whole, *parts in zip(*(seconds[name] for name in names), strict=True):
-        assert whole == sum(parts)
-        assert min(parts) > 0
-    assert result.floor == result.flops / median(result.rates)
+    for whole, *each in zip(*(seconds[name] for name in ["update", *parts(seconds)]), strict=True):
+        assert whole == pytest.approx(sum(each))
+        assert min(each) > 0
+    assert result.floor == result.flops["update"] / median(result.rates)
     assert result.share == result.floor / median(seconds["update"])
     assert 5e7 < result.peak_bytes < 1e12  # torch alone takes more than 50 MB
+
+
+def test_phases_that_a_model_marks_have_a_line_of_their_own(monkeypatch):
+    compute_loss = DreamerV3.compute_loss
+
+    def marked(self, batch):
+        with phase("heads_of_mine"):
+            torch.mm(torch.ones(2, 3), torch.ones(3, 5))
+        return compute_loss(self, batch)
+
+    monkeypatch.setattr(DreamerV3, "compute_loss", marked)
+    result = measure(BenchConfig(**SMALL), **TINY)
+    assert result.flops["  heads_of_mine"] == 2 * 2 * 3 * 5
+    assert "\n  heads of mine " in result.table()
+
+
+def test_a_run_collects_what_its_train_ratio_owes():
+    # Batches of 16 x 64 steps, each of which is replayed 32 times; one update per decision.
+    assert BenchConfig().decisions == 32 and BenchConfig(batch=8).decisions == 16
+    assert BenchConfig(model="tdmpc2:1m").decisions == 1
+    seconds = measure(BenchConfig(**SMALL), **TINY).seconds
+    assert seconds["collect"] == [2 * 3 / 32 * each for each in seconds["policy, 1 env"]]
 
 
 @pytest.mark.parametrize("context", [True, False])
@@ -141,18 +197,75 @@ def test_a_preset_brings_its_batch_and_its_optimiser():
     # Twelve times the rows of 21 transitions and states: all its work is in them.
     small = measure(replace(config, batch=21), num_pi_trajs=2, **tiny)
     large = measure(replace(config, batch=252), num_pi_trajs=2, **tiny)
-    assert large.flops == 12 * small.flops < result.flops
+    assert large.flops["update"] == 12 * small.flops["update"] < result.flops["update"]
 
 
 def test_a_model_that_cannot_act_is_measured_without():
     result = measure(BenchConfig(**SMALL), actor_critic=False, **TINY)
-    assert list(result.seconds) == ["update", "compute_loss", "backward", "optimizer"]
+    assert list(result.seconds) == ["update", *parts(result.seconds), "sample", "log"]
 
 
 def test_images():
     result = measure(BenchConfig(**SMALL | {"obs": "3,16,16", "repeats": 1}), **TINY)
     vectors = measure(BenchConfig(**SMALL | {"repeats": 1}), **TINY)
-    assert result.flops > vectors.flops
+    assert result.flops["update"] > vectors.flops["update"]
+
+
+# ---- growth -------------------------------------------------------------------------------------
+
+
+def test_the_exponent_of_a_power_is_exact():
+    sizes = [3, 6, 12, 24]
+    assert fitted_exponent(sizes, [0.7 * x**1.5 for x in sizes]) == pytest.approx(1.5, rel=1e-12)
+    assert fitted_exponent(sizes, [5.0] * 4) == 0
+    # Least squares by hand: logarithms to base 2 of (0, 1, 2) and (0, 2, 1) have the slope 1/2.
+    assert fitted_exponent([1, 2, 4], [1, 4, 2]) == pytest.approx(0.5)
+    growth = Growth("batch", "update", [1.0, 2.0, 4.0], [1.0, 1.0, 4.0])
+    assert growth.exponent == pytest.approx(1) and growth.last == pytest.approx(2)
+
+
+def test_what_is_steeper_than_linear_is_said():
+    square = Growth("length", "update", [1, 2, 4], [1e-3, 4e-3, 16e-3])
+    size = Growth("parameters", "update", [1, 2], [1e-3, 4e-3])
+    head, sizes, ms, _, unmarked = growth_table([square, size]).splitlines()
+    assert head.split() == ["exponent", "last"]
+    assert sizes.split() == ["length", "1", "2", "4"]
+    assert ms.split() == [
+        "ms",
+        "per",
+        "update",
+        "1",
+        "4",
+        "16",
+        *["2.00", "2.00", "above", "linear"],
+    ]
+    assert unmarked.split() == ["ms", "per", "update", "1", "4", "2.00", "2.00"]
+
+
+TINY_PLANNER = {"enc_dim": 8, "mlp_dim": 8, "latent_dim": 16, "num_samples": 8, "num_elites": 2}
+
+
+@pytest.mark.parametrize(
+    ("model", "own", "horizon", "lengths"),
+    [
+        ("dreamerv3:size1m", TINY, "horizon of imagination", [2, 4, 8]),
+        # One step less than the sequences have rows.
+        ("tdmpc2:1m", TINY_PLANNER | {"num_pi_trajs": 2}, "horizon of planning", [2, 3, 6]),
+    ],
+)
+def test_every_axis_is_measured(monkeypatch, model, own, horizon, lengths):
+    assert list(growth._scaled(256)) == [32, 64, 128, 256, 512]
+    assert list(growth._scaled(4)) == [1, 2, 4, 8, 16]
+    monkeypatch.setattr(growth, "FACTORS", (1 / 2, 1, 2))
+    for name in ("HORIZONS", "PLANS", "ENVS"):
+        monkeypatch.setattr(growth, name, (1, 2))
+    monkeypatch.setattr(growth, "MOST_SIZES", 2)
+    grown = grow(BenchConfig(model=model, batch=8, length=4, repeats=1), **own)
+    sizes = {each.axis: each.sizes for each in grown}
+    assert list(sizes) == ["batch", "length", horizon, "parameters", "environments"]
+    assert sizes["batch"] == [4, 8, 16] and sizes["length"] == lengths
+    assert sizes[horizon] == sizes["environments"] == [1, 2]
+    assert all(time > 0 for each in grown for time in each.seconds)
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -165,36 +278,43 @@ def test_table_is_consistent(monkeypatch, capsys):
     assert settings.startswith("model=dreamerv3:size1m batch=2 length=3 obs=(5,) actions=6 ")
     assert settings.endswith(" model.imag_length=2")
     assert " threads=1 " in settings
-    assert head.split() == ["median", "min", "max"]
+    assert head.split() == ["median", "min", "max", "GFLOP"]
     table = {}
     for line in lines:
         numbers = [float(x.replace(",", "")) for x in line[32:].split()]
-        table[line[:24].strip()] = (line[24:32].strip(), numbers)
-    assert {name: (unit, len(numbers)) for name, (unit, numbers) in table.items()} == {
-        "update": ("ms", 3),
-        "compute_loss": ("ms", 3),
-        "backward": ("ms", 3),
-        "optimizer": ("ms", 3),
-        "policy, 1 env": ("ms", 3),
-        "policy, 16 envs": ("ms", 3),
-        "work of an update": ("GFLOP", 1),
+        table[line[:24].rstrip()] = (line[24:32].strip(), numbers)
+    names = [name for name in table if name in ALWAYS or not name.startswith("  ")]
+    assert {name: (table[name][0], len(table[name][1])) for name in names} == {
+        **{name: ("ms", 4) for name in ["update", *ALWAYS]},
+        **{name: ("ms", 3) for name in BESIDE},
         "matrix product": ("GFLOP/s", 3),
         "floor = work / rate": ("ms", 1),
         "share = floor / update": ("%", 1),
         "peak memory": ("MB", 1),
     }
     for _, numbers in table.values():
-        if len(numbers) == 3:
+        if len(numbers) >= 3:
             assert numbers[1] <= numbers[0] <= numbers[2]
     first = {name: numbers[0] for name, (_, numbers) in table.items()}
     # Three digits after the point: each number may be half of the last one off.
     half = 0.0005
     rate, floor = first["matrix product"], first["floor = work / rate"]
-    assert abs(floor * rate / 1e3 - first["work of an update"]) <= (
+    assert abs(floor * rate / 1e3 - table["update"][1][3]) <= (
         half * (1 + (floor + rate + 1) / 1e3)
     )
     share, update = first["share = floor / update"], first["update"]
     assert abs(share * update / 1e2 - floor) <= half * (1 + (share + update + 1) / 1e2)
+
+
+def test_growth_is_a_word(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(command, "grow", lambda *args, **own: seen.append((*args, own)) or [LINEAR])
+    run(monkeypatch, "--grow", "model=tdmpc2:1m", "batch=8", "threads=1", "model.mlp_dim=8")
+    assert seen == [(BenchConfig(model="tdmpc2:1m", batch=8, threads=1), {"mlp_dim": 8})]
+    assert "ms per update" in capsys.readouterr().out
+
+
+LINEAR = Growth("batch", "update", [1, 2], [1e-3, 2e-3])
 
 
 def test_help(monkeypatch, capsys):
@@ -202,7 +322,7 @@ def test_help(monkeypatch, capsys):
         run(monkeypatch, "--help")
     assert not done.value.code
     out = capsys.readouterr().out
-    assert all(f"[{name}=" in out for name in vars(BenchConfig()))
+    assert all(f"[{name}=" in out for name in vars(BenchConfig())) and "[--grow]" in out
 
 
 @pytest.mark.parametrize(

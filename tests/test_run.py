@@ -53,7 +53,8 @@ def curve(folder, name):
 
 def without_clocks(folder):
     """All of metrics.csv but the columns that depend on the wall clock."""
-    return [{k: v for k, v in row.items() if not k.startswith("fps/")} for row in metrics(folder)]
+    clocks = ("fps/", "timings/")
+    return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in metrics(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,8 @@ NAMES = [
     *("train/grad_norm", "train/updates", "episode/return", "episode/length"),
     *("eval/return", "eval/return_std", "eval/length", "fps/env", "fps/train"),
     *("replay/size", "replay/ratio", "env/frames", "env/episodes", "env/restarts"),
+    *("timings/update", "timings/collect", "timings/sample", "timings/loss", "timings/backward"),
+    *("timings/optimizer", "timings/check", "timings/log", "timings/other"),
 ]
 
 

@@ -8,9 +8,16 @@ from lightning import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import nn
 
-from worldloom import create_world_model
+from worldloom import create_world_model, timing
 from worldloom.saving import read_saved
-from worldloom.training import ReplayBuffer, ReplayDataModule, WorldModelModule, progress
+from worldloom.timing import Timer, phase
+from worldloom.training import (
+    ReplayBuffer,
+    ReplayDataModule,
+    WorldModelModule,
+    callbacks,
+    progress,
+)
 from worldloom.training.callbacks import Evaluation, MetricsWriter, OpenLoop
 from worldloom.training.progress import Progress
 
@@ -185,6 +192,54 @@ def test_rates_are_per_second(monkeypatch):
     # Every two seconds come 4 steps; the first interval holds the 8 of prefill too.
     expected = [(28, 28 / 10), (48, 20 / 10), (60, 12 / 6)]
     assert notes.of("fps/env") == [(step, pytest.approx(rate)) for step, rate in expected]
+
+
+def test_the_time_of_every_phase_is_logged_per_update(monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(callbacks, "timer_for", lambda device: Timer(lambda: clock.now))
+
+    class Slow(Line):
+        def compute_loss(self, batch):
+            clock.now += 0.25
+            with phase("imagine"):
+                clock.now += 0.5
+            return super().compute_loss(batch)
+
+        def after_update(self):
+            clock.now += 2.0
+
+    class Tick(Callback):
+        def on_train_batch_end(self, *args):
+            clock.now += 1.0  # in no phase
+
+    data = online()
+    step = data.collector.step
+    data.collector.step = lambda: (step(), setattr(clock, "now", clock.now + 4.0))
+    notes = fit(data, Tick(), MetricsWriter(), model=Slow())
+    steps = (28, 48, 60)
+    expected = {"loss": 250, "imagine": 500, "optimizer": 2000, "other": 1000, "backward": 0}
+    for name, ms in expected.items():
+        assert notes.of(f"timings/{name}") == [(step, pytest.approx(ms)) for step in steps], name
+    # An update is due every 4 environment steps, 2 of the collector's; of the 13 updates the first
+    # one needs what comes after the 8 steps of prefill, which are 4 of the collector's.
+    assert notes.of("timings/prefill") == [(28, 4 * 4000 / 5)]
+    assert notes.of("timings/collect") == [(step, 2 * 4000) for step in steps]
+    for step, whole in notes.of("timings/update"):
+        parts = next(m for at, m in notes.metrics if at == step and "timings/update" in m)
+        times = [v for k, v in parts.items() if k.startswith("timings/") and k != "timings/update"]
+        assert whole == pytest.approx(sum(times))
+
+
+def test_nobody_listens_once_a_run_is_over():
+    class Fails(Callback):
+        def on_train_batch_end(self, *args):
+            raise KeyError
+
+    fit(offline(2), MetricsWriter())
+    before = timing._listening.get()
+    with pytest.raises(KeyError):
+        fit(offline(2), MetricsWriter(), Fails())
+    assert before is None is timing._listening.get()
 
 
 # ---- evaluation ----------------------------------------------------------------------------------

@@ -10,13 +10,17 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from worldloom.saving import read_saved, save_model
+from worldloom.timing import Timer, phase, timer_for
 from worldloom.training.module import WorldModelModule
 
 messages = logging.getLogger(__name__)
 
 
 class MetricsWriter(Callback):
-    """Send train/…, episode/…, env/…, fps/… and replay/… to the loggers every `log_every` updates.
+    """Send train/…, episode/…, env/…, fps/…, replay/… and timings/… to the loggers.
+
+    It does so every `log_every` updates. timings/… are milliseconds per update, means since the
+    last time: of every phase that is marked (see `worldloom.timing`), and timings/update of all.
 
     The x-axis is environment steps in online runs and updates in offline ones. A resumed run's
     loggers go back to where they were when it was saved: what came after it is written again.
@@ -24,6 +28,7 @@ class MetricsWriter(Callback):
 
     def __init__(self) -> None:
         self._mark = (0.0, 0, 0)
+        self._timer: Timer | None = None
         self._loggers: list[Any] = []
         self._saved: dict[str, Any] = {}
 
@@ -45,6 +50,8 @@ class MetricsWriter(Callback):
         for logger in self._loggers:
             if type(logger).__name__ in self._saved:
                 logger.load_state_dict(self._saved[type(logger).__name__])
+        self._timer = timer_for(pl_module.device)
+        self._timer.__enter__()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -57,9 +64,25 @@ class MetricsWriter(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Flush what is left."""
         self.flush(trainer, pl_module)
+        self._stop()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Stop the clock, for Lightning tears nothing down after an error."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._timer is not None:
+            self._timer.__exit__()
+            self._timer = None
 
     def flush(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write everything since the last flush."""
+        with phase("log"):
+            self._flush(trainer, pl_module)
+
+    def _flush(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, WorldModelModule)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         data.settle()
@@ -82,6 +105,8 @@ class MetricsWriter(Callback):
         metrics["replay/ratio"] = data.replay_ratio
         if data.collector is not None:
             metrics |= data.collector.metrics()
+        if self._timer is not None:
+            metrics |= _timings(self._timer.flush(), self._mark[2] - updates)
         log(trainer, metrics, x_axis(trainer, pl_module))
 
 
@@ -148,7 +173,8 @@ class Evaluation(Callback):
         assert isinstance(module, WorldModelModule)
         # The random numbers of an evaluation are its own only while nobody else draws any.
         trainer.datamodule.settle()  # type: ignore[attr-defined]
-        step, scores = x_axis(trainer, module), self.evaluate()
+        with phase("evaluation"):
+            step, scores = x_axis(trainer, module), self.evaluate()
         self._scored = module.updates
         log(trainer, scores, step)
         # Of equal scores the later counts: it has seen more.
@@ -183,11 +209,15 @@ class OpenLoop(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Draw a picture when it is time."""
-        from worldloom.training.pictures import open_loop
-
         assert isinstance(pl_module, WorldModelModule)
         if not self.every or pl_module.updates % self.every:
             return
+        with phase("pictures"):
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: Trainer, pl_module: WorldModelModule) -> None:
+        from worldloom.training.pictures import open_loop
+
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         data.settle()
         sequence: Any = data.buffer.newest(self.length, pl_module.device)
@@ -198,6 +228,12 @@ class OpenLoop(Callback):
             if hasattr(logger, "log_picture"):
                 for name, picture in pictures.items():
                     logger.log_picture(f"imagination/{name}", picture, x_axis(trainer, pl_module))
+
+
+def _timings(seconds: dict[str, float], updates: int) -> dict[str, float]:
+    """Return milliseconds per update of every phase, and of all together."""
+    ms = {name: 1e3 * value / max(updates, 1) for name, value in seconds.items()}
+    return {f"timings/{name}": value for name, value in {**ms, "update": sum(ms.values())}.items()}
 
 
 def _drain(collector: Any) -> list[dict[str, float]]:

@@ -21,6 +21,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from worldloom.timing import phase
 from worldloom.training.chunks import flush_to_disk
 from worldloom.training.interruption import Interrupted
 from worldloom.training.module import WorldModelModule
@@ -262,11 +263,12 @@ class Checkpoints(Callback):
 
     def save(self, trainer: Trainer, wait: bool = False) -> None:
         """Save a checkpoint; training goes on while it is written, unless `wait`."""
-        self._wait(trainer)
-        self._schedule()
-        trainer.save_checkpoint(self.file, weights_only=False)
-        if wait:
-            self._wait(trainer, last=True)
+        with phase("checkpoint"):
+            self._wait(trainer)
+            self._schedule()
+            trainer.save_checkpoint(self.file, weights_only=False)
+            if wait:
+                self._wait(trainer, last=True)
 
     def _schedule(self) -> None:
         self._due = time.monotonic() + 60 * self.minutes

@@ -11,6 +11,7 @@ import lightning
 import torch
 
 from worldloom.protocol import Batch
+from worldloom.timing import phase
 from worldloom.training.replay import ReplayBuffer, require_positive, to_device
 
 
@@ -157,7 +158,8 @@ class ReplayDataModule(lightning.LightningDataModule):
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
         """Move a batch, and remember what the model will write its latents into."""
-        moved = to_device(batch, device)
+        with phase("sample"):
+            moved = to_device(batch, device)
         if self._batch_moves:  # a validation batch may follow before the next training batch
             self._batch, self._batch_moves = moved, False
         return moved
@@ -210,7 +212,8 @@ class ReplayDataModule(lightning.LightningDataModule):
         """Wait until nothing is being collected; to be called before looking at the replay."""
         if self._ahead is not None:
             ahead, self._ahead = self._ahead, None
-            ahead.result()
+            with phase("collect"):
+                ahead.result()
 
     def close(self) -> None:
         """Close the environments, once nothing steps them any more."""
@@ -229,14 +232,16 @@ class ReplayDataModule(lightning.LightningDataModule):
         if self.refresh is not None:
             self.refresh()  # the trainer has moved the model since the copy was made
         if self._origin is None:
-            self._fill()
+            with phase("prefill"):
+                self._fill()
             self._origin = (0 if self.pretrain else self.env_steps, self.replayed_steps)
         while True:
             while self._owes_batch():
                 yield from self._next_batch()
             if self.env_steps >= self.total_steps:
                 break
-            self._collect_owed()
+            with phase("collect"):
+                self._collect_owed()
         self._stop()
 
     def _collect_owed(self) -> None:
@@ -275,14 +280,16 @@ class ReplayDataModule(lightning.LightningDataModule):
 
     def _next_batch(self) -> Iterator[Batch]:
         """Hand out one batch; once the trainer is done with it, store what the model left in it."""
-        batch = self.buffer.sample(
-            self.batch_size, self._rows, across_episodes=self.across_episodes
-        )
+        with phase("sample"):
+            batch = self.buffer.sample(
+                self.batch_size, self._rows, across_episodes=self.across_episodes
+            )
         self.updates += 1
         self.replayed_steps += self.batch_size * self.sequence_length
         self._batch, self._batch_moves = batch, True
         if self.collector is not None and self.refresh is not None and self._pool is not None:
-            self.refresh()
+            with phase("collect"):
+                self.refresh()
             self._ahead = self._pool.submit(self._collect_owed)
         yield batch
         self.settle()
@@ -293,7 +300,8 @@ class ReplayDataModule(lightning.LightningDataModule):
     def _store_latents(self) -> None:
         # Also before saving: the stream still waits then, with the last batch's latents unwritten.
         if self._batch is not None and "latents" in self._batch:
-            self.buffer.write_latents(self._batch["index"], self._batch["latents"])
+            with phase("sample"):
+                self.buffer.write_latents(self._batch["index"], self._batch["latents"])
 
     def _stop(self) -> None:
         """Tell Lightning that the data has ended for good, not just for this epoch."""

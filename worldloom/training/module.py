@@ -9,6 +9,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from worldloom.saving import config_of
+from worldloom.timing import phase
 from worldloom.training.nonfinite import Guard
 
 
@@ -53,10 +54,12 @@ class WorldModelModule(LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         """Compute the loss of one batch."""
-        self.guard.begin(batch)
+        with phase("check"):
+            self.guard.begin(batch)
         losses: dict[str, Tensor]
         try:
-            losses = self.model.compute_loss(batch)  # type: ignore[operator]
+            with phase("loss"):
+                losses = self.model.compute_loss(batch)  # type: ignore[operator]
         except Exception as error:
             self.guard.raised(error, self.updates + 1, str(self.trainer.precision))
             return {"loss": torch.zeros((), requires_grad=True)}  # skipped: nothing to learn from
@@ -69,7 +72,8 @@ class WorldModelModule(LightningModule):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute the gradients."""
         try:
-            super().backward(loss, *args, **kwargs)
+            with phase("backward"):
+                super().backward(loss, *args, **kwargs)
         except RuntimeError as error:
             if "returned nan values" not in str(error):
                 raise
@@ -79,24 +83,37 @@ class WorldModelModule(LightningModule):
         """Look at the loss and the gradients; keep them for the next flush if they are good."""
         if self.guard.refused:
             return
-        grads = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads).detach()
-        precision, agree = self.trainer.precision, self.trainer.strategy.reduce_boolean_decision
-        if self.guard.passes(self._losses, norm, self.updates + 1, str(precision), agree):
-            self.metrics.add(self._losses)
-            if (self.updates + 1) % self.log_every == 0:
-                self.metrics.once["grad_norm"] = norm
+        with phase("check"):
+            # Of the optimiser's parameters: a model would be walked through for its own.
+            groups = self.trainer.optimizers[0].param_groups
+            grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+            precision, agree = self.trainer.precision, self.trainer.strategy.reduce_boolean_decision
+            if self.guard.passes(self._losses, grads, self.updates + 1, str(precision), agree):
+                self.metrics.add(self._losses)
+                if (self.updates + 1) % self.log_every == 0:
+                    self.metrics.once["grad_norm"] = torch.nn.utils.get_total_norm(grads).detach()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; Lightning's note of the hook it is in goes past torch's slow way.
+
+        It is taken forty times an update, which costs as much as a small model's whole loss.
+        """
+        if name == "_current_fx_name":
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step the optimiser, count the update and move slow targets.
 
         Not in `on_train_batch_end`: callbacks, which log and save, have theirs before the module's.
         """
-        super().optimizer_step(*args, **kwargs)
-        self.updates += 1
-        # A skipped update came here without gradients, so the optimiser has done nothing.
-        if self.guard.close() and hasattr(self.model, "after_update"):
-            self.model.after_update()  # type: ignore[operator]
+        with phase("optimizer"):
+            super().optimizer_step(*args, **kwargs)
+            self.updates += 1
+            # A skipped update came here without gradients, so the optimiser has done nothing.
+            if self.guard.close() and hasattr(self.model, "after_update"):
+                self.model.after_update()  # type: ignore[operator]
         if self.guard.skipped:
             self.metrics.once["skipped"] = torch.tensor(float(self.guard.skipped))
 

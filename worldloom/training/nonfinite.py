@@ -41,10 +41,10 @@ class Start:
     random: dict[str, Any]
 
     @classmethod
-    def of(cls, model: nn.Module, batch: dict[str, Any]) -> "Start":
-        """Remember it; the buffers, running scales and the like, are copied."""
-        buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-        return cls(batch, _shallow(batch), buffers, random_state())
+    def of(cls, buffers: Mapping[str, Tensor], batch: dict[str, Any]) -> "Start":
+        """Remember it; a model's buffers, running scales and the like, are copied."""
+        copies = {name: buffer.detach().clone() for name, buffer in buffers.items()}
+        return cls(batch, _shallow(batch), copies, random_state())
 
     def take_back(self, model: nn.Module) -> None:
         """Drop the gradients, put the buffers back, and take new latents out of the batch.
@@ -88,12 +88,13 @@ class Guard:
         self.refused = False
         self.anomaly: str | None = None  # what torch's anomaly mode (trainer=debug) found
         self._start: Start | None = None
+        self._holders: list[tuple[str, nn.Module]] | None = None
         self._spoiled = False
         self._told = False
 
     def begin(self, batch: dict[str, Any]) -> None:
         """Remember how things are before the loss of a batch is computed."""
-        self._start = Start.of(self.model, batch)
+        self._start = Start.of(self._buffers(), batch)
         self.anomaly, self.refused = None, False
 
     def raised(self, error: Exception, update: int, precision: str = "32-true") -> None:
@@ -117,21 +118,21 @@ class Guard:
     def passes(
         self,
         losses: dict[str, Tensor],
-        norm: Tensor,
+        grads: list[Tensor],
         update: int,
         precision: str = "32-true",
         agree: Callable[[bool], bool] = bool,
     ) -> bool:
         """Tell whether a batch may change the model; it is taken back if not.
 
-        losses: of the batch, scalars; norm: of its gradients, scalar. The only thing that is
-            waited for is one flag out of both.
+        losses: of the batch, scalars; grads: all its gradients. The only thing that is waited for
+            is one flag out of both.
         agree: makes the decisions of several processes one.
 
         Raises:
             FloatingPointError: it may not, and the run is to stop.
         """
-        finite = (torch.isfinite(losses["loss"]) & torch.isfinite(norm)).item()
+        finite = (torch.isfinite(losses["loss"]) & all_finite(grads, losses["loss"].device)).item()
         where = f"at update {update}"
         found = "" if finite and not self.anomaly else self._look(losses, where)
         self.refused = not agree(not found)
@@ -143,6 +144,11 @@ class Guard:
 
     def close(self) -> bool:
         """End an update; tell whether it was one, or skipped."""
+        if self._holders is None:  # the first update has made what modules make when first used
+            modules = self.model.named_modules()
+            self._holders = [
+                (name, m) for name, m in modules if any(True for _ in m.buffers(False))
+            ]
         spoiled, self._spoiled, self._start = self._spoiled, False, None
         self.skipped += spoiled
         self.in_a_row = self.in_a_row + 1 if spoiled else 0
@@ -156,8 +162,15 @@ class Guard:
         """Restore what `state_dict` returned."""
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
+    def _buffers(self) -> dict[str, Tensor]:
+        """Return the model's buffers by name, without a walk through modules that have none."""
+        if self._holders is None:
+            return dict(self.model.named_buffers())
+        found = [module.named_buffers(name, False) for name, module in self._holders]
+        return {name: buffer for buffers in found for name, buffer in buffers}
+
     def _look(self, losses: dict[str, Tensor], where: str) -> str:
-        """Say what is not finite; "" if it is only the norm of large gradients that overflows."""
+        """Say what is not finite; "" if everything is."""
         if not torch.isfinite(losses["loss"]):
             return f"the loss is not finite {where}: {_some(bad_terms(losses))}"
         if bad := bad_gradients(self.model):
@@ -255,6 +268,18 @@ class Guard:
             os.replace(temporary, file)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Return a flag: whether all numbers are finite. Nothing is waited for.
+
+    torch's gradient scaler looks in the same way: one call, where norms take one for each tensor.
+    It multiplies by 1 in place, which leaves every number as it is.
+    """
+    found, one = torch.zeros((), device=device), torch.ones((), device=device)
+    if tensors:
+        torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, one)
+    return found == 0
 
 
 def bad_terms(losses: Mapping[str, Any]) -> list[str]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from worldloom.models.dreamerv3.networks import Policy
+from worldloom.models.dreamerv3.networks import Actor, Policy
+from worldloom.models.dreamerv3.rssm import RSSM
 from worldloom.nn.normalizer import Normalizer
 from worldloom.nn.returns import lambda_return
 from worldloom.nn.twohot import twohot_loss, twohot_mean
@@ -38,6 +39,33 @@ class Normalizers:
     returns: Normalizer
     values: Normalizer
     advantages: Normalizer
+
+
+def rollout(rssm: RSSM, actor: Actor, start: Tensor, steps: int) -> tuple[Tensor, Tensor, Policy]:
+    """Let the policy act in imagination from features [N, F], which may carry gradient.
+
+    Returns features [N, H + 1, F], actions [N, H, A] and the policy at the first H states. The
+    policy alone has a graph: the official code stops every gradient that would pass through the
+    rollout. So it is evaluated once, to act and to learn.
+    """
+    rows, width = start.shape
+    features = start.new_empty(rows, steps + 1, width)
+    # `.data`, because autograd takes a later step's entry for a change of the earlier ones.
+    states = [state.data for state in features.unbind(1)]
+    states[0].copy_(start.detach())
+    deter, stoch = start.detach().split([rssm.deter, width - rssm.deter], 1)
+    actions, policies = [], []
+    with torch.no_grad():
+        kernels = rssm.kernels()
+    for t in range(steps):
+        policies.append(actor(states[t] if t else start))
+        with torch.no_grad():
+            actions.append(policies[t].sample())
+            deter, stoch, _ = rssm.imagine_step(deter, stoch, actions[t], kernels)
+        torch.cat([deter, stoch], 1, out=states[t + 1])
+    if start.requires_grad:
+        features = torch.cat([start.unsqueeze(1), features[:, 1:]], 1)
+    return features, torch.stack(actions, 1), Policy.stack(policies)
 
 
 def imagination_losses(

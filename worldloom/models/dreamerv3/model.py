@@ -20,6 +20,7 @@ from worldloom.models.dreamerv3.behavior import (
     Normalizers,
     imagination_losses,
     replay_value_loss,
+    rollout,
 )
 from worldloom.models.dreamerv3.networks import Actor, Decoder, Encoder, Head, Policy
 from worldloom.models.dreamerv3.rssm import RSSM
@@ -28,6 +29,7 @@ from worldloom.nn.distributions import binary_cross_entropy, class_entropy, kl_d
 from worldloom.nn.normalizer import Normalizer
 from worldloom.nn.twohot import twohot_loss, twohot_mean
 from worldloom.protocol import Batch, LatentState, Obs, Trajectory
+from worldloom.timing import phase
 
 # Imagined states that the heads which do not learn look at together on a CPU.
 CPU_ROWS = 1024
@@ -239,9 +241,11 @@ class DreamerV3(nn.Module):
         batch["latents"]; otherwise all rows, starting from a zero state.
         """
         sequences = self.sequences(batch)
-        terms, stats, deter, stoch = self.world_model_terms(sequences)
+        with phase("world_model"):
+            terms, stats, deter, stoch = self.world_model_terms(sequences)
         if self.actor_critic:
-            more, more_stats = self.behavior_terms(sequences, deter, stoch)
+            with phase("heads"):
+                more, more_stats = self.behavior_terms(sequences, deter, stoch)
             terms |= more
             stats |= more_stats
         if self.replay_context and "context" in batch:
@@ -327,7 +331,9 @@ class DreamerV3(nn.Module):
         deter, stoch = deter[:, -starts:], stoch[:, -starts:]
         start = torch.cat([deter, stoch], -1).flatten(0, 1)
         start = start if self.ac_grads else start.detach()
-        imagined = self.evaluate(*self.rollout(start))
+        with phase("imagine"):
+            states = rollout(self.rssm, self.actor, start, self.imag_length)
+        imagined = self.evaluate(*states)
         norms = Normalizers(self.retnorm, self.valnorm, self.advnorm)
         options: dict[str, Any] = {"update": self.training, "horizon": self.horizon}
         losses, returns, stats = imagination_losses(
@@ -357,35 +363,9 @@ class DreamerV3(nn.Module):
 
         Returns features [N, H + 1, F] and actions [N, H, A], without gradient.
         """
+        start = torch.cat([deter, stoch], -1)
         with torch.no_grad():
-            features, actions, _ = self.rollout(torch.cat([deter, stoch], -1))
-        return features, actions
-
-    def rollout(self, start: Tensor) -> tuple[Tensor, Tensor, Policy]:
-        """Let the policy act in imagination from features [N, F], which may carry gradient.
-
-        Returns features [N, H + 1, F], actions [N, H, A] and the policy at the first H states. The
-        policy alone has a graph: the official code stops every gradient that would pass through
-        the rollout. So it is evaluated once, to act and to learn.
-        """
-        rows, width = start.shape
-        features = start.new_empty(rows, self.imag_length + 1, width)
-        # `.data`, because autograd takes a later step's entry for a change of the earlier ones.
-        steps = [step.data for step in features.unbind(1)]
-        steps[0].copy_(start.detach())
-        deter, stoch = start.detach().split([self.rssm.deter, width - self.rssm.deter], 1)
-        actions, policies = [], []
-        with torch.no_grad():
-            kernels = self.rssm.kernels()
-        for t in range(self.imag_length):
-            policies.append(self.actor(steps[t] if t else start))
-            with torch.no_grad():
-                actions.append(policies[t].sample())
-                deter, stoch, _ = self.rssm.imagine_step(deter, stoch, actions[t], kernels)
-            torch.cat([deter, stoch], 1, out=steps[t + 1])
-        if start.requires_grad:
-            features = torch.cat([start.unsqueeze(1), features[:, 1:]], 1)
-        return features, torch.stack(actions, 1), Policy.stack(policies)
+            return rollout(self.rssm, self.actor, start, self.imag_length)[:2]
 
     def evaluate(self, features: Tensor, actions: Tensor, policy: Policy | None = None) -> Imagined:
         """Run the heads over imagined features [N, H + 1, F]; the policy too if none is given."""

@@ -25,6 +25,7 @@ from worldloom.models.tdmpc2.losses import (
 )
 from worldloom.nn.twohot import symlog_twohot_loss
 from worldloom.protocol import Batch, LatentState, Obs, Trajectory
+from worldloom.timing import phase
 
 
 @dataclass
@@ -159,10 +160,12 @@ class TDMPC2(LatentModel):
             self._warn_of_terminations(data)
         elif self.training:
             self.terminates |= data.terminated.any()
-        terms, stats, rollout = self.model_terms(data)
+        with phase("world_model"):
+            terms, stats, rollout = self.model_terms(data)
         total = torch.stack([self.coefs[name] * term for name, term in terms.items()]).sum()
         z = rollout.z.detach()
-        terms["policy"], more = self.policy_terms(z, data)
+        with phase("heads"):
+            terms["policy"], more = self.policy_terms(z, data)
         total = total + terms["policy"]
         if self.decoder is not None:
             obs = {key: value.flatten(0, 1) for key, value in data.obs.items()}

@@ -1,0 +1,156 @@
+"""Measure what a whole run costs per update beyond the bare loop, turn by turn in one process.
+
+usage: python experiments/overhead/overhead.py [updates=100] [rounds=5] [plain=callbacks,…] [WORD …]
+
+A WORD is one of `python -m worldloom.run`: model=…, model.KEY=…, training.batch_size=…. The run
+is the real one: its callbacks, loggers, data module and Lightning's trainer at their defaults, on
+random vectors that were recorded beforehand (nothing is collected). The bare loop is compute_loss,
+backward, step, zero_grad and after_update, with the same model, optimiser and batches: the stream
+of batches runs it itself, in between two that it hands out. `updates` of each make a round.
+
+All figures are medians over the rounds, but for what comes once in `training.log_every` updates or
+more rarely (log, pictures), which are means. Sampling and writing latents back ("sample") belong to
+both, and are left out of the update.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from worldloom.assembly import build_data, open_task, prepare
+from worldloom.cli import composed
+from worldloom.protocol import Batch
+from worldloom.run import fit
+from worldloom.timing import Timer, phase
+from worldloom.training import WorldModelModule
+from worldloom.training.data import ReplayStream
+
+OBS, ACTIONS, EPISODES, STEPS = 24, 6, 20, 500
+
+
+class Turns:
+    """Hand out batches in rounds, with as many bare updates after each; note the phases of both.
+
+    run, bare: of every round, the seconds by phase.
+    """
+
+    def __init__(self, data: Any, module: WorldModelModule, updates: int, rounds: int) -> None:
+        self.data, self.module, self.updates, self.rounds = data, module, updates, rounds
+        self.run: list[dict[str, float]] = []
+        self.bare: list[dict[str, float]] = []
+
+    def batches(self) -> Iterator[Batch]:
+        """Stand in for the data module's stream; the first round warms up."""
+        for _ in range(self.rounds + 1):
+            with Timer() as timer:
+                yield from self._sampled()
+                self.run.append(timer.flush())
+            with Timer() as timer:
+                self._bare()
+                self.bare.append(timer.flush())
+        self.data._stop()
+
+    def _sampled(self) -> Iterator[Batch]:
+        for _ in range(self.updates):
+            yield from self.data._next_batch()
+
+    def _bare(self) -> None:
+        """Do the same number of updates without the trainer."""
+        model: Any = self.module.model
+        optimizer: Any = self.module.optimizers(use_pl_optimizer=False)
+        for batch in self._sampled():
+            with phase("loss"):
+                loss = model.compute_loss(batch)["loss"]
+            with phase("backward"):
+                loss.backward()
+            with phase("optimizer"):
+                optimizer.step()
+                optimizer.zero_grad()
+                if hasattr(model, "after_update"):
+                    model.after_update()
+
+
+def record(folder: Path) -> None:
+    """Write random episodes as `data=offline` reads them."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for number in range(EPISODES):
+        np.savez(
+            folder / f"{number:03}.npz",
+            obs=rng.normal(size=(STEPS + 1, OBS)).astype(np.float32),
+            actions=rng.uniform(-1, 1, (STEPS, ACTIONS)).astype(np.float32),
+            rewards=rng.normal(size=STEPS).astype(np.float32),
+            terminated=np.bool_(False),
+            truncated=np.bool_(True),
+        )
+
+
+def measure(words: list[str], updates: int, rounds: int, folder: Path) -> Turns:
+    """Train as `worldloom.run` does, and in between bare; return both."""
+    record(folder / "data")
+    said = ["data=offline", f"data.path={folder / 'data'}", "env=none", "~experiment"]
+    cfg = composed(*said, f"folder={folder / 'run'}", *words)
+    prepare(cfg.seed, cfg.threads)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    task, dataset = open_task(plain)
+    model: Any = task.build_model(plain["model"])
+    data = build_data(plain, task, task.build_actor(model, plain["planner"]), dataset)
+    module = WorldModelModule(
+        model,
+        instantiate(cfg.optimizer),
+        log_every=cfg.training.log_every,
+        config=plain,
+        folder=Path(cfg.folder),
+    )
+    turns = Turns(data, module, updates, rounds)
+    data.train_dataloader = lambda: ReplayStream(turns.batches)
+    trainer = instantiate(
+        cfg.trainer,
+        logger=[instantiate(logger) for logger in cfg.logger.values() if logger],
+        callbacks=[instantiate(callback) for callback in cfg.callbacks.values() if callback],
+    )
+    fit(trainer, module, data, None, Path(cfg.folder))
+    return turns
+
+
+def main() -> None:
+    """Run the command line."""
+    numbers = {"updates": 100, "rounds": 5}
+    words = [word for word in sys.argv[1:] if word.partition("=")[0] not in numbers]
+    numbers |= {
+        w.partition("=")[0]: int(w.partition("=")[2]) for w in sys.argv[1:] if w not in words
+    }
+    with TemporaryDirectory() as folder:
+        turns = measure(words, **numbers, folder=Path(folder))
+    report(words, numbers["updates"], turns)
+
+
+def report(words: list[str], updates: int, turns: Turns) -> None:
+    """Print milliseconds per update and phase, without the first round."""
+    print(*words, f"({turns.rounds} rounds of {updates} updates; ms per update)")
+    print(f"{'':<14}{'run':>10}{'bare':>10}{'run - bare':>12}{'error':>10}")
+    names = list(dict.fromkeys(name for spent in turns.run + turns.bare for name in spent))
+    for name in [*names, None]:
+        middle = np.mean if name in ("log", "pictures") else np.median
+        run, bare = (_ms(rounds[1:], name, updates) for rounds in (turns.run, turns.bare))
+        error = (run - bare).std(ddof=1) / len(run) ** 0.5
+        shown = [middle(x) for x in (run, bare, run - bare)]
+        print("{:<14}{:10.3f}{:10.3f}{:12.3f}{:10.3f}".format(name or "update", *shown, error))
+    print(f"overhead: {shown[2]:.3f} ms, {shown[2] / shown[1]:.1%} of the bare update")
+
+
+def _ms(rounds: list[dict[str, float]], name: str | None, updates: int) -> np.ndarray:
+    """Return the milliseconds per update of a phase in every round; of all but sampling if None."""
+    own = [{k: v for k, v in spent.items() if k != "sample"} for spent in rounds]
+    spent = [x.get(name, 0.0) for x in rounds] if name else [sum(x.values()) for x in own]
+    return np.array(spent) * 1e3 / updates
+
+
+if __name__ == "__main__":
+    main()

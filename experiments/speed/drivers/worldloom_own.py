@@ -1,0 +1,71 @@
+"""worldloom itself: update, and a decision or plan for one environment and for several at once."""
+
+import numpy as np
+import torch
+from worker import Implementation, Job, serve, torch_flops, torch_weights
+
+from worldloom import create_world_model
+from worldloom.acting import Actor
+from worldloom.bench import BenchConfig, random_batch
+from worldloom.cli import composed
+from worldloom.factory import import_target
+from worldloom.presets import file_name
+
+
+def build(job: Job) -> Implementation:
+    tdmpc2 = job.size == "5m"
+    preset = f"tdmpc2:{job.size}" if tdmpc2 else f"dreamerv3:{job.size}"
+    torch.manual_seed(0)
+    model = create_world_model(preset, (job.obs,), job.actions, device="cpu", horizon=job.horizon)
+    model.train()
+    options = composed(f"model={file_name(preset)}", "~experiment").optimizer
+    own = {key: value for key, value in options.items() if not key.startswith("_")}
+    groups = getattr(model, "parameter_groups", model.parameters)()
+    optimizer = import_target(options["_target_"])(groups, **own)
+    length = job.horizon + 1 if tdmpc2 else job.length
+    sizes = {"batch": job.batch, "length": length, "obs": job.obs, "actions": job.actions}
+    batch = random_batch(model, BenchConfig(model=preset, **sizes))
+
+    def update():
+        model.train()
+        loss = model.compute_loss(batch.copy())["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if hasattr(model, "after_update"):
+            model.after_update()
+        return loss.detach()
+
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    facts = {"version": f"torch {torch.__version__}", "flops": torch_flops(update)}
+    facts["parameters"] = parameters
+    one, many = decisions(model, job, 1), decisions(model, job, job.envs)
+    if tdmpc2:
+        facts["plan flops"] = torch_flops(one)
+        tasks = {"update": update, "plan, 1 env": one, f"plan, {job.envs} envs": many}
+    else:
+        tasks = {"update": update, "policy": one}
+    modules = dict(model.named_children())
+    modules = {name: module for name, module in modules.items() if list(module.parameters())}
+    return Implementation(tasks, lambda: torch_weights(modules), facts)
+
+
+def decisions(model, job: Job, envs: int):
+    """Return a function that acts once in `envs` environments, in the middle of episodes."""
+    actor, rng = Actor(model), np.random.default_rng(0)
+    obs = rng.normal(size=(envs, job.obs)).astype(np.float32)
+    no = np.zeros(envs, bool)
+    memory = actor(obs, ~no)[1]
+
+    def act():
+        nonlocal memory
+        model.eval()
+        seen = rng.normal(size=(envs, job.obs)).astype(np.float32)
+        action, memory = actor(seen, no, memory)
+        return action
+
+    return act
+
+
+if __name__ == "__main__":
+    serve(build)
