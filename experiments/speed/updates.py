@@ -26,7 +26,7 @@ HERE = Path(__file__).resolve().parent
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 DREAMER = {"batch": 16, "length": 64, "horizon": 15}
 JOBS = {"size1m": DREAMER, "size12m": DREAMER, "5m": {"batch": 256, "horizon": 3}}
-# FLOPs of the official code's own update, which the floor is the time of: 29.1 and 428.9 were counted
+# FLOPs of the official update, which the floor is the time of: 29.1 and 428.9 were counted
 # in the jaxpr after removing what nothing depends on, 39.9 (and a plan's 46.4) by torch.
 WORK = {
     "size1m": {"update": 29.1e9},
