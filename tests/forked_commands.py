@@ -45,7 +45,10 @@ def run(module: str, words: list[str]) -> int:
     sys.argv = [f"{module.rpartition('.')[2]}.py", *words]
     sys.path.insert(0, os.getcwd())
     try:
-        importlib.import_module(module).main()
+        command = importlib.import_module(module)
+        if hasattr(command, "__path__"):  # a package
+            command = importlib.import_module(f"{module}.__main__")
+        command.main()
     except SystemExit as stopped:
         if isinstance(stopped.code, str):
             print(stopped.code, file=sys.stderr)

@@ -51,10 +51,12 @@ def curve(folder, name):
     return [(int(row["step"]), float(row[name])) for row in metrics(folder) if row.get(name)]
 
 
+CLOCKS = ("fps/", "timings/")
+
+
 def without_clocks(folder):
     """All of metrics.csv but the columns that depend on the wall clock."""
-    clocks = ("fps/", "timings/")
-    return [{k: v for k, v in row.items() if not k.startswith(clocks)} for row in metrics(folder)]
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in metrics(folder)]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.test_run import TINY_MODEL, metrics, without_clocks
+from tests.test_run import CLOCKS, TINY_MODEL, metrics, without_clocks
 from worldloom.training.checkpoints import read_checkpoint
 
 TD_MODEL = [
@@ -114,6 +114,9 @@ def require_equal(folder, expected):
     ours, theirs = (
         read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (folder, expected)
     )
+    for checkpoint in (ours, theirs):  # a phase has a column only once there was one
+        state = checkpoint["callbacks"]["MetricsWriter"]["MetricsCSV"]
+        state["columns"] = [name for name in state["columns"] if not name.startswith(CLOCKS)]
     for name in ("state_dict", "optimizer_states", "updates", "callbacks"):
         assert plain(ours[name]) == plain(theirs[name]), name
     for name in ("updates", "replayed_steps", "origin"):

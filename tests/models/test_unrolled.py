@@ -74,3 +74,35 @@ def test_mixed_precision_takes_autograds_way():
         _, loss = results(model, [x.detach().float() for x in inputs], first)
     loss.backward()
     assert all(p.grad.isfinite().all() for n, p in model.named_parameters() if "prior" not in n)
+
+
+class Adapted(torch.nn.Linear):
+    """What a user puts in the place of a layer."""
+
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+def test_what_users_put_into_the_layers_takes_part():
+    model, calls = rssm(), []
+    inputs, first = sequences()
+    handle = model.gru.register_forward_hook(lambda *_: calls.append(1))
+    results(model, inputs, first)
+    assert len(calls) == first.shape[1]
+    handle.remove()
+    model.deter_in.linear = Adapted(8, 6).double()
+    _, loss = results(model, inputs, first)
+    loss.backward()
+    assert model.deter_in.linear.weight.grad.abs().sum() > 0
+
+
+def test_what_was_saved_is_freed_by_the_backward_pass():
+    model = rssm()
+    _, loss = results(model, *sequences())
+    node = loss.grad_fn
+    while not hasattr(node, "unrolled"):
+        node = next(fn for fn, _ in node.next_functions if fn is not None)
+    loss.backward()
+    assert not any(layer.saved for layer in node.unrolled.layers())
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()

@@ -14,6 +14,7 @@ from worldloom.nn.layers import (
     Linear,
     RMSNorm,
     init_kernel,
+    max_pool,
     norm_silu,
     rms_norm,
 )
@@ -111,6 +112,20 @@ def test_the_fan_of_a_block_layer_is_its_whole_input():
     assert kernel.std().item() == pytest.approx(1 / math.sqrt(30 * 25), rel=0.05)
 
 
+def test_torch_func_takes_the_layers_for_functions():
+    stack, x = shuffled(MLP(5, 7, 2)), torch.randn(3, 5, dtype=F64)
+
+    def loss(weights, x):
+        return torch.func.functional_call(stack, weights, (x,)).square().sum()
+
+    weights = dict(stack.named_parameters())
+    grads = torch.func.grad(loss)({k: v.detach() for k, v in weights.items()}, x)
+    loss(weights, x).backward()
+    torch.testing.assert_close(grads, {k: v.grad for k, v in weights.items()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(stack)(x), stack(x))
+
+
 # ---- blocks --------------------------------------------------------------------------------------
 
 
@@ -175,3 +190,16 @@ def test_a_convolution_looks_at_its_surroundings_and_no_further():
 def test_even_kernels_are_refused():
     with pytest.raises(ValueError, match="kernel must be odd to keep the image's size, got 4"):
         Conv(3, 4, 4)
+
+
+def test_max_pooling_splits_the_gradient_among_equal_maxima():
+    x = torch.randint(3, (2, 4, 6, 5)).double().requires_grad_()  # many are equal
+    expected = F.max_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    torch.testing.assert_close(max_pool(x), expected)
+    assert torch.equal(max_pool(x.detach()), expected)
+    pick = torch.randn(2, 2, 3, 5, dtype=F64)
+    (grad,) = torch.autograd.grad((max_pool(x) * pick).sum(), x)
+    blocks = x.detach().reshape(2, 2, 2, 3, 2, 5).movedim(2, 3).flatten(3, 4)  # [N, H, W, 4, C]
+    greatest = (blocks == blocks.amax(3, keepdim=True)).double()
+    shares = greatest / greatest.sum(3, keepdim=True) * pick.unsqueeze(3)
+    torch.testing.assert_close(grad, shares.unflatten(3, (2, 2)).movedim(3, 2).reshape(x.shape))

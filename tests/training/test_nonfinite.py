@@ -255,14 +255,17 @@ def test_the_random_numbers_are_those_of_the_run(tmp_path):
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
 def test_the_precision_is_that_of_the_run(precision, tmp_path):
-    """The heads that the bad number does not reach say the same, bit for bit."""
+    """The heads that the bad number does not reach say the same.
+
+    But for rounding: watched layers are computed one by one. bfloat16 rounds a thousand times more.
+    """
     spoil = Spoil("obs", NAN, 3)
     stopped(family("dreamerv3:size1m"), 3, spoil, folder=tmp_path, precision=precision)
     diagnosis = diagnose(tmp_path / "checkpoints" / FILE)
     assert f"precision {precision}, on cpu" in str(diagnosis)
     assert np.isfinite(diagnosis.before["policy_loss"])
     for name, value in diagnosis.before.items():
-        assert diagnosis.losses[name] == value or np.isnan([diagnosis.losses[name], value]).all()
+        assert diagnosis.losses[name] == pytest.approx(value, rel=1e-5, nan_ok=True), name
 
 
 class Checks(Toy):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldloom.nn.layers import full
+from worldloom.nn.layers import full, traced
 
 # Up to so many classes a softmax is faster by its parts.
 FEW = 8
@@ -51,7 +51,7 @@ def softmax(logits: Tensor) -> Tensor:
     Over a few classes torch's own takes four times as long on a CPU: it works row by row.
     """
     logits = full(logits)
-    if logits.shape[-1] > FEW or logits.device.type != "cpu" or torch.compiler.is_compiling():
+    if logits.shape[-1] > FEW or logits.device.type != "cpu" or traced():
         return logits.softmax(-1)
     odds = (logits - logits.detach().amax(-1, keepdim=True)).exp()
     return odds / odds.sum(-1, keepdim=True)

@@ -31,6 +31,11 @@ def full(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
+def traced() -> bool:
+    """Whether torch.compile or torch.func looks on: give them torch's own functions alone."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def rms_norm(x: Tensor, scale: Tensor, dims: int | tuple[int, ...] = -1) -> Tensor:
     """Divide by the root mean square over `dims` and multiply by `scale`, in float32 or better."""
     exact = full(x)
@@ -41,8 +46,9 @@ def rms_norm(x: Tensor, scale: Tensor, dims: int | tuple[int, ...] = -1) -> Tens
 def add_product(y: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
     """Return y + x @ kernel, all with blocks first, or none; y is used up."""
     add = torch.baddbmm if kernel.ndim == 3 else torch.addmm
-    in_place = not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
-    return add(y, x, kernel, out=y) if in_place else add(y, x, kernel)
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or traced():
+        return add(y, x, kernel)
+    return add(y, x, kernel, out=y)
 
 
 def norm_silu(x: Tensor, scale: Tensor) -> Tensor:
@@ -51,7 +57,7 @@ def norm_silu(x: Tensor, scale: Tensor) -> Tensor:
     It belongs to x by block if scale is [blocks, 1, units / blocks]: the norm is then taken over
     all units of all blocks. x is used up: its memory holds the result, or what the gradient needs.
     """
-    if torch.compiler.is_compiling() or full(x) is not x or scale.dtype != x.dtype:
+    if traced() or full(x) is not x or scale.dtype != x.dtype:
         return F.silu(rms_norm(x, scale, -1 if scale.ndim == 1 else (0, 2)))
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
         return _NormSiLU.apply(x, scale)
@@ -68,8 +74,8 @@ def normalize_(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
     Of scale, which is as in `norm_silu`, only the shape counts.
     """
-    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-    inverse = _over_blocks(square, scale).div_(scale.numel()).add_(EPS).rsqrt_()
+    squares = (x * x).sum(-1, keepdim=True)  # a norm, squared again, would have lost digits
+    inverse = _over_blocks(squares, scale).div_(scale.numel()).add_(EPS).rsqrt_()
     return x.mul_(inverse), inverse
 
 
@@ -130,7 +136,10 @@ class Linear(nn.Linear):
 
 
 class Dense(nn.Module):
-    """Linear, RMS norm, SiLU."""
+    """Linear, RMS norm, SiLU.
+
+    What `linear` returns is used up: a hook that keeps it must copy it.
+    """
 
     def __init__(self, inputs: int, units: int) -> None:
         super().__init__()
@@ -228,3 +237,32 @@ class Conv(nn.Conv2d):
         """Map [N, H, W, inputs] to [N, H, W, outputs]."""
         # The permuted view has torch's channels_last strides, so nothing is copied.
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """Return the greatest of each 2x2 pixels of images [N, H, W, C] as [N, H / 2, W / 2, C].
+
+    The gradient is split evenly among equal maxima, as the official DreamerV3 code does.
+    """
+    n, h, w, c = x.shape
+    x = x.reshape(n, h // 2, 2, w // 2, 2, c)
+    if traced() or not (torch.is_grad_enabled() and x.requires_grad):
+        return x.amax((2, 4))
+    return _MaxPool.apply(x)
+
+
+class _MaxPool(torch.autograd.Function):
+    """Keeps a byte of each number, where torch keeps the numbers and compares them again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        greatest = x.amax((2, 4), keepdim=True)
+        ctx.save_for_backward(x == greatest)
+        return greatest.squeeze((2, 4))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (is_greatest,) = ctx.saved_tensors
+        count = is_greatest.sum((2, 4), dtype=grad.dtype)
+        return is_greatest * (grad / count).unsqueeze(2).unsqueeze(4)

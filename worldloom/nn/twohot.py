@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from worldloom.nn.layers import full
+from worldloom.nn.layers import full, traced
 from worldloom.nn.symlog import symexp, symlog
 
 
@@ -73,7 +73,7 @@ def sparse_cross_entropy(logits: Tensor, index: Tensor, mass: Tensor) -> Tensor:
     index, mass: [..., K], the bins (one may come twice) and their weights, without gradient.
     """
     index, mass = index.expand(*logits.shape[:-1], -1), mass.expand(*logits.shape[:-1], -1)
-    if torch.is_grad_enabled() and logits.requires_grad and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and logits.requires_grad and not traced():
         return _SparseCrossEntropy.apply(logits, index, mass)
     return _cross_entropy(logits, index, mass)[0]
 

@@ -54,7 +54,8 @@ class Start:
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                buffer.copy_(self.buffers[name])
+                if name in self.buffers:  # else it was made by this very update
+                    buffer.copy_(self.buffers[name])
         self.batch.clear()
         self.batch.update(self.given)
 
@@ -146,9 +147,7 @@ class Guard:
         """End an update; tell whether it was one, or skipped."""
         if self._holders is None:  # the first update has made what modules make when first used
             modules = self.model.named_modules()
-            self._holders = [
-                (name, m) for name, m in modules if any(True for _ in m.buffers(False))
-            ]
+            self._holders = [(name, m) for name, m in modules if m._buffers]
         spoiled, self._spoiled, self._start = self._spoiled, False, None
         self.skipped += spoiled
         self.in_a_row = self.in_a_row + 1 if spoiled else 0

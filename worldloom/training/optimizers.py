@@ -120,9 +120,17 @@ class Adam(torch.optim.Adam):
         if max_norm is not None and max_norm <= 0:
             raise ValueError(f"max_norm={max_norm}; expected one above 0, or None for no clipping")
         super().__init__(params, lr, (betas[0], betas[1]), eps, fused=True)
+        # Only float16 is scaled, which worldloom refuses; Lightning would refuse to clip gradients.
+        self._step_supports_amp_scaling = False
         for group in self.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
             group["max_norm"] = max_norm
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned, in runs from before the fused update too."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group["fused"] = True
 
     def step(self, closure: Any = None) -> Any:
         """Clip by groups, then update; return the closure's value."""

@@ -54,8 +54,9 @@ class FirstOperation(TorchFunctionMode):
         watched = self.found is None and is_finite((args, kwargs))
         spans = _spans(args) if watched else ""
         out = func(*args, **kwargs)
-        if watched and not is_finite(out):
-            name = (resolve_name(func) or getattr(func, "__name__", str(func))).split(".")[-1]
+        name = (resolve_name(func) or getattr(func, "__name__", str(func))).split(".")[-1]
+        # Memory that nobody has written to yet may hold anything.
+        if watched and "empty" not in name and not is_finite(out):
             module = f", in the module {self._inside[-1]}" if any(self._inside[-1:]) else ""
             place = _innermost(traceback.extract_stack())
             self.found = f"{name} of {spans or 'finite numbers'}{module}{place}"

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from worldloom.models.spaces import ActSpaces, ObsSpace, ObsSpaces
 from worldloom.nn.distributions import BoundedNormal, Classes, one_hot
-from worldloom.nn.layers import MLP, BlockLinear, Conv, Dense, Linear, RMSNorm, full
+from worldloom.nn.layers import (
+    MLP,
+    BlockLinear,
+    Conv,
+    Dense,
+    Linear,
+    RMSNorm,
+    full,
+    max_pool,
+    norm_silu,
+)
 from worldloom.nn.symlog import symexp, symlog
 
 
@@ -30,11 +40,8 @@ class ImageStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map images [N, H, W, C] to [N, H', W', C']."""
         x = self.conv(x)
-        if self.pool:
-            n, h, w, c = x.shape
-            # amax splits the gradient evenly among equal maxima, as the official code does.
-            x = x.reshape(n, h // 2, 2, w // 2, 2, c).amax((2, 4))
-        return F.silu(self.norm(x))
+        x = max_pool(x) if self.pool else x
+        return norm_silu(x, self.norm.scale)
 
 
 def _image_size(images: dict[str, ObsSpace], stages: int) -> tuple[int, int, int]:
@@ -151,7 +158,7 @@ class ImageDecoder(nn.Module):
         x = self.sp0(deter.view(n, g, -1).transpose(0, 1))
         x = x.view(g, n, h, w, c // g).permute(1, 2, 3, 0, 4).reshape(n, h, w, c)
         x = x + self.sp2(self.sp1(stoch)).view(n, h, w, c)
-        x = F.silu(self.spnorm(x))
+        x = norm_silu(x, self.spnorm.scale)
         for stage in self.stages:
             x = stage(_upsample(x))
         image = torch.sigmoid(self.imgout(_upsample(x))).permute(0, 3, 1, 2)

@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from worldloom.models.dreamerv3.unrolled import unroll
 from worldloom.nn.distributions import sample_straight_through, unimix_probs
-from worldloom.nn.layers import MLP, BlockDense, BlockLinear, Dense, Linear, full
+from worldloom.nn.layers import (
+    MLP,
+    BlockDense,
+    BlockLinear,
+    Dense,
+    Linear,
+    RMSNorm,
+    full,
+    traced,
+)
 
 
 class Kernels(NamedTuple):
@@ -158,11 +167,19 @@ class RSSM(nn.Module):
         return [layer for layer in self.hidden if isinstance(layer, BlockDense)]
 
     def _unrolls(self, embedded: Tensor) -> bool:
-        """Whether the backward pass by hand serves: not in mixed precision, nor for a compiler."""
-        if torch.compiler.is_compiling() or self.absolute:
+        """Whether the backward pass by hand serves.
+
+        It does not in mixed precision, under torch.compile or torch.func, or where something was
+        put into the layers: a hook, another kind of layer, a method of a subclass.
+        """
+        if not embedded.requires_grad or self.absolute or traced():
             return False
-        mixed = torch.is_autocast_enabled(embedded.device.type) or full(embedded) is not embedded
-        return embedded.requires_grad and not mixed
+        if torch.is_autocast_enabled(embedded.device.type) or full(embedded) is not embedded:
+            return False
+        return all(
+            type(m) in KNOWN and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)
+            for m in self.modules()
+        )
 
     def _groups(self, logits: Tensor) -> Tensor:
         return logits.unflatten(-1, (self.stoch, self.classes))
@@ -174,10 +191,19 @@ def _gru(old: Tensor, gates: Tensor) -> Tensor:
     The reset gate acts on the candidate inside the tanh; -1 keeps the state by default.
     """
     reset, cand, update = gates.chunk(3, -1)
-    if torch.is_grad_enabled() or gates.dtype != old.dtype:
+    if (
+        torch.is_grad_enabled()
+        or traced()
+        or full(gates) is not gates
+        or gates.device.type != "cpu"
+    ):
         cand = torch.tanh(torch.sigmoid(reset) * cand)
         # In mixed precision the state itself stays in float32.
         return torch.lerp(old, cand.to(old), torch.sigmoid(update - 1).to(old))
     # tanh(x) = 2 sigmoid(2 x) - 1, in a third of the time on a CPU.
     cand = cand.mul_(reset.sigmoid_()).mul_(2).sigmoid_().mul_(2).sub_(1)
     return torch.lerp(old, cand, update.sub_(1).sigmoid_())
+
+
+# The layers that `unroll` knows.
+KNOWN = (RSSM, MLP, Dense, Linear, RMSNorm, BlockDense, BlockLinear, nn.ModuleList)

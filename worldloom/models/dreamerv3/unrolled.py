@@ -8,6 +8,8 @@ it has passed the first step, one product over all T * B rows makes each gradien
 The layers below keep what they were given at each step t. Axes as in `RSSM`: N rows, G blocks.
 """
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,17 +24,38 @@ if TYPE_CHECKING:
     from worldloom.models.dreamerv3.rssm import RSSM
 
 
-class Product:
+class Layer:
+    """One layer at all steps.
+
+    saved: what the backward pass of each step needs, `width` tensors.
+    """
+
+    width = 1
+
+    def __init__(self) -> None:
+        self.saved: list[tuple[Tensor, ...]] = []
+
+    def hand_over(self) -> list[Tensor]:
+        """Return what was saved, and forget it."""
+        saved, self.saved = self.saved, []
+        return [tensor for step in saved for tensor in step]
+
+    def take_back(self, tensors: Iterator[Tensor], steps: int) -> None:
+        """Take what `hand_over` returned from the front of `tensors`."""
+        self.saved = [tuple(islice(tensors, self.width)) for _ in range(steps)]
+
+
+class Product(Layer):
     """x @ kernel + bias; kernel [inputs, outputs] and bias [outputs], or both with blocks first."""
 
     def __init__(self, kernel: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
         self.kernel, self.bias = kernel, bias
-        self.inputs: list[Tensor] = []
         self.grads: list[Tensor] = []
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
         """Multiply, and add to `onto` or to the bias; all blocks may share one x [N, inputs]."""
-        self.inputs.append(x)
+        self.saved.append((x,))
         base = self.bias if onto is None else onto
         assert base is not None
         if self.kernel.ndim == 2:
@@ -43,7 +66,7 @@ class Product:
         """Return the gradient of x; the last step comes first."""
         self.grads.append(grad)
         by_x = grad @ self.kernel.mT
-        return by_x.sum(0) if by_x.ndim > self.inputs[0].ndim else by_x
+        return by_x.sum(0) if by_x.ndim > self.saved[0][0].ndim else by_x
 
     def tensors(self) -> list[Tensor]:
         """Return what the layer learns."""
@@ -51,19 +74,22 @@ class Product:
 
     def gradients(self) -> list[Tensor]:
         """Return the gradients of `tensors`, over all steps."""
-        x, grad = torch.cat(self.inputs, -2), torch.cat(self.grads[::-1], -2)
+        x = torch.cat([x for (x,) in self.saved], -2)
+        grad = torch.cat(self.grads[::-1], -2)
         self.grads = []
         # Laid out as torch.nn.Linear has its weight, which is the kernel transposed.
         kernel = x.mT @ grad if grad.ndim == 3 else (grad.mT @ x).mT
         return [kernel] if self.bias is None else [kernel, grad.sum(-2, keepdim=grad.ndim == 3)]
 
 
-class NormSiLU:
+class NormSiLU(Layer):
     """`nn.layers.norm_silu`."""
 
+    width = 2
+
     def __init__(self, scale: Tensor) -> None:
+        super().__init__()
         self.scale = scale
-        self.saved: list[tuple[Tensor, Tensor]] = []
         self.grad: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,7 +99,8 @@ class NormSiLU:
 
     def backward(self, t: int, grad: Tensor) -> Tensor:
         """Return the gradient of x at step t."""
-        grad, by_scale = norm_silu_backward(grad, *self.saved[t], self.scale)
+        normed, inverse = self.saved[t]
+        grad, by_scale = norm_silu_backward(grad, normed, inverse, self.scale)
         self.grad = by_scale if self.grad is None else self.grad.add_(by_scale)
         return grad
 
@@ -88,11 +115,10 @@ class NormSiLU:
         return [total]
 
 
-class GRU:
+class GRU(Layer):
     """The gates of `RSSM.core`."""
 
-    def __init__(self) -> None:
-        self.saved: list[tuple[Tensor, Tensor, Tensor]] = []
+    width = 3
 
     def forward(self, old: Tensor, gates: Tensor) -> Tensor:
         """Return the state after an old one [G, N, d] for gates [G, N, 3 d], which are used up."""
@@ -118,23 +144,23 @@ class GRU:
         return grad - by_new, torch.cat(parts, -1)
 
 
-class Sample:
+class Sample(Layer):
     """`RSSM.sample`: one-hot, with the gradient of the mixed probabilities."""
 
     def __init__(self, unimix: float) -> None:
+        super().__init__()
         self.unimix = unimix
-        self.probs: list[Tensor] = []
 
     def forward(self, logits: Tensor) -> Tensor:
         """Draw [N, S, C] from logits [N, S, C]."""
         probs = softmax(logits)
-        self.probs.append(probs)
+        self.saved.append((probs,))
         mixed = (1 - self.unimix) * probs + self.unimix / probs.shape[-1]
         return one_hot(sample_classes(mixed), probs.shape[-1], probs.dtype)
 
     def backward(self, t: int, grad: Tensor) -> Tensor:
         """Return the gradient of the logits at step t."""
-        probs = self.probs[t]
+        (probs,) = self.saved[t]
         by_softmax = (grad * probs).mul_(1 - self.unimix)
         return by_softmax.addcmul_(probs, by_softmax.sum(-1, keepdim=True), value=-1)
 
@@ -163,10 +189,14 @@ class Unrolled:
         self.logits = Product(rssm.posterior_logits.weight.t(), rssm.posterior_logits.bias)
         self.sample = Sample(rssm.unimix)
 
-    def layers(self) -> list[Product | NormSiLU]:
-        """Return all layers that learn."""
+    def learning(self) -> list[Product | NormSiLU]:
+        """Return the layers that learn."""
         pairs = [self.deter_in, self.stoch_in, *self.hidden, *self.posterior]
         return [*(layer for pair in pairs for layer in pair), self.shared, self.gates, self.logits]
+
+    def layers(self) -> list[Layer]:
+        """Return all layers."""
+        return [*self.learning(), self.gru, self.sample]
 
     def forward(
         self, deter: Tensor, stoch: Tensor, embedded: Tensor, projected: Tensor, keep: Tensor
@@ -241,17 +271,25 @@ class _Unroll(torch.autograd.Function):
     def forward(
         ctx: Any, unrolled: Unrolled, keep: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        deter, stoch, embedded, projected, *learnt = tensors
+        out = unrolled.forward(deter, stoch, embedded, projected, keep)
+        # To torch, which frees it in time, and complains about a weight that changed in between.
+        saved = [tensor for layer in unrolled.layers() for tensor in layer.hand_over()]
+        ctx.save_for_backward(keep, *saved, *learnt)
         ctx.unrolled = unrolled
-        ctx.save_for_backward(keep, *tensors[4:])  # torch sees to it that they stay the same
-        deter, stoch, embedded, projected = tensors[:4]
-        return unrolled.forward(deter, stoch, embedded, projected, keep)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        keep, *_ = ctx.saved_tensors
-        inputs = ctx.unrolled.backward(*grads, keep)
-        learnt = [grad for layer in ctx.unrolled.layers() for grad in layer.gradients()]
+        keep, *rest = ctx.saved_tensors
+        unrolled, saved = ctx.unrolled, iter(rest)
+        for layer in unrolled.layers():
+            layer.take_back(saved, keep.shape[1])
+        inputs = unrolled.backward(*grads, keep)
+        learnt = [grad for layer in unrolled.learning() for grad in layer.gradients()]
+        for layer in unrolled.layers():
+            layer.hand_over()
         return None, None, *inputs, *learnt
 
 
@@ -260,5 +298,5 @@ def unroll(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return what `Unrolled.forward` does, with gradient to all but keep."""
     unrolled = Unrolled(rssm)
-    learnt = [tensor for layer in unrolled.layers() for tensor in layer.tensors()]
+    learnt = [tensor for layer in unrolled.learning() for tensor in layer.tensors()]
     return _Unroll.apply(unrolled, keep, deter, stoch, embedded, projected, *learnt)
