@@ -60,6 +60,7 @@ def test_a_suite_trains(suite, tmp_path):
     assert create_world_model(tmp_path).obs_shape == shape
 
 
+@pytest.mark.slow
 def test_pixels_of_dmc_train(tmp_path, renderer):
     needs("dm_control", "dmc")
     words = ["env=dmc", "env.task=cartpole-swingup", "env.pixels=true", "env.time_limit=20"]

@@ -64,6 +64,7 @@ def test_the_same_seed_gives_the_same_metrics(finished, tmp_path):
     assert without_clocks(tmp_path / "again") == without_clocks(folder)
 
 
+@pytest.mark.slow
 def test_scoring_a_run_gives_its_final_score(finished, tmp_path):
     folder, done = finished
     final = re.search(r"final return (\S+) ± (\S+) \(2 episodes\)", done.stdout)
@@ -87,6 +88,7 @@ def test_a_run_begins_with_what_another_has_learned(finished, tmp_path):
     assert create_world_model(tmp_path / "new").obs_shape == (3,)
 
 
+@pytest.mark.slow
 def test_a_decoder_lets_one_look_at_the_imagination(tmp_path):
     done = python("run", *TINY, "model.decoder=true", "hydra.run.dir=run", cwd=tmp_path)
     names = {name for row in metrics(tmp_path / "run") for name, value in row.items() if value}
