@@ -149,9 +149,9 @@ class Trained:
         """
         with Timer(read or self.clock) as timer:
             with phase("loss"):
-                self.losses = self.model.compute_loss(batch.copy())  # the model may write into it
+                losses = self.model.compute_loss(batch.copy())  # the model may write into it
             with phase("backward"):
-                self.losses["loss"].backward()
+                losses["loss"].backward()
             with phase("optimizer"):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -159,6 +159,7 @@ class Trained:
                     self.model.after_update()
             spent = timer.flush()
         del spent[REST]  # the marks themselves
+        self.losses = {name: value.detach() for name, value in losses.items()}
         return {"update": sum(spent.values()), **{PARTS + k: v for k, v in spent.items()}}
 
     def acts(self) -> bool:
@@ -265,7 +266,7 @@ def timed_log(losses: dict[str, Tensor], config: BenchConfig) -> list[float]:
     with TemporaryDirectory() as folder:
         loggers = [TensorBoard(folder), MetricsCSV(Path(folder))]
         for step in range(config.repeats + 1):
-            metrics.add({name: value.detach() for name, value in losses.items()})
+            metrics.add(losses)
             start = time.perf_counter()
             means = metrics.flush()
             for logger in loggers:

@@ -4,27 +4,22 @@ import numpy as np
 import torch
 from worker import Implementation, Job, serve, torch_flops, torch_weights
 
-from worldloom import create_world_model
 from worldloom.acting import Actor
 from worldloom.bench import BenchConfig, random_batch
-from worldloom.cli import composed
-from worldloom.factory import import_target
-from worldloom.presets import file_name
+from worldloom.bench.measure import Trained
 
 
 def build(job: Job) -> Implementation:
     tdmpc2 = job.size == "5m"
     preset = f"tdmpc2:{job.size}" if tdmpc2 else f"dreamerv3:{job.size}"
     torch.manual_seed(0)
-    model = create_world_model(preset, (job.obs,), job.actions, device="cpu", horizon=job.horizon)
-    model.train()
-    options = composed(f"model={file_name(preset)}", "~experiment").optimizer
-    own = {key: value for key, value in options.items() if not key.startswith("_")}
-    groups = getattr(model, "parameter_groups", model.parameters)()
-    optimizer = import_target(options["_target_"])(groups, **own)
     length = job.horizon + 1 if tdmpc2 else job.length
     sizes = {"batch": job.batch, "length": length, "obs": job.obs, "actions": job.actions}
-    batch = random_batch(model, BenchConfig(model=preset, **sizes))
+    config = BenchConfig(model=preset, **sizes)
+    # The horizon of DreamerV3's imagination; what it calls its horizon is that of the discount.
+    trained = Trained(config, **{"horizon" if tdmpc2 else "imag_length": job.horizon})
+    model, optimizer = trained.model, trained.optimizer
+    batch = random_batch(model, config)
 
     def update():
         model.train()
