@@ -25,13 +25,13 @@ from pathlib import Path
 # What the commands import, and what they import later, where they need it.
 COMMANDS = ("run", "eval", "collect", "bench", "envs.check")
 LATER = (
-    "assembly",
-    "finished",
+    "app.build",
+    "app.saved_config",
     "transfer",
     "models.dreamerv3.official",
     "models.tdmpc2.official",
     "training.callbacks",
-    "training.logging",
+    "training.loggers",
     "training.module",
     "training.optimizers",
     "training.progress",
@@ -108,7 +108,7 @@ if __name__ == "__main__":
     for package in ("h5py", "minari"):
         with contextlib.suppress(ImportError):
             importlib.import_module(package)
-    cli = importlib.import_module("worldloom.cli")
+    cli = importlib.import_module("worldloom.app.compose")
     cli.composed()  # Hydra looks for its plugins once
     gc.freeze()  # what a fork does not touch, it need not copy
     for line in sys.stdin:

@@ -139,7 +139,7 @@ def episodes(folder: Path) -> None:
     (folder / "hostile_env" / "dataset.yaml").write_text("env: {_target_: hostile.make_env}\n")
     episode(folder / "hostile_id" / "0.npz")
     (folder / "hostile_id" / "dataset.yaml").write_text(
-        "env: {_target_: worldloom.envs.gymnasium.make_env, id: 'hostile:Env-v0'}\n"
+        "env: {_target_: worldloom.envs.suites.gymnasium.make_env, id: 'hostile:Env-v0'}\n"
     )
 
 
@@ -210,7 +210,7 @@ def runs(folder: Path, run: Path, marker: Path) -> None:
     text = (run / "config.yaml").read_text()
     touch = f"{{_target_: os.system, command: 'touch {marker}'}}"
     model = "worldloom.models.dreamerv3.DreamerV3"
-    env = "worldloom.envs.gymnasium.make_env"
+    env = "worldloom.envs.suites.gymnasium.make_env"
     changed = {
         "empty": "",
         "yaml": "model: [oops",
@@ -218,7 +218,7 @@ def runs(folder: Path, run: Path, marker: Path) -> None:
         "no_model": text.replace("\nmodel:", "\nmodell:"),
         "number": text.replace("\nthreads: 1", "\nthreads: many"),
         "hostile_model": text.replace(model, "os.system"),
-        "hostile_path": text.replace(model, "worldloom.cli.os.system"),
+        "hostile_path": text.replace(model, "worldloom.app.compose.os.system"),
         "hostile_import": text.replace(model, "hostile.Model"),
         "hostile_env": text.replace(env, "hostile.make_env"),
         "hostile_id": text.replace("id: CartPole-v1", "id: hostile:Env-v0"),

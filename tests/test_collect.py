@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 
 from worldloom import collect as collecting
 from worldloom import create_world_model
-from worldloom.assembly import fill
+from worldloom.app.build import fill
+from worldloom.app.saved_config import env_section
 from worldloom.collect import CollectConfig, collect
 from worldloom.datasets import open_dataset
 from worldloom.envs.spaces import ActionSpec, ObsSpec, flatten
-from worldloom.finished import env_section
 from worldloom.training import ReplayBuffer
 
 ACTIONS = {
@@ -203,7 +203,7 @@ def run(tmp_path_factory):
     (folder / "config.yaml").write_text(
         "threads: 1\nplanner: {_target_: worldloom.planning.CEM}\n"
         "model: {_target_: worldloom.models.dreamerv3.DreamerV3}\n"
-        "env: {_target_: worldloom.envs.gymnasium.make_env, id: CartPole-v1, num_envs: 2,"
+        "env: {_target_: worldloom.envs.suites.gymnasium.make_env, id: CartPole-v1, num_envs: 2,"
         " workers: 0, time_limit: 30}\n"
     )
     return folder

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from worldloom import eval as evaluation
-from worldloom.finished import read_run, require_trusted
+from worldloom.app.saved_config import read_run, require_trusted
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def run(tmp_path):
     (tmp_path / "config.yaml").write_text(
         "seed: 0\nthreads: 1\nplanner: {_target_: worldloom.planning.CEM}\n"
         "model: {_target_: worldloom.models.dreamerv3.DreamerV3}\n"
-        "env: {_target_: worldloom.envs.gymnasium.make_env, id: CartPole-v1, num_envs: 2,"
+        "env: {_target_: worldloom.envs.suites.gymnasium.make_env, id: CartPole-v1, num_envs: 2,"
         " workers: 0, size: null, pixels: false, repeat: 1, time_limit: null}\n"
     )
     return tmp_path
@@ -66,7 +66,7 @@ def test_a_mistake_ends_in_one_line(command, run, arguments, message):
 
 SHIPPED = {
     "model": {"_target_": "worldloom.models.tdmpc2.TDMPC2"},
-    "env": {"_target_": "worldloom.envs.dmc.make_env", "task": "walker-walk"},
+    "env": {"_target_": "worldloom.envs.suites.dmc.make_env", "task": "walker-walk"},
     "callbacks": {"open_loop": {"_target_": "worldloom.training.callbacks.OpenLoop"}, "no": None},
     "trainer": {"_target_": "lightning.Trainer", "gradient_clip_val": "${training.grad_clip}"},
     "training": {"grad_clip": 1.0},
@@ -83,7 +83,7 @@ def test_what_worldloom_ships_needs_no_word():
         ({"trainer": {"plugins": [{"_target_": "os.system"}]}}, "trainer.plugins.0._target_"),
         ({"logger": {"a": {"b": {"_target_": "os.system"}}}}, "logger.a.b._target_"),
         # Hydra would walk from our module to what it imports.
-        ({"model": {"_target_": "worldloom.cli.os.system"}}, "model._target_"),
+        ({"model": {"_target_": "worldloom.app.compose.os.system"}}, "model._target_"),
         ({"optimizer": {"_target_": "worldloom.training.optimizers"}}, "optimizer._target_"),
         ({"env": {"id": "evil:Env-v0"}}, "env.id"),
         ({"env": {"task": "evil:Env-v0"}}, "env.task"),

@@ -34,4 +34,7 @@ def test_models_and_planners_need_no_framework(statement, loaded_by_torch):
 
 def test_environments_start_without_torch():
     """Each worker process of a vector environment imports this, and nothing else of worldloom."""
-    assert loaded_by("import worldloom.envs.gymnasium", ["torch", "lightning", "hydra"]) == set()
+    assert (
+        loaded_by("import worldloom.envs.suites.gymnasium", ["torch", "lightning", "hydra"])
+        == set()
+    )

@@ -205,7 +205,7 @@ CASES = {
     "run data=offline data.path=F/data/hostile_id": "say so: env=gymnasium ++env.id=hostile:Env-v0",
     "run data=offline data.path=F/hdf5/no_spaces": "has no observation_space; expected a data set",
     "eval checkpoint=F/runs/hostile_model": "say so by adding: model._target_=os.system",
-    "eval checkpoint=F/runs/hostile_path": "adding: model._target_=worldloom.cli.os.system",
+    "eval checkpoint=F/runs/hostile_path": "adding: model._target_=worldloom.app.compose.os.system",
     "eval checkpoint=F/runs/hostile_import": "say so by adding: model._target_=hostile.Model",
     "eval checkpoint=F/runs/hostile_env": "say so by adding: env._target_=hostile.make_env",
     "eval checkpoint=F/runs/hostile_id": "say so by adding: env.id=hostile:Env-v0",

@@ -18,8 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from worldloom import create_world_model, run
 from worldloom import eval as evaluation
-from worldloom.assembly import settle_env, words_to_trust
-from worldloom.cli import composed, validate
+from worldloom.app.build import settle_env, words_to_trust
+from worldloom.app.compose import composed, validate
 from worldloom.collect import CollectConfig, collect
 from worldloom.datasets import open_dataset
 
@@ -310,7 +310,7 @@ def test_an_offline_run_leaves_the_default_recipe_out(monkeypatch, words, added)
 
 # ---- which environment ---------------------------------------------------------------------------
 
-OURS = {"_target_": "worldloom.envs.gymnasium.make_env", "id": "CartPole-v1", "num_envs": 4}
+OURS = {"_target_": "worldloom.envs.suites.gymnasium.make_env", "id": "CartPole-v1", "num_envs": 4}
 
 
 def settled(path, env, about=None):
@@ -334,8 +334,8 @@ def test_the_environment_is_that_of_the_data_if_it_is_known(tmp_path):
     "env",
     [
         {"_target_": "os.system", "command": "true"},
-        {"_target_": "worldloom.envs.gymnasium.importlib.import_module", "name": "evil"},
-        {"_target_": "worldloom.envs.gymnasium.make_env", "id": "evil:Env-v0"},
+        {"_target_": "worldloom.envs.suites.gymnasium.importlib.import_module", "name": "evil"},
+        {"_target_": "worldloom.envs.suites.gymnasium.make_env", "id": "evil:Env-v0"},
     ],
 )
 def test_data_do_not_choose_which_code_is_run(tmp_path, env):

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from worldloom.check import check_world_model as check_world_model
-    from worldloom.envs.check import check_env as check_env
+    from worldloom.check.environment import check_env as check_env
     from worldloom.factory import create_world_model as create_world_model
     from worldloom.factory import list_models as list_models
     from worldloom.protocol import Batch as Batch
@@ -20,7 +20,7 @@ _HOME = {
     "LatentState": "protocol",
     "Trajectory": "protocol",
     "WorldModel": "protocol",
-    "check_env": "envs.check",
+    "check_env": "check.environment",
     "check_world_model": "check",
     "create_world_model": "factory",
     "list_models": "factory",

@@ -22,15 +22,15 @@ import torch
 from omegaconf import MISSING
 
 from worldloom.acting import Act, acting, play, seeded
-from worldloom.assembly import words_to_trust
-from worldloom.cli import readable_errors
+from worldloom.app.build import words_to_trust
+from worldloom.app.compose import readable_errors
+from worldloom.app.saved_config import checked, env_section, load_actor, opened_run, split_words
+from worldloom.app.task import RUNNING, Task
 from worldloom.datasets import Episode
 from worldloom.datasets.folder import read_about
 from worldloom.datasets.writer import FolderWriter
 from worldloom.envs.spaces import Obs
 from worldloom.envs.vector import Rows
-from worldloom.finished import checked, env_section, load_actor, opened_run, split_words
-from worldloom.task import RUNNING, Task
 
 BEAT = 20.0  # seconds between two lines of progress
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from worldloom.cli import readable_errors
+from worldloom.app.compose import readable_errors
 from worldloom.factory import REGISTERED, create_world_model
 from worldloom.training.nonfinite import bad_gradients, bad_terms, tensors_in
 from worldloom.training.precision import computing_in, parameter_type

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from worldloom.cli import readable_errors
+from worldloom.app.compose import readable_errors
 from worldloom.training.config import EvaluationConfig
 
 USAGE = """usage: python -m worldloom.eval checkpoint=<run folder> [episodes=20] [seed=…]
@@ -27,9 +27,9 @@ def evaluate_run(path: Path, settings: dict[str, Any], words: Sequence[str]) -> 
         ValueError: the folder is no run, its model cannot be read, or it names code that `words`
             do not name.
     """
-    from worldloom.assembly import Evaluator, prepare
-    from worldloom.finished import load_actor, opened_run
-    from worldloom.task import Task
+    from worldloom.app.build import Evaluator, prepare
+    from worldloom.app.saved_config import load_actor, opened_run
+    from worldloom.app.task import Task
 
     config, section = opened_run(path, words)
     prepare(settings["seed"], config["threads"])
@@ -43,7 +43,7 @@ def main() -> None:
         print(USAGE)
         sys.exit(0 if len(sys.argv) > 1 else 2)
     with readable_errors():
-        from worldloom.finished import checked, split_words
+        from worldloom.app.saved_config import checked, split_words
 
         given, words = split_words(sys.argv[1:])
         if given.get("checkpoint") is None:

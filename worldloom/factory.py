@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from worldloom.errors import suggest
 from worldloom.memory import keep_freed_memory
-from worldloom.presets import aliases, describe_preset, load_preset, nearest, preset_names
+from worldloom.presets import aliases, describe_preset, load_preset, preset_names
 from worldloom.saving import config_of, load_tensors, read_weights
 
 # The models that a saved configuration may name; anything else must be allowed by the caller.
@@ -114,7 +115,7 @@ def build_model(
     for name in options:
         if name not in parameters and not takes_any:
             raise ValueError(
-                f"{cls.__name__} has no hyperparameter {name!r}{nearest(name, parameters)}; it "
+                f"{cls.__name__} has no hyperparameter {name!r}{suggest(name, parameters)}; it "
                 f"takes {', '.join(parameters)}"
             )
     spaces = {
@@ -235,7 +236,7 @@ def override_preset(
             choices = [k for k in config if not k.startswith("_")]
             raise ValueError(
                 f"{name} has no hyperparameter {within + key!r}"
-                f"{nearest(key, choices, within)}; it takes {', '.join(choices)}"
+                f"{suggest(key, choices, within)}; it takes {', '.join(choices)}"
             )
         old = config[key]
         if isinstance(old, dict) and key != "obs_classes":

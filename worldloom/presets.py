@@ -1,12 +1,12 @@
 """Presets: one YAML file each under conf/model, read by the factory and by the command alike."""
 
-import difflib
 import functools
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from worldloom.errors import suggest
 
 
 def config_dir() -> Path:
@@ -46,7 +46,7 @@ def load_preset(name: str) -> dict[str, Any]:
     key = _public(name.lower())
     if key not in known:
         raise ValueError(
-            f"unknown model {name!r}{nearest(name, [*known])}; presets: "
+            f"unknown model {name!r}{suggest(name, [*known])}; presets: "
             f"{', '.join(preset_names())}; aliases: "
             + ", ".join(f"{a} -> {p}" for a, p in aliases().items())
             + "; or the path of a saved model"
@@ -67,15 +67,6 @@ def describe_preset(name: str) -> str:
     """Return the first comment line of a preset's file."""
     known = {_public(f.stem): f for f in _model_files()}
     return known[name].read_text().splitlines()[0].removeprefix("# ")
-
-
-def nearest(name: str, choices: Iterable[str], prefix: str = "") -> str:
-    """Return " (did you mean 'x'?)" for the closest of the choices, or nothing.
-
-    prefix: written before the choice, without a part in how close it is.
-    """
-    close = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
-    return f" (did you mean {prefix + close[0]!r}?)" if close else ""
 
 
 def _model_files() -> list[Path]:

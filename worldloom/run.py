@@ -12,7 +12,13 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from worldloom.cli import job_errors, readable_errors, register_schemas, validate, with_implied
+from worldloom.app.compose import (
+    job_errors,
+    readable_errors,
+    register_schemas,
+    validate,
+    with_implied,
+)
 from worldloom.presets import config_dir
 
 register_schemas()
@@ -23,9 +29,9 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     Everything lies in cfg.folder.
     """
-    from worldloom.assembly import is_first_process
-    from worldloom.finished import command
-    from worldloom.run_folder import claimed
+    from worldloom.app.build import is_first_process
+    from worldloom.app.run_dir import claimed
+    from worldloom.app.saved_config import command
 
     if not is_first_process():  # which holds the folder for all
         return _train(cfg)
@@ -43,7 +49,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     from hydra.utils import instantiate
     from lightning.pytorch.callbacks import LambdaCallback
 
-    from worldloom.assembly import (
+    from worldloom.app.build import (
         Evaluator,
         build_data,
         is_first_process,
@@ -51,8 +57,8 @@ def _train(cfg: DictConfig) -> dict[str, float]:
         prepare,
         settled,
     )
-    from worldloom.resume import require_changeable
-    from worldloom.run_folder import CONFIG, SCORES, begin_anew, read_config, write_text
+    from worldloom.app.resume import require_changeable
+    from worldloom.app.run_dir import CONFIG, SCORES, begin_anew, read_config, write_text
     from worldloom.saving import load_tensors, read_saved, save_model
     from worldloom.training.callbacks import Evaluation, log, x_axis
     from worldloom.training.checkpoints import Checkpoints, has_checkpoint, interval, usable
@@ -155,7 +161,7 @@ def fit(trainer: Any, module: Any, data: Any, checkpoint: Path | None, folder: P
     """
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-    from worldloom.finished import command
+    from worldloom.app.saved_config import command
     from worldloom.training.checkpoints import Checkpoints, has_checkpoint
     from worldloom.training.interruption import Interrupted, Interruption
 
@@ -205,7 +211,7 @@ def report(
     cfg: DictConfig, plain: dict[str, Any], scores: dict[str, float], which: str, seconds: float
 ) -> None:
     """Print what came out, and what to do with it."""
-    from worldloom.finished import command
+    from worldloom.app.saved_config import command
 
     final, score = "there was no environment, so nothing was evaluated", " env=… (as in a run)"
     if scores:
@@ -237,7 +243,7 @@ def main() -> None:
     with readable_errors(), TemporaryDirectory() as scratch:
         words: list[str] | None = with_implied(sys.argv[1:])
         if any(re.match(r"\+*resume=", word) for word in sys.argv[1:]):
-            from worldloom.resume import resumed_words
+            from worldloom.app.resume import resumed_words
 
             words = resumed_words(sys.argv[1:], Path(scratch))
         if words is not None:

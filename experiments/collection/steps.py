@@ -13,10 +13,10 @@ from statistics import median
 
 import numpy as np
 
+from worldloom.app.saved_config import env_section
+from worldloom.app.task import env_maker
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.vector import Rows, make_vector_env
-from worldloom.finished import env_section
-from worldloom.task import env_maker
 from worldloom.training import ReplayBuffer
 
 TASKS = (

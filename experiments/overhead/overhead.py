@@ -23,13 +23,13 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from worldloom.assembly import build_data, open_task, prepare
-from worldloom.cli import composed
+from worldloom.app.build import build_data, open_task, prepare
+from worldloom.app.compose import composed
 from worldloom.protocol import Batch
 from worldloom.run import fit
 from worldloom.timing import Timer, phase
 from worldloom.training import WorldModelModule
-from worldloom.training.data import ReplayStream
+from worldloom.training.datamodule import ReplayStream
 
 OBS, ACTIONS, EPISODES, STEPS = 24, 6, 20, 500
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from worldloom.envs import renderer
-from worldloom.envs.gymnasium import make_env
+from worldloom.envs.suites.gymnasium import make_env
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ def test_envs_import_no_torch():
 import sys, types
 package = sys.modules["worldloom"] = types.ModuleType("worldloom")
 package.__path__ = [{str(Path(worldloom.envs.vector.__file__).parents[1])!r}]
-import worldloom.envs.gymnasium, worldloom.envs.vector
+import worldloom.envs.suites.gymnasium, worldloom.envs.vector
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)

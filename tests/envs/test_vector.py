@@ -6,8 +6,8 @@ import pytest
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
-from worldloom.envs.gymnasium import make_env
 from worldloom.envs.spaces import ActionSpec, ObsSpec
+from worldloom.envs.suites.gymnasium import make_env
 from worldloom.envs.vector import Rows, episode_length, frames_per_step, make_vector_env
 from worldloom.envs.workers import WorkerError, WorkerVectorEnv
 from worldloom.envs.wrappers import ActionRepeat

@@ -550,8 +550,8 @@ def transitions_in(stream):
 def test_the_replay_holds_exactly_the_true_transitions(tmp_path):
     import torch
 
+    from worldloom.replay.buffer import ReplayBuffer
     from worldloom.training.collector import Collector
-    from worldloom.training.replay import ReplayBuffer
 
     class Blind:
         model, device = None, torch.device("cpu")

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from worldloom.envs.catch import Catch
-from worldloom.envs.gymnasium import make_env
+from worldloom.envs.suites.catch import Catch
+from worldloom.envs.suites.gymnasium import make_env
 from worldloom.envs.wrappers import ActionRepeat, ResizedImages, StackedImages, resize_image
 
 

@@ -15,7 +15,7 @@ from tests.models.test_tdmpc2_parts import losses_of
 from worldloom import check_world_model, create_world_model
 from worldloom.models.tdmpc2 import draws
 from worldloom.nn import distributions
-from worldloom.training.replay import ReplayBuffer
+from worldloom.replay.buffer import ReplayBuffer
 
 SMALL = dict(enc_dim=16, mlp_dim=16, latent_dim=16, num_channels=1, num_q=3, dropout=0.0)
 SMALL |= dict(num_samples=16, num_elites=4, num_pi_trajs=3)

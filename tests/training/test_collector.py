@@ -9,7 +9,7 @@ import torch
 from gymnasium import spaces
 from torch import nn
 
-import worldloom.envs.catch  # noqa: F401  (registers worldloom/Catch-v0)
+import worldloom.envs.suites.catch  # noqa: F401  (registers worldloom/Catch-v0)
 from worldloom.acting import Actor
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.vector import make_vector_env

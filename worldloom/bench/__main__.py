@@ -34,10 +34,10 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
+from worldloom.app.compose import readable_errors
+from worldloom.app.validation import checked_section
 from worldloom.bench.growth import grow, growth_table
 from worldloom.bench.measure import BenchConfig, measure
-from worldloom.cli import readable_errors
-from worldloom.validation import checked_section
 
 
 def main() -> None:

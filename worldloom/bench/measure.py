@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from worldloom.acting import Actor
+from worldloom.app.compose import composed
 from worldloom.check.data import RandomData
-from worldloom.cli import composed
 from worldloom.factory import create_world_model, import_target
 from worldloom.presets import file_name, load_preset
 from worldloom.protocol import Batch
@@ -229,7 +229,7 @@ def timed_samples(trained: Trained, config: BenchConfig) -> list[float]:
 
     Where the model keeps latents, they are written back.
     """
-    from worldloom.training.replay import ReplayBuffer, to_device
+    from worldloom.replay.buffer import ReplayBuffer, to_device
 
     assert config.batch is not None and config.length is not None
     latents = getattr(trained.model, "latents", None)
@@ -258,7 +258,7 @@ def timed_samples(trained: Trained, config: BenchConfig) -> list[float]:
 
 def timed_log(losses: dict[str, Tensor], config: BenchConfig) -> list[float]:
     """Write metrics as a run does; return the seconds of that for each update of an interval."""
-    from worldloom.training.logging import MetricsCSV, TensorBoard
+    from worldloom.training.loggers import MetricsCSV, TensorBoard
     from worldloom.training.module import Metrics
 
     metrics, seconds = Metrics(), []

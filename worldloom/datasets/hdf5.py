@@ -27,8 +27,8 @@ from worldloom.datasets.episode import (
     model_actions,
     require_numbers,
 )
-from worldloom.envs.extras import naming_the_extra
 from worldloom.envs.spaces import ActionSpec, ObsSpec
+from worldloom.envs.suites.extras import naming_the_extra
 
 SUFFIXES = (".hdf5", ".h5")
 REQUIRED = ("observations", "actions", "rewards", "terminals")

@@ -10,8 +10,8 @@ import numpy as np
 from gymnasium import spaces
 
 from worldloom.datasets.episode import Dataset, Episode, Specs
-from worldloom.envs.extras import naming_the_extra
 from worldloom.envs.spaces import ActionSpec, ObsSpec
+from worldloom.envs.suites.extras import naming_the_extra
 
 
 def open_minari(

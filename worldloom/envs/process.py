@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from worldloom.envs.episodes import LocalVectorEnv
+from worldloom.envs.replayable import LocalVectorEnv
 
 # Of the infos only what `Rows` reads crosses the pipe: a value and its mask, and what a restored
 # environment has lost. Others can be huge.

@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.wrappers import TimeLimit
 
-from worldloom.envs.episodes import LocalVectorEnv
+from worldloom.envs.replayable import LocalVectorEnv
 from worldloom.envs.spaces import ActionSpec, Obs, ObsSpec
 from worldloom.envs.workers import WorkerVectorEnv, measured_workers
 from worldloom.envs.wrappers import ActionRepeat

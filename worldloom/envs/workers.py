@@ -18,8 +18,8 @@ from gymnasium.error import ClosedEnvironmentError
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 
-from worldloom.envs.episodes import Stepped, unsaved
 from worldloom.envs.process import INFOS, Crash, EnvProcess
+from worldloom.envs.replayable import Stepped, unsaved
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ import numpy as np
 from gymnasium import spaces
 from PIL import Image
 
-from worldloom.envs.extras import naming_the_extra
 from worldloom.envs.renderer import make_current, place_camera
 from worldloom.envs.spaces import flatten, is_channels_last, is_image
+from worldloom.envs.suites.extras import naming_the_extra
 
 
 def wrap(

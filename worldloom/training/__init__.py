@@ -8,12 +8,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from worldloom.replay.buffer import ReplayBuffer
     from worldloom.training.collector import Collector
     from worldloom.training.config import TrainingConfig
-    from worldloom.training.data import ReplayDataModule
+    from worldloom.training.datamodule import ReplayDataModule
     from worldloom.training.module import WorldModelModule
     from worldloom.training.optimizers import LaProp
-    from worldloom.training.replay import ReplayBuffer
 
 __all__ = [
     "Collector",
@@ -24,21 +24,21 @@ __all__ = [
     "WorldModelModule",
 ]
 
-_FILES = {
-    "Collector": "collector",
-    "LaProp": "optimizers",
-    "ReplayBuffer": "replay",
-    "ReplayDataModule": "data",
-    "TrainingConfig": "config",
-    "WorldModelModule": "module",
+_MODULES = {
+    "Collector": "worldloom.training.collector",
+    "LaProp": "worldloom.training.optimizers",
+    "ReplayBuffer": "worldloom.replay.buffer",
+    "ReplayDataModule": "worldloom.training.datamodule",
+    "TrainingConfig": "worldloom.training.config",
+    "WorldModelModule": "worldloom.training.module",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name from its file when it is first asked for."""
-    if name not in _FILES:
+    """Import a name from its module on first use."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {__all__}")
-    return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
+    return getattr(import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

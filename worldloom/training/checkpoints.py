@@ -21,8 +21,8 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from worldloom.replay.chunks import flush_to_disk
 from worldloom.timing import phase
-from worldloom.training.chunks import flush_to_disk
 from worldloom.training.interruption import Interrupted
 from worldloom.training.module import WorldModelModule
 from worldloom.training.randomness import random_state, set_random_state

@@ -1,0 +1,370 @@
+"""What a user may type, and the one line that answers a mistake."""
+
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from worldloom import run
+from worldloom.app import compose as cli
+from worldloom.presets import aliases, config_dir, load_preset, preset_names
+
+QUIET = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before(monkeypatch):
+    """Hydra, told to be quiet, switches off all that logs in this process."""
+    known = logging.root.manager.loggerDict.values()
+    disabled = {logger: logger.disabled for logger in known if isinstance(logger, logging.Logger)}
+    level = logging.root.level
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    yield
+    logging.captureWarnings(False)
+    logging.root.setLevel(level)
+    for logger, before in disabled.items():
+        logger.disabled = before
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, tmp_path):
+    """Run the command in this process: (exit code, what it trained with, stdout, stderr)."""
+
+    def call(*arguments, train=None):
+        trained = []
+
+        def pretend(cfg):
+            trained.append(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
+            return {"eval/return": 1.0}
+
+        folders = [f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep"]
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments, *QUIET, *folders])
+        monkeypatch.setattr(run, "train", train or pretend)
+        code = 0
+        try:
+            run.main()
+        except SystemExit as stopped:
+            code = stopped.code
+        return code, trained, *capsys.readouterr()
+
+    return call
+
+
+def in_a_process(*arguments, **env):
+    return subprocess.run(
+        [sys.executable, "-m", "worldloom.run", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **env},
+    )
+
+
+# ---- mistakes that end before anything is built --------------------------------------------------
+
+MISTAKES = {
+    # misspelt keys
+    "training.batchsize=3": "'training.batchsize' (did you mean 'training.batch_size'?)",
+    "evaluation.episode=3": "'evaluation.episode' (did you mean 'evaluation.episodes'?)",
+    "model.unitss=3": "unknown key 'model.unitss' (did you mean 'model.units'?); to add",
+    "model.encoder.layer=3": "unknown key 'model.encoder.layer' (did you mean 'model.encoder.laye",
+    "optimizer.lrr=1": "unknown key 'optimizer.lrr' (did you mean 'optimizer.lr'?)",
+    "trainer.devicess=1": "unknown key 'trainer.devicess' (did you mean 'trainer.devices'?)",
+    "sed=1": "unknown key 'sed' (did you mean 'seed'?)",
+    "trainin.batch_size=1": "unknown key 'trainin.batch_size'; there is no section 'trainin'",
+    "env.zzz=1": "unknown key 'env.zzz'; env has num_envs, workers",
+    "+training.foo=3": "unknown key 'training.foo'; training has total_steps, batch_size",
+    "+training.batchsize=3": "'training.batchsize' (did you mean 'training.batch_size'?)",
+    "+model.unitss=3": "has no hyperparameter 'unitss' (did you mean 'units'?)",
+    "~callbacks.openloop": "'callbacks.openloop' (did you mean 'callbacks.open_loop'?)",
+    # wrong types
+    "training.batch_size=abc": "training.batch_size is abc; expected a whole number such as 16",
+    "training.batch_size=2.5": "training.batch_size is 2.5; expected a whole number such as 16",
+    "training.grad_clip=no": "training.grad_clip is no; expected a number",
+    "evaluation.deterministic=3.5": "deterministic is 3.5; expected true or false",
+    "model.units=abc": "hyperparameter 'units' is 'abc'; expected int such as 64",
+    "model.encoder.layers=abc": "hyperparameter 'encoder.layers' is 'abc'; expected int such as 3",
+    "model.encoder=3": "hyperparameter 'encoder' is 3; expected a dict",
+    "model.contdisc=3": "hyperparameter 'contdisc' is 3; expected bool",
+    "seed=abc": "seed is 'abc'; expected an integer from 0 to 4294967295",
+    "seed=-1": "seed is -1; expected an integer from 0",
+    "seed=null": "seed is null; expected an integer",
+    "threads=abc": "threads is 'abc'; expected at least 1, or null for all cores",
+    # impossible values
+    "training.batch_size=0": "training.batch_size is 0; expected above 0",
+    "training.sequence_length=1": "training.sequence_length is 1; expected at least 2",
+    "training.learning_rate=-1": "training.learning_rate is -1.0; expected above 0",
+    "evaluation.episodes=0": "evaluation.episodes is 0; expected at least 1",
+    "model.stoch=0": "hyperparameter 'stoch' is 0; expected at least 1",
+    "threads=0": "threads is 0; expected at least 1, or null for all cores",
+    # choices of groups
+    "model=dreamerv3_size13m": "model 'dreamerv3_size13m' (did you mean 'dreamerv3_size1m'?)",
+    "model=dreamer-smal": "unknown model 'dreamer-smal' (did you mean 'dreamer-small'?); choices: ",
+    "experiment=cartpol": "unknown experiment 'cartpol' (did you mean 'cartpole'?)",
+    "trainer=tpu": "unknown trainer 'tpu' (did you mean 'gpu'?); choices: cpu, debug, gpu",
+    "planner=foo": "unknown planner 'foo'; choices: cem, mppi",
+    "experiment=null": "a group takes the name of a choice, such as trainer=gpu; only the",
+    "modle=dreamer": "unknown key 'modle' (did you mean 'model'?)",
+    # what must be given
+    "model=custom": "model._target_ is not set; add model._target_=my_pkg.MyClass",
+    "env=custom": "env._target_ is not set; add env._target_=my_pkg.MyClass",
+    "model=dreamerv3_base": "model.classes, model.depth, model.deter, model.hidden, model.units",
+    # the shell
+    "foo": "cannot read 'foo'; expected GROUP=CHOICE or SECTION.KEY=VALUE",
+}
+
+
+@pytest.mark.parametrize("argument", MISTAKES)
+def test_a_mistake_ends_in_one_line(command, argument):
+    code, trained, out, err = command(argument)
+    assert code == 1 and trained == [] and out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and MISTAKES[argument] in line
+    # Nothing is left behind that would change how the next error is shown.
+    assert os.environ.get("HYDRA_FULL_ERROR") is None
+
+
+def test_base_presets_are_no_choice_that_is_offered(command):
+    *_, err = command("model=nothing")
+    assert "dreamerv3_size12m" in err and "_base" not in err
+
+
+def test_group_choices_on_the_line_count_when_keys_are_explained(command):
+    *_, err = command("model=custom", "model._target_=my_pkg.M", "model.zzz=3")
+    assert "unknown key 'model.zzz'; model has _target_; to add a key write +model.zzz=" in err
+
+
+# ---- mistakes that show while building -----------------------------------------------------------
+
+BUILDING = {
+    "env.id=CartPol-v1": "There is no environment 'CartPol-v1' (Environment `CartPol` doesn't",
+    "env.num_envs=0": "env.num_envs is 0; expected a whole number of at least 1",
+    "model.blocks=7": "blocks must divide both: change blocks or the layer sizes",
+    "data.capacity=5GBB": "capacity is '5GBB'; set data.capacity to steps such as 100000",
+    "training.total_steps=100": "training would start after 256 environment steps but total_steps",
+    "+env.levl=3": "levl",
+}
+
+
+@pytest.mark.parametrize("argument", BUILDING)
+def test_so_does_a_mistake_that_shows_while_building(command, argument):
+    arguments = ["threads=1", argument]
+    code, _, _, err = command(*arguments, train=TRAIN)
+    assert code == 1
+    (line,) = err.splitlines()
+    assert line.startswith("error: ") and BUILDING[argument] in line
+
+
+@pytest.mark.parametrize("section", ["model", "env"])
+def test_targets_that_cannot_be_imported(command, section):
+    target = f"{section}._target_=no_such_pkg.Thing"
+    code, _, _, err = command("threads=1", f"{section}=custom", target, train=TRAIN)
+    assert code == 1
+    (line,) = err.splitlines()
+    assert "cannot import 'no_such_pkg.Thing': No module named 'no_such_pkg'; give the full" in line
+
+
+TRAIN = run.train
+
+
+def test_a_bug_of_ours_keeps_its_traceback(command):
+    def broken(cfg):
+        raise AssertionError("we are wrong")
+
+    with pytest.raises(AssertionError, match="we are wrong"):
+        command(train=broken)
+
+
+# ---- what Hydra users expect ---------------------------------------------------------------------
+
+
+def test_the_default_is_the_cartpole_recipe(command):
+    code, (cfg,), *_ = command()
+    assert code == 0
+    assert cfg.name == "cartpole" and cfg.env.id == "CartPole-v1"
+    assert cfg.folder.endswith("/run")
+
+
+def test_without_an_experiment_the_official_defaults_are_left(command):
+    _, (cfg,), *_ = command("~experiment")
+    assert cfg.model == load_preset("dreamerv3:size12m")
+    assert (cfg.training.batch_size, cfg.training.sequence_length) == (16, 64)
+    assert (cfg.training.train_ratio, cfg.training.learning_rate) == (32.0, 4e-5)
+    assert (cfg.optimizer.agc, cfg.optimizer.eps, cfg.optimizer.warmup) == (0.3, 1e-20, 1000)
+
+
+@pytest.mark.parametrize("name", [*preset_names(), *aliases()])
+def test_every_preset_is_the_same_on_the_command_line(command, name):
+    _, (cfg,), *_ = command("~experiment", f"model={name.replace(':', '_')}")
+    assert OmegaConf.to_container(cfg.model) == load_preset(name)
+
+
+def test_a_family_brings_how_it_is_trained(command):
+    """The official settings of TD-MPC2 come with its presets, the default recipe or not."""
+    for model in ("tdmpc2_1m", "tdmpc", "tdmpc2_317m"):
+        for more in ([], ["~experiment"]):
+            _, (cfg,), *_ = command(f"model={model}", *more)
+            training = cfg.training
+            assert (training.batch_size, training.sequence_length) == (256, cfg.model.horizon + 1)
+            assert (training.learning_rate, training.train_ratio) == (3e-4, None)
+            assert (training.prefill, training.random_steps, training.seed_episodes) == (
+                *(1000, 1000),
+                5,
+            )
+            assert training.pretrain and cfg.data.across_episodes and not cfg.data.online
+            assert cfg.optimizer._target_ == "worldloom.training.optimizers.Adam"
+            assert (cfg.optimizer.lr, cfg.optimizer.max_norm) == (3e-4, 20.0)
+    # What is asked for on the line wins.
+    _, (cfg,), *_ = command("model=tdmpc2_1m", "optimizer=laprop", "training.batch_size=8")
+    assert cfg.optimizer._target_ == "worldloom.training.optimizers.LaProp"
+    assert (cfg.training.batch_size, cfg.training.sequence_length) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    "group",
+    ["data", "trainer", "optimizer", "planner", "experiment", "training", "evaluation"],
+)
+def test_every_choice_of_every_group_composes(command, group):
+    for file in (config_dir() / group).glob("*.yaml"):
+        needs = ["data.path=x"] if file.stem == "offline" else []
+        code, (cfg,), *_ = command(f"{group}={file.stem}", *needs)
+        assert code == 0 and not OmegaConf.missing_keys(cfg)
+
+
+def test_values_are_set_added_and_removed(command):
+    _, (cfg,), *_ = command(
+        "training.batch_size=8",
+        "training.train_ratio=64",
+        "training.grad_clip=1",
+        "model.encoder.layers=2",
+        "+trainer.limit_train_batches=5",
+        "~callbacks.open_loop",
+        "logger.csv=null",
+    )
+    assert cfg.training.batch_size == 8 and cfg.training.train_ratio == 64.0
+    assert cfg.model.encoder.layers == 2 and cfg.trainer.limit_train_batches == 5
+    assert cfg.trainer.gradient_clip_val == 1.0
+    assert "open_loop" not in cfg.callbacks and cfg.logger.csv is None
+
+
+AROUND = (
+    *("num_envs", "workers", "timeout", "obs"),
+    *("size", "pixels", "stack", "repeat", "time_limit"),
+)
+
+
+@pytest.mark.parametrize(
+    ("choice", "keys"),
+    [
+        (["model=custom", "model._target_=my_pkg.M"], {"_target_"}),
+        (["env=custom", "env._target_=my_pkg.E"], {"_target_", *AROUND}),
+        (["optimizer=adam"], {"_target_", "_partial_", "lr", "betas", "eps", "max_norm"}),
+    ],
+)
+def test_a_recipe_does_not_reach_into_choices_that_are_not_its_own(command, choice, keys):
+    """The default recipe's options of DreamerV3, gymnasium and LaProp would end these runs."""
+    _, (cfg,), *_ = command(*choice)
+    assert set(cfg[choice[0].split("=")[0]]) == keys
+
+
+@pytest.mark.parametrize(
+    ("words", "full"),
+    [
+        ("env._target_=a.b +env.level=3", "~experiment env=custom env._target_=a.b +env.level=3"),
+        ("-m seed=0,1 env._target_=a.b", "-m seed=0,1 ~experiment env=custom env._target_=a.b"),
+        ("env=dmc env.task=a-b", "~experiment env=dmc env.task=a-b"),
+        ("env=dmc experiment=cartpole", "env=dmc experiment=cartpole"),
+        ("data=offline data.path=x", "~experiment data=offline data.path=x"),
+        ("data=offline experiment=pendulum", "data=offline experiment=pendulum"),
+        ("seed=3", "seed=3"),
+    ],
+)
+def test_what_words_imply(words, full):
+    assert cli.with_implied(words.split()) == full.split()
+
+
+def test_an_environment_of_ones_own_takes_no_options_of_another(command):
+    code, (cfg,), *_ = command("env._target_=my_pkg.E", "+env.level=3", "env.repeat=2")
+    assert code == 0 and (cfg.env._target_, cfg.env.level, cfg.env.repeat) == ("my_pkg.E", 3, 2)
+    assert "id" not in cfg.env
+
+
+def test_models_of_ones_own_take_what_is_added(command):
+    _, (cfg,), *_ = command("model=custom", "model._target_=my_pkg.M", "+model.hidden=32")
+    assert cfg.model == {"_target_": "my_pkg.M", "hidden": 32}
+
+
+def test_cfg_job_shows_the_configuration_and_trains_nothing(command):
+    code, trained, out, _ = command("--cfg", "job", "training.batch_size=7")
+    assert code == 0 and trained == []
+    shown = OmegaConf.create(out)
+    assert shown.training.batch_size == 7 and shown.model.units == 64
+
+
+def test_a_sweep_runs_every_job_in_a_folder_of_its_own(command, tmp_path):
+    code, trained, *_ = command("-m", "seed=0,1", "training.batch_size=4,8")
+    assert code == 0
+    jobs = [(cfg.seed, cfg.training.batch_size, cfg.folder) for cfg in trained]
+    assert [job[:2] for job in jobs] == [(0, 4), (0, 8), (1, 4), (1, 8)]
+    assert [job[2] for job in jobs] == [f"{tmp_path}/sweep/{i}" for i in range(4)]
+
+
+def test_a_mistake_in_a_sweep_ends_one_job_only(command):
+    code, trained, _, err = command("-m", "training.batch_size=4,0,8")
+    assert code == 1
+    assert [cfg.training.batch_size for cfg in trained] == [4, 8]
+    assert err.splitlines()[-1] == "error: training.batch_size is 0; expected above 0"
+    assert "training.batch_size=0" in err.splitlines()[-2]  # which job it was
+    code, trained, _, err = command("-m", "model=dreamer,dreemer")
+    assert code == 1 and trained == []  # a choice that does not exist is seen beforehand
+    (line,) = err.splitlines()
+    assert "unknown model 'dreemer' (did you mean 'dreamer'?)" in line
+
+
+# ---- as a process --------------------------------------------------------------------------------
+
+
+def test_as_a_process_it_is_one_line_too(tmp_path):
+    done = in_a_process("training.batchsize=3", f"hydra.run.dir={tmp_path}")
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: unknown key 'training.batchsize' (did you mean 'training.batch_")
+
+
+def test_hydra_full_error_shows_the_traceback(tmp_path):
+    arguments = ("training.batch_size=0", f"hydra.run.dir={tmp_path}")
+    done = in_a_process(*arguments, HYDRA_FULL_ERROR="1")
+    assert done.returncode == 1
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "ValueError: training.batch_size is 0; expected above 0" in done.stderr
+    quiet = in_a_process(*arguments, HYDRA_FULL_ERROR="0")
+    assert quiet.stderr == "error: training.batch_size is 0; expected above 0\n"
+
+
+def test_looking_at_the_configuration_needs_no_torch():
+    """Half a second instead of five."""
+    code = (
+        "import sys; sys.argv = ['run.py', '--cfg', 'job']; from worldloom.run import main; main();"
+        "print([n for n in ('torch', 'lightning', 'gymnasium') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# ---- the function itself -------------------------------------------------------------------------
+
+
+def test_messages_of_several_lines_become_one():
+    assert cli.explain(ValueError("first\n  second\n\nthird ")) == "first second third"
+    assert cli.explain(ValueError()) == "ValueError()"
+
+
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_the_users_own_choice_of_tracebacks_stays(monkeypatch, value, capsys):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", value)
+    with pytest.raises(ValueError if value == "1" else SystemExit), cli.readable_errors():
+        raise ValueError("no")
+    assert os.environ["HYDRA_FULL_ERROR"] == value
+    assert capsys.readouterr().err == ("" if value == "1" else "error: no\n")

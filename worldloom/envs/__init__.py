@@ -1,0 +1,1 @@
+"""Environments: spaces, vectors of environments, worker processes and wrappers."""

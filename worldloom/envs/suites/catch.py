@@ -1,0 +1,76 @@
+"""Catch: a ball falls, a paddle moves along the floor; the smallest game worth a world model.
+
+Needs no simulator and no renderer, so it is what examples and tests train on.
+"""
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+BALL = (255, 208, 64)
+PADDLE = (64, 160, 255)
+
+
+class Catch(gym.Env):
+    """Move left, stay or move right (actions 0, 1, 2) to be under the ball when it lands.
+
+    The ball starts in a random column and falls one row a step, so an episode has `rows - 1`
+    steps. The reward is +1 for a catch and -1 for a miss, both in the last step, and 0 before.
+    Observations are pictures [size, size, 3] uint8.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (as in gym.Env)
+
+    def __init__(
+        self, rows: int = 10, columns: int = 5, size: int = 32, render_mode: str | None = None
+    ) -> None:
+        if not (2 <= rows <= size and 2 <= columns <= size):
+            raise ValueError(
+                f"Catch got rows={rows}, columns={columns}, size={size}; expected from 2 rows and "
+                "columns up to one for each pixel; lower env.rows and env.columns or raise env.size"
+            )
+        if size % 16:
+            raise ValueError(
+                f"Catch got size={size}; expected a multiple of 16; for example env.size=32"
+            )
+        self.rows, self.columns, self.size = rows, columns, size
+        self.render_mode = render_mode
+        self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
+        self.action_space = gym.spaces.Discrete(3)
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Drop a new ball; the paddle starts in the middle."""
+        super().reset(seed=seed)
+        self.row = 0
+        self.column = int(self.np_random.integers(self.columns))
+        self.paddle = self.columns // 2
+        return self.render(), {}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Move the paddle, then let the ball fall one row."""
+        self.paddle = int(np.clip(self.paddle + int(action) - 1, 0, self.columns - 1))
+        self.row += 1
+        if self.row < self.rows - 1:
+            return self.render(), 0.0, False, False, {}
+        caught = self.paddle == self.column
+        return self.render(), 1.0 if caught else -1.0, True, False, {"success": caught}
+
+    def render(self) -> np.ndarray:
+        """Paint ball and paddle as rectangles, [size, size, 3] uint8."""
+        image = np.zeros((self.size, self.size, 3), np.uint8)
+        image[self._cell(self.rows - 1, self.paddle)] = PADDLE
+        image[self._cell(self.row, self.column)] = BALL
+        return image
+
+    def _cell(self, row: int, column: int) -> tuple[slice, slice]:
+        """Pixels of a cell; cells differ by a pixel where the size is no multiple of the grid."""
+        return (
+            slice(row * self.size // self.rows, (row + 1) * self.size // self.rows),
+            slice(column * self.size // self.columns, (column + 1) * self.size // self.columns),
+        )
+
+
+gym.register(id="worldloom/Catch-v0", entry_point="worldloom.envs.suites.catch:Catch")

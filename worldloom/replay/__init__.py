@@ -1,0 +1,5 @@
+"""Storage and sampling of environment steps."""
+
+from worldloom.replay.buffer import ReplayBuffer
+
+__all__ = ["ReplayBuffer"]
