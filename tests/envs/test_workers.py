@@ -225,11 +225,17 @@ class Modules(gym.Env):
         return np.array(seen, np.int8), {}
 
 
-def test_workers_import_neither_torch_nor_the_main_script():
-    assert hasattr(sys.modules["__main__"], "__file__")
+def test_workers_import_neither_torch_nor_the_main_script(tmp_path, monkeypatch):
+    script = tmp_path / "main_script.py"
+    script.write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()")
+    # Where multiprocessing would find the script that it imports in a child.
+    main = sys.modules["__main__"]
+    monkeypatch.setattr(main, "__file__", str(script), raising=False)
+    monkeypatch.setattr(main, "__spec__", None)
     env = make_vector_env(Modules, 1, workers=1)
     assert env.reset(seed=0)[0].tolist() == [[0, 0, 1]]
     env.close()
+    assert not (tmp_path / "imported").exists()
 
 
 SCRIPT = """
