@@ -27,7 +27,7 @@ LAYERS = [
     {"training"},
     {"check"},
     {"app"},
-    {"run", "eval", "collect", "diagnose", "bench", "check.__main__"},
+    {"run", "eval", "collect", "diagnose", "bench", "bench.__main__", "check.__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # They gather public names, or keep the place where a command was looked for in the past.

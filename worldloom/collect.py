@@ -31,6 +31,7 @@ from worldloom.datasets.folder import read_about
 from worldloom.datasets.writer import FolderWriter
 from worldloom.envs.spaces import Obs
 from worldloom.envs.vector import Rows
+from worldloom.memory import keep_freed_memory
 
 BEAT = 20.0  # seconds between two lines of progress
 
@@ -211,6 +212,7 @@ def main() -> None:
     if len(sys.argv) < 2 or {"-h", "--help"} & set(sys.argv):
         print(__doc__)
         sys.exit(0 if len(sys.argv) > 1 else 2)
+    keep_freed_memory()
     with readable_errors():
         given, words = split_words(sys.argv[1:])
         print(collect(checked(given, CollectConfig), words))

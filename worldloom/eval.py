@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from worldloom.app.compose import readable_errors
+from worldloom.memory import keep_freed_memory
 from worldloom.training.config import EvaluationConfig
 
 USAGE = """usage: python -m worldloom.eval checkpoint=<run folder> [episodes=20] [seed=…]
@@ -42,6 +43,7 @@ def main() -> None:
     if len(sys.argv) < 2 or {"-h", "--help"} & set(sys.argv):
         print(USAGE)
         sys.exit(0 if len(sys.argv) > 1 else 2)
+    keep_freed_memory()
     with readable_errors():
         from worldloom.app.saved_config import checked, split_words
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from worldloom.errors import suggest
-from worldloom.memory import keep_freed_memory
 from worldloom.presets import aliases, describe_preset, load_preset, preset_names
 from worldloom.saving import config_of, load_tensors, read_weights
 
@@ -104,10 +103,8 @@ def build_model(
 ) -> nn.Module:
     """Build the class that config["_target_"] names from what the environment knows.
 
-    The class is called as `cls(obs_shape=…, action_dim=…, discrete=…, **rest of config)`. From then
-    on the process keeps the memory that tensors free: see `worldloom.memory`.
+    The class is called as `cls(obs_shape=…, action_dim=…, discrete=…, **rest of config)`.
     """
-    keep_freed_memory()
     options = {k: v for k, v in config.items() if k not in ("_target_", "_partial_")}
     cls = import_target(str(config["_target_"]))
     parameters = inspect.signature(cls).parameters

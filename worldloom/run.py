@@ -19,6 +19,7 @@ from worldloom.app.compose import (
     validate,
     with_implied,
 )
+from worldloom.memory import keep_freed_memory
 from worldloom.presets import config_dir
 
 register_schemas()
@@ -240,6 +241,7 @@ def _hydra_main(cfg: DictConfig) -> float | None:
 
 def main() -> None:
     """Run the command line."""
+    keep_freed_memory()
     with readable_errors(), TemporaryDirectory() as scratch:
         words: list[str] | None = with_implied(sys.argv[1:])
         if any(re.match(r"\+*resume=", word) for word in sys.argv[1:]):

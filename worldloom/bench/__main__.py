@@ -38,12 +38,14 @@ from worldloom.app.compose import readable_errors
 from worldloom.app.validation import checked_section
 from worldloom.bench.growth import grow, growth_table
 from worldloom.bench.measure import BenchConfig, measure
+from worldloom.memory import keep_freed_memory
 
 
 def main() -> None:
     """Run the command line."""
     if {"-h", "--help"} & set(sys.argv):
         sys.exit(print(__doc__))
+    keep_freed_memory()
     with readable_errors():
         words = [word for word in sys.argv[1:] if word != "--grow"]
         own = [word for word in words if not word.startswith("model.")]

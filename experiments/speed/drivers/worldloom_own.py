@@ -7,6 +7,7 @@ from worker import Implementation, Job, serve, torch_flops, torch_weights
 from worldloom.acting import Actor
 from worldloom.bench import BenchConfig, random_batch
 from worldloom.bench.measure import Trained
+from worldloom.memory import keep_freed_memory
 
 
 def build(job: Job) -> Implementation:
@@ -63,4 +64,5 @@ def decisions(model, job: Job, envs: int):
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as worldloom.run does
     serve(build)
