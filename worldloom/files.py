@@ -1,11 +1,15 @@
-"""Writing files so that a reader, a crash or a full disk never leaves half of one."""
+"""Atomic writes, and YAML that is read as plain data."""
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 
 @contextmanager
@@ -46,3 +50,53 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def read_yaml(file: Path, advice: str, interpolations: bool = False) -> Any:
+    """Return the contents of a YAML file as plain data; nothing in the file is resolved or run.
+
+    advice: how to fix a file that cannot be read; the end of the message.
+    interpolations: whether strings may contain "${"; `False` for all files but a run's config.yaml.
+
+    Raises:
+        ValueError: the file is not YAML, has tags (!!python/...), aliases (*name) or duplicate
+            keys, or contains an interpolation that is not allowed.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if getattr(event, "tag", None) or isinstance(event, yaml.AliasEvent):
+                line = event.start_mark.line + 1
+                raise ValueError(f"line {line} has a tag or an alias, which are not allowed")
+        # OmegaConf, unlike plain PyYAML, reads 1e-3 as a number and rejects duplicate keys.
+        tree = OmegaConf.to_container(OmegaConf.create(text))
+    except AssertionError:  # OmegaConf's answer to a number
+        raise ValueError(f"{file} is not valid YAML (it has no keys); {advice}") from None
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, OSError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is not valid YAML ({reason}); {advice}") from None
+    if not interpolations:
+        reject_interpolations(tree, file)
+    return tree
+
+
+def reject_interpolations(tree: Any, source: Path | str) -> None:
+    """Raise ValueError if a key or string anywhere in a tree of dicts and lists contains "${".
+
+    OmegaConf would replace ${...} by a value from elsewhere, such as an environment variable, after
+    the file has been checked.
+
+    source: named in the message.
+    """
+    if isinstance(tree, str) and "${" in tree:
+        raise ValueError(
+            f"{source} contains {tree!r}, but interpolations are not allowed in it; replace it by "
+            "its value"
+        )
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            reject_interpolations(key, source)
+            reject_interpolations(value, source)
+    elif isinstance(tree, list | tuple):
+        for value in tree:
+            reject_interpolations(value, source)
