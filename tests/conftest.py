@@ -1,13 +1,21 @@
+"""One thread per test process, and the fixtures that several folders use."""
+
 import os
 import sys
 
 import pytest
 
+pytest_plugins = ["tests.reference.report"]
+
+# pytest-xdist starts one process per core. Set before torch is imported; the commands that tests
+# start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_configure():
-    """Keep absl, which dm_control brings, from closing pytest's own stderr.
+    """Keep absl, which dm_control imports, from closing pytest's stderr.
 
-    It closes the stream that was stderr when it was imported, unless that is the real one.
+    absl closes the stream that was stderr when absl was imported, unless that is sys.__stderr__.
     """
     try:
         from absl import logging
@@ -18,11 +26,11 @@ def pytest_configure():
 
 @pytest.fixture
 def renderer(monkeypatch):
-    """Choose a renderer for this test alone; skip it where none works."""
+    """Choose a renderer for one test; skip the test if no renderer works."""
     from worldloom.envs.renderer import RendererError, use_renderer
 
     pytest.importorskip("mujoco", reason="needs one of the extras mujoco, dmc, metaworld, robotics")
-    monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", ""))  # so that the choice is undone
+    monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", ""))  # undone after the test
     try:
         use_renderer("mujoco")
     except RendererError as error:

@@ -215,27 +215,37 @@ def test_rows_and_their_episodes_are_the_same_too():
     there.close()
 
 
+MODULES = """
+import os, sys
+from types import ModuleType
+import gymnasium as gym, numpy as np
+from worldloom.envs.vector import make_vector_env
+
+print("once", flush=True)
+sys.modules["torch"] = ModuleType("torch")
+
+def modules():
+    main = hasattr(sys.modules["__main__"], "__file__")
+    return ["torch" in sys.modules, main, "OMP_NUM_THREADS" in os.environ]
+
 class Modules(gym.Env):
-    observation_space = spaces.MultiBinary(3)
-    action_space = spaces.Discrete(2)
-
+    observation_space = gym.spaces.MultiBinary(3)
+    action_space = gym.spaces.Discrete(2)
     def reset(self, *, seed=None, options=None):
-        main = hasattr(sys.modules["__main__"], "__file__")
-        seen = ["torch" in sys.modules, main, "OMP_NUM_THREADS" in os.environ]
-        return np.array(seen, np.int8), {}
+        return np.array(modules(), np.int8), {}
+
+env = make_vector_env(Modules, 1, workers=1)
+print(modules(), env.reset(seed=0)[0].tolist())
+env.close()
+"""
 
 
-def test_workers_import_neither_torch_nor_the_main_script(tmp_path, monkeypatch):
-    script = tmp_path / "main_script.py"
-    script.write_text(f"open({str(tmp_path / 'imported')!r}, 'w').close()")
-    # Where multiprocessing would find the script that it imports in a child.
-    main = sys.modules["__main__"]
-    monkeypatch.setattr(main, "__file__", str(script), raising=False)
-    monkeypatch.setattr(main, "__spec__", None)
-    env = make_vector_env(Modules, 1, workers=1)
-    assert env.reset(seed=0)[0].tolist() == [[0, 0, 1]]
-    env.close()
-    assert not (tmp_path / "imported").exists()
+def test_workers_import_neither_torch_nor_the_main_script(tmp_path):
+    (tmp_path / "script.py").write_text(MODULES)
+    env = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    command = [sys.executable, str(tmp_path / "script.py")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.stdout == "once\n[True, True, False] [[0, 0, 1]]\n", done.stderr
 
 
 SCRIPT = """

@@ -16,6 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.reference.report import COMPARED, FOLDER, LEFT_OUT, MISSING
+
 HERE = Path(__file__).resolve().parent
 ROOT = Path(os.environ.get("WORLDLOOM_REFERENCE") or HERE / "data")
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
@@ -33,9 +35,7 @@ TOLERANCES = {
 }
 ZERO_GRADIENT = 1e-7  # allowed, absolutely, of a gradient that is zero in exact arithmetic
 
-COMPARED: dict[str, int] = {}  # {file and precision: number of arrays}
-LEFT_OUT: dict[str, list[str]] = {}  # {file and precision: arrays that no test compares}
-MISSING: set[str] = set()  # files that tests looked for in vain
+FOLDER[str(ROOT)] = None
 
 
 # Files -------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def load(*parts: str) -> dict[str, np.ndarray]:
     """Return all arrays of a file of the reference, or skip the test if there is no such file."""
     path = ROOT.joinpath(*parts)
     if not path.is_file():
-        MISSING.add("/".join(parts))
+        MISSING["/".join(parts)] = None
         pytest.skip(f"{path} is not there")
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
