@@ -1,7 +1,9 @@
 """Time whole training updates of worldloom beside those of other implementations, turn by turn.
 
-usage: python experiments/speed/updates.py [--size size1m|size12m|5m] [--peers FOLDER]
-       [--rounds 7] [--only NAME…] [--threads 2]
+usage: python experiments/speed/updates.py [--size size1m|size12m|size1m-images|5m]
+       [--peers FOLDER] [--before FOLDER] [--rounds 7] [--only NAME…] [--threads 2]
+
+--before is another checkout of worldloom, such as an earlier commit, which takes its turns too.
 
 Every implementation lives in a process of its own, with its own Python, and works only when asked:
 in each round all of them make updates and decisions, one after another, and a matrix product is
@@ -25,7 +27,12 @@ import torch
 HERE = Path(__file__).resolve().parent
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 DREAMER = {"batch": 16, "length": 64, "horizon": 15}
-JOBS = {"size1m": DREAMER, "size12m": DREAMER, "5m": {"batch": 256, "horizon": 3}}
+JOBS = {
+    "size1m": DREAMER,
+    "size12m": DREAMER,
+    "size1m-images": DREAMER | {"obs": [3, 64, 64]},
+    "5m": {"batch": 256, "horizon": 3},
+}
 # FLOPs of the official update, which the floor is the time of: 29.1 and 428.9 were counted
 # in the jaxpr after removing what nothing depends on, 39.9 (and a plan's 46.4) by torch.
 WORK = {
@@ -48,6 +55,7 @@ class Entrant:
 
 ENTRANTS = {
     "worldloom": Entrant("worldloom_own.py"),
+    "before": Entrant("worldloom_own.py"),
     "dreamerv3": Entrant("dreamerv3_official.py", "dreamerv3", "venv-jax"),
     "r2dreamer": Entrant("r2dreamer.py", "r2dreamer", "venv-torch"),
     "dreamerv3-torch": Entrant("dreamerv3_torch.py", "dreamerv3-torch", "venv-torch"),
@@ -59,15 +67,18 @@ ENTRANTS = {
 def entrants(size):
     """Return the names that implement the model of this size."""
     others = (
-        ["tdmpc2"] if size == "5m" else [x for x in ENTRANTS if x not in ("worldloom", "tdmpc2")]
+        ["tdmpc2"]
+        if size == "5m"
+        else [x for x in ENTRANTS if x not in ("worldloom", "before", "tdmpc2")]
     )
-    return ["worldloom", *others]
+    # The drivers of the others make vectors only.
+    return ["worldloom", *(() if "images" in size else others)]
 
 
 class Child:
     """A process that builds one implementation and times it on request."""
 
-    def __init__(self, name, size, peers):
+    def __init__(self, name, size, peers, before=None):
         entrant = ENTRANTS[name]
         python = f"{peers}/{entrant.venv}/bin/python" if entrant.venv else sys.executable
         if not Path(python).exists():
@@ -78,10 +89,12 @@ class Child:
             "size": size,
             "folder": f"{peers}/{entrant.clone}" * bool(entrant.clone),
         }
-        environment = os.environ | ({} if entrant.venv else {"PYTHONPATH": str(HERE.parents[1])})
+        root = Path(before).resolve() if name == "before" else HERE.parents[1]
+        environment = os.environ | ({} if entrant.venv else {"PYTHONPATH": str(root)})
+        drivers = root / "experiments" / "speed" / "drivers"
         self.name, self.log = name, tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [python, str(HERE / "drivers" / entrant.driver), json.dumps(job)],
+            [python, str(drivers / entrant.driver), json.dumps(job)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True,
             env=environment,
         )  # fmt: skip
@@ -150,7 +163,7 @@ def table(children, rounds, work):
                 continue
             ours = [r["seconds"]["worldloom", task] for r in rounds]
             shown = [f"{f(times) * 1e3:,.1f}" for f in (median, min, max)]
-            shown.append(f"{median(a / b for a, b in zip(ours, times, strict=True)):.2f}")
+            shown.append(f"{median(a / b for a, b in zip(ours, times, strict=True)):.3f}")
             floors = [r["product"] * work.get(task, 0) / rate for r in rounds]
             over = [t / f for t, f in zip(times, floors, strict=True) if f]
             shown.append(f"{median(over):.2f}" if over else "")
@@ -180,25 +193,30 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--size", choices=list(JOBS), default="size1m", help="5m is TD-MPC2")
     parser.add_argument("--peers", default=os.environ.get("WORLDLOOM_PEERS", "/work/peers"))
+    parser.add_argument("--before", help="another checkout of worldloom")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", nargs="+", choices=[n for n in ENTRANTS if n != "worldloom"])
+    choices = [name for name in ENTRANTS if name not in ("worldloom", "before")]
+    parser.add_argument("--only", nargs="*", choices=choices)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):  # JAX has no other setting; children inherit it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(given.threads)
     torch.set_num_threads(given.threads)
-    names = [n for n in entrants(given.size) if n == "worldloom" or n in (given.only or ENTRANTS)]
+    wanted = choices if given.only is None else given.only
+    names = [n for n in entrants(given.size) if n == "worldloom" or n in wanted]
+    if given.before:
+        names.insert(1, "before")
     children = []
     for name in names:
-        children.append(Child(name, given.size, given.peers))
+        children.append(Child(name, given.size, given.peers, given.before))
         print(name, "is ready", file=sys.stderr)
     rounds = []
     for count in range(given.rounds):
         rounds.append(one_round(children))
         print(f"round {count + 1} of {given.rounds}", file=sys.stderr)
     print(f"size {given.size}, {given.rounds} rounds, {given.threads} threads\n")
-    print(table(children, rounds, WORK[given.size]), remarks(children, rounds), sep="\n\n")
+    print(table(children, rounds, WORK.get(given.size, {})), remarks(children, rounds), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class Job:
     batch: int = 16
     length: int = 64
     horizon: int = 15
-    obs: int = 24
+    obs: int | list[int] = 24
     actions: int = 6
     envs: int = 16
 

@@ -12,7 +12,7 @@ from worldloom.memory import keep_freed_memory
 
 def build(job: Job) -> Implementation:
     tdmpc2 = job.size == "5m"
-    preset = f"tdmpc2:{job.size}" if tdmpc2 else f"dreamerv3:{job.size}"
+    preset = "tdmpc2:5m" if tdmpc2 else f"dreamerv3:{job.size.removesuffix('-images')}"
     torch.manual_seed(0)
     length = job.horizon + 1 if tdmpc2 else job.length
     sizes = {"batch": job.batch, "length": length, "obs": job.obs, "actions": job.actions}
@@ -49,18 +49,23 @@ def build(job: Job) -> Implementation:
 def decisions(model, job: Job, envs: int):
     """Return a function that acts once in `envs` environments, in the middle of episodes."""
     actor, rng = Actor(model), np.random.default_rng(0)
-    obs = rng.normal(size=(envs, job.obs)).astype(np.float32)
     no = np.zeros(envs, bool)
-    memory = actor(obs, ~no)[1]
+    memory = actor(observe(rng, job, envs), ~no)[1]
 
     def act():
         nonlocal memory
         model.eval()
-        seen = rng.normal(size=(envs, job.obs)).astype(np.float32)
-        action, memory = actor(seen, no, memory)
+        action, memory = actor(observe(rng, job, envs), no, memory)
         return action
 
     return act
+
+
+def observe(rng, job: Job, envs: int):
+    """Return random observations: vectors, or images of uint8."""
+    if isinstance(job.obs, int):
+        return rng.normal(size=(envs, job.obs)).astype(np.float32)
+    return rng.integers(0, 256, (envs, *job.obs), np.uint8)
 
 
 if __name__ == "__main__":
