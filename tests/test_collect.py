@@ -164,9 +164,10 @@ def test_nothing_is_overwritten(tmp_path):
 
 def test_episodes_of_another_environment_stay_out(tmp_path):
     record(tmp_path, episodes=1)
-    match = r"holds episodes of {'env.repeat': 1}, not {'env.repeat': 2}; choose another folder"
+    key = "env.action_repeat"
+    match = f"holds episodes of {{'{key}': 1}}, not {{'{key}': 2}}; choose another folder"
     with pytest.raises(ValueError, match=match):
-        record(tmp_path, "env.repeat=2", append=True)
+        record(tmp_path, "env.action_repeat=2", append=True)
     record(tmp_path, "env.num_envs=9", append=True, episodes=1)  # how it is run does not matter
 
 

@@ -26,7 +26,7 @@ def run(tmp_path):
         "seed: 0\nthreads: 1\nplanner: {_target_: worldloom.planning.CEM}\n"
         "model: {_target_: worldloom.models.dreamerv3.DreamerV3}\n"
         "env: {_target_: worldloom.envs.suites.gymnasium.make_env, id: CartPole-v1, num_envs: 2,"
-        " workers: 0, size: null, pixels: false, repeat: 1, time_limit: null}\n"
+        " workers: 0, image_size: null, pixels: false, action_repeat: 1, time_limit: null}\n"
     )
     return tmp_path
 

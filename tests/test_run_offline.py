@@ -344,7 +344,8 @@ def test_data_do_not_choose_which_code_is_run(tmp_path, env):
 
 
 def test_what_a_user_says_to_trust_it():
-    env = {"_target_": "my.make", "num_envs": 3, "level": 2, "size": None, "obs": {"keep": "a"}}
+    env = {"_target_": "my.make", "num_envs": 3, "level": 2, "image_size": None}
+    env["obs"] = {"keep": "a"}
     assert words_to_trust(env) == "env=custom env._target_=my.make ++env.level=2 ++env.obs.keep=a"
     module = OURS | {"id": "evil:Env-v0"}
     assert words_to_trust(module) == "env=gymnasium ++env.id=evil:Env-v0"

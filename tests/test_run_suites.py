@@ -69,7 +69,12 @@ def test_pixels_of_dmc_train(tmp_path, renderer):
 
 
 def test_pixels_stay_right_when_an_evaluation_has_ended(tmp_path, renderer):
-    words = ["env.id=InvertedPendulum-v5", "env.pixels=true", "env.size=32", "env.time_limit=20"]
+    words = [
+        "env.id=InvertedPendulum-v5",
+        "env.pixels=true",
+        "env.image_size=32",
+        "env.time_limit=20",
+    ]
     run(tmp_path, *DREAMER, *FEW, *words, "evaluation.every=60")
     assert len(curve(tmp_path, "eval/return")) > 3
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)

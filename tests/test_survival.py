@@ -44,8 +44,8 @@ RUNS = {
         *(*TDMPC2, "env=gymnasium", "env.id=Pendulum-v1", "env.num_envs=2", "env.workers=2"),
     ],
     "tdmpc2, pixels": [
-        *(*TDMPC2, "env=gymnasium", "env.id=worldloom/Catch-v0", "env.size=64", "env.num_envs=1"),
-        *("env.stack=2", "model.num_channels=1", "data.capacity=500"),
+        *(*TDMPC2, "env=gymnasium", "env.id=worldloom/Catch-v0", "env.num_envs=1"),
+        *("env.image_size=64", "env.frame_stack=2", "model.num_channels=1", "data.capacity=500"),
     ],
 }
 

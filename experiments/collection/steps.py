@@ -22,7 +22,7 @@ from worldloom.training import ReplayBuffer
 TASKS = (
     "gymnasium env.id=CartPole-v1",
     "gymnasium env.id=HalfCheetah-v5",
-    "dmc env.task=walker-walk env.repeat=1",
+    "dmc env.task=walker-walk env.action_repeat=1",
     "atari env.game=pong",
 )
 SECONDS, ROUNDS = 0.5, 5

@@ -251,7 +251,7 @@ def test_values_are_set_added_and_removed(command):
 
 AROUND = (
     *("num_envs", "workers", "timeout", "obs"),
-    *("size", "pixels", "stack", "repeat", "time_limit"),
+    *("image_size", "pixels", "frame_stack", "action_repeat", "time_limit"),
 )
 
 
@@ -286,8 +286,9 @@ def test_what_words_imply(words, full):
 
 
 def test_an_environment_of_ones_own_takes_no_options_of_another(command):
-    code, (cfg,), *_ = command("env._target_=my_pkg.E", "+env.level=3", "env.repeat=2")
-    assert code == 0 and (cfg.env._target_, cfg.env.level, cfg.env.repeat) == ("my_pkg.E", 3, 2)
+    code, (cfg,), *_ = command("env._target_=my_pkg.E", "+env.level=3", "env.action_repeat=2")
+    chosen = cfg.env._target_, cfg.env.level, cfg.env.action_repeat
+    assert code == 0 and chosen == ("my_pkg.E", 3, 2)
     assert "id" not in cfg.env
 
 

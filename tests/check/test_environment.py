@@ -172,7 +172,13 @@ def test_the_command_prints_the_table():
 
 def test_the_command_fails_where_something_is_wrong(tmp_path):
     (tmp_path / "mine.py").write_text(BROKEN)
-    words = ["env=custom", "env._target_=mine.Broken", "+env.rows=5", "env.repeat=2", "steps=30"]
+    words = [
+        "env=custom",
+        "env._target_=mine.Broken",
+        "+env.rows=5",
+        "env.action_repeat=2",
+        "steps=30",
+    ]
     code, out, _ = command(*words, cwd=tmp_path)
     assert code == 1
     assert (

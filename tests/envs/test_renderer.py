@@ -69,11 +69,11 @@ def test_pictures_stay_right_when_others_are_closed(monkeypatch):
         pytest.skip(str(error))
 
     def frames(disturbed):
-        env = make_env("InvertedPendulum-v5", pixels=True, size=32)
+        env = make_env("InvertedPendulum-v5", pixels=True, image_size=32)
         seen = [env.reset(seed=0)[0]]
         for step in range(4):
             if disturbed and step == 1:
-                other = make_env("InvertedPendulum-v5", pixels=True, size=32)
+                other = make_env("InvertedPendulum-v5", pixels=True, image_size=32)
                 other.reset(seed=5)
             if disturbed and step == 3:
                 other.close()

@@ -71,17 +71,23 @@ def assert_go_on_alike(rows, others, rng, ticks):
 SHORT = {"time_limit": 12}
 SUITES = {
     "cartpole": (None, partial(make_env, "CartPole-v1", **SHORT)),
-    "pendulum": (None, partial(make_env, "Pendulum-v1", **SHORT, repeat=2)),
-    "catch": (None, partial(make_env, "worldloom/Catch-v0", size=16, stack=3)),
-    "cartpole pixels": ("pygame", partial(make_env, "CartPole-v1", pixels=True, size=32, stack=2)),
+    "pendulum": (None, partial(make_env, "Pendulum-v1", **SHORT, action_repeat=2)),
+    "catch": (None, partial(make_env, "worldloom/Catch-v0", image_size=16, frame_stack=3)),
+    "cartpole pixels": (
+        "pygame",
+        partial(make_env, "CartPole-v1", pixels=True, image_size=32, frame_stack=2),
+    ),
     "lunar lander": ("Box2D", partial(make_env, "LunarLander-v3", time_limit=90)),
     "bipedal walker": ("Box2D", partial(make_env, "BipedalWalker-v3", time_limit=30)),
     "half cheetah": ("mujoco", partial(make_env, "HalfCheetah-v5", **SHORT)),
-    "ant pixels": ("EGL", partial(make_env, "Ant-v5", **SHORT, pixels=True, size=32)),
+    "ant pixels": ("EGL", partial(make_env, "Ant-v5", **SHORT, pixels=True, image_size=32)),
     "humanoid": ("mujoco", partial(make_env, "Humanoid-v5")),
     "dmc": ("dm_control", partial(dmc.make_env, "walker-walk", **SHORT)),
     "dmc stacker": ("dm_control", partial(dmc.make_env, "stacker-stack_2", **SHORT)),
-    "dmc pixels": ("EGL", partial(dmc.make_env, "cheetah-run", **SHORT, pixels=True, stack=3)),
+    "dmc pixels": (
+        "EGL",
+        partial(dmc.make_env, "cheetah-run", **SHORT, pixels=True, frame_stack=3),
+    ),
     "atari": ("ale_py", partial(atari.make_env, "pong", sticky=True, time_limit=60)),
     "atari assault": (
         "ale_py",
@@ -486,7 +492,7 @@ def test_saving_before_reset_is_an_error():
 
 
 def test_a_users_own_environment_needs_nothing():
-    make = partial(custom.make_env, Lottery, {}, time_limit=3, repeat=2)
+    make = partial(custom.make_env, Lottery, {}, time_limit=3, action_repeat=2)
     rows, again = rows_of(make, 2), rows_of(make, 2)
     rng = moved(rows, 2, 9)
     again.load_state_dict(rows.state_dict())

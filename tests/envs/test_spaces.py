@@ -154,7 +154,9 @@ def test_stacked_images_are_refused():
 
 
 def test_images_need_sides_divisible_by_16():
-    with pytest.raises(ValueError, match=r"'camera' is an image of 96x100 pixels.*env\.size=64"):
+    with pytest.raises(
+        ValueError, match=r"'camera' is an image of 96x100 pixels.*env\.image_size=64"
+    ):
         ObsSpec.from_space(spaces.Dict({"camera": image(96, 100, 3)}))
 
 

@@ -12,7 +12,7 @@ from worldloom.envs.vector import Rows, episode_length, frames_per_step, make_ve
 from worldloom.envs.workers import WorkerError, WorkerVectorEnv
 from worldloom.envs.wrappers import ActionRepeat
 
-catch = partial(make_env, "worldloom/Catch-v0", size=16)
+catch = partial(make_env, "worldloom/Catch-v0", image_size=16)
 
 
 class Scripted(gym.Env):
@@ -165,9 +165,9 @@ def test_other_autoreset_modes_are_refused():
     ("options", "decisions"),
     [
         ({}, 200),
-        ({"repeat": 3}, 67),
+        ({"action_repeat": 3}, 67),
         ({"time_limit": 30}, 30),
-        ({"time_limit": 30, "repeat": 2}, 15),
+        ({"time_limit": 30, "action_repeat": 2}, 15),
     ],
 )
 def test_an_episode_is_as_long_as_its_time_limit_allows(options, decisions):
@@ -183,7 +183,7 @@ def test_an_episode_is_as_long_as_its_time_limit_allows(options, decisions):
 
 @pytest.mark.parametrize(("repeat", "frames"), [(1, 1), (3, 3)])
 def test_frames_are_counted_through_the_wrappers(repeat, frames):
-    assert frames_per_step(make_env("Pendulum-v1", repeat=repeat)) == frames
+    assert frames_per_step(make_env("Pendulum-v1", action_repeat=repeat)) == frames
     own = Scripted([3])
     own.frames_per_step = 4  # a simulator that repeats by itself
     assert frames_per_step(ActionRepeat(own, repeat)) == 4 * frames

@@ -21,7 +21,7 @@ class Sampled(gym.Env):
 
 
 def test_size_resizes_images():
-    env = make_env("worldloom/Catch-v0", size=64)
+    env = make_env("worldloom/Catch-v0", image_size=64)
     obs, _ = env.reset(seed=0)
     assert obs in env.observation_space and obs.shape == (64, 64, 3)
     assert (obs[::2, ::2] == env.unwrapped.render()).all()
@@ -50,13 +50,13 @@ def test_resizing_averages_areas():
 
 
 def test_size_without_images_is_refused():
-    with pytest.raises(ValueError, match=r"size=64 was given.*CartPole.*env\.pixels=true"):
-        make_env("CartPole-v1", size=64)
+    with pytest.raises(ValueError, match=r"image_size=64 was given.*CartPole.*env\.pixels=true"):
+        make_env("CartPole-v1", image_size=64)
 
 
 def test_repeat_below_one_is_refused():
     with pytest.raises(ValueError, match="repeat is 0; expected at least 1"):
-        make_env("CartPole-v1", repeat=0)
+        make_env("CartPole-v1", action_repeat=0)
 
 
 def test_action_repeat_keeps_the_last_info():
@@ -107,8 +107,11 @@ def test_stacked_images_hold_the_newest_frames_oldest_first(channels_last):
 
 
 def test_stacks_are_made_of_images_alone():
-    assert make_env("worldloom/Catch-v0", size=32, stack=3).observation_space.shape == (32, 32, 9)
-    with pytest.raises(ValueError, match=r"stack=2 was given, but .* observes no image"):
-        make_env("CartPole-v1", stack=2)
-    with pytest.raises(ValueError, match=r"stack is 0; expected at least 1; set env\.stack=1"):
-        make_env("CartPole-v1", stack=0)
+    env = make_env("worldloom/Catch-v0", image_size=32, frame_stack=3)
+    assert env.observation_space.shape == (32, 32, 9)
+    with pytest.raises(ValueError, match=r"frame_stack=2 was given, but .* observes no image"):
+        make_env("CartPole-v1", frame_stack=2)
+    with pytest.raises(
+        ValueError, match=r"frame_stack is 0; expected at least 1; set env\.frame_stack=1"
+    ):
+        make_env("CartPole-v1", frame_stack=0)

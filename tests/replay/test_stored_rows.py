@@ -64,7 +64,7 @@ def factor(count):
 
 def make_script(lengths, repeat, limit):
     env = Script(lengths)
-    return wrap(TimeLimit(env, limit) if limit else env, repeat=repeat)
+    return wrap(TimeLimit(env, limit) if limit else env, action_repeat=repeat)
 
 
 def expected_rows(number, lengths, repeat, limit):

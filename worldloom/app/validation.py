@@ -118,8 +118,8 @@ def _check_kinds(name: str, given: Mapping[str, Any], known: Mapping[str, Any]) 
 
 def check_env_section(env: Mapping[str, Any]) -> None:
     """Check what every environment is made and run with."""
-    for key in ("num_envs", "repeat", "stack", "size", "time_limit"):
-        value, off = env.get(key), ", or null" if key in ("size", "time_limit") else ""
+    for key in ("num_envs", "action_repeat", "frame_stack", "image_size", "time_limit"):
+        value, off = env.get(key), ", or null" if key in ("image_size", "time_limit") else ""
         if key in env and value is not None and (type(value) is not int or value < 1):
             raise ValueError(f"env.{key} is {value!r}; expected a whole number of at least 1{off}")
     workers, timeout = env.get("workers", 0), env.get("timeout", 1)

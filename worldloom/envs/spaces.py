@@ -234,7 +234,7 @@ def _image_part(name: str, shape: tuple[int, ...]) -> _Part:
     if shape[1] % 16 or shape[2] % 16:
         raise ValueError(
             f"{name} is an image of {shape[1]}x{shape[2]} pixels; expected sides divisible by 16; "
-            "resize it with env.size=64, or, if it is no picture, make it a vector with "
+            "resize it with env.image_size=64, or, if it is no picture, make it a vector with "
             "gymnasium.wrappers.FlattenObservation."
         )
     return _Part(shape, "uint8", encode)

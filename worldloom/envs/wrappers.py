@@ -19,32 +19,35 @@ from worldloom.envs.suites.extras import naming_the_extra
 def wrap(
     env: gym.Env,
     *,
-    repeat: int = 1,
+    action_repeat: int = 1,
     pixels: bool = False,
-    size: int | None = None,
-    stack: int = 1,
+    image_size: int | None = None,
+    frame_stack: int = 1,
 ) -> gym.Env:
     """Put the wrappers around an environment that its configuration asks for.
 
-    repeat: do each action so many times; their rewards are summed.
-    pixels: observe the rendered picture, [size, size, 3] (64 if no size is given), and nothing
-        else.
-    size: side in pixels to which images are resized; a multiple of 16.
-    stack: newest images that are observed at once, on top of each other along their channels,
+    action_repeat: do each action so many times; their rewards are summed.
+    pixels: observe the rendered picture, [size, size, 3] (64 by default), and nothing else.
+    image_size: side in pixels to which images are resized; a multiple of 16.
+    frame_stack: newest images that are observed at once, on top of each other along their channels,
         oldest first; for models without memory, such as TD-MPC2.
     """
-    for name, value, usual in (("repeat", repeat, 1), ("stack", stack, 1), ("size", size, None)):
+    for name, value, usual in (
+        ("action_repeat", action_repeat, 1),
+        ("frame_stack", frame_stack, 1),
+        ("image_size", image_size, None),
+    ):
         if value != usual and (not isinstance(value, int) or value < 1):
             raise ValueError(
                 f"{name} is {value}; expected at least 1; set env.{name}={usual or 'null'} for none"
             )
-    if repeat > 1:
-        env = ActionRepeat(env, repeat)
+    if action_repeat > 1:
+        env = ActionRepeat(env, action_repeat)
     if pixels:
-        env = RenderedObservation(env, size or 64)
-    elif size is not None:
-        env = ResizedImages(env, size)
-    return env if stack == 1 else StackedImages(env, stack)
+        env = RenderedObservation(env, image_size or 64)
+    elif image_size is not None:
+        env = ResizedImages(env, image_size)
+    return env if frame_stack == 1 else StackedImages(env, frame_stack)
 
 
 class ActionRepeat(gym.Wrapper):
@@ -100,9 +103,9 @@ class ResizedImages(gym.ObservationWrapper):
         self.size = size
         if not any(is_image(space) for space in flatten(env.observation_space).values()):
             raise ValueError(
-                f"size={size} was given, but {env.unwrapped} observes no image but "
+                f"image_size={size} was given, but {env.unwrapped} observes no image but "
                 f"{env.observation_space}; expected images (3-D uint8); set env.pixels=true to "
-                "observe what it renders, or leave env.size out"
+                "observe what it renders, or leave env.image_size out"
             )
         self.observation_space = self._resized_space(env.observation_space)
 
@@ -141,8 +144,8 @@ class StackedImages(gym.ObservationWrapper):
         leaves = flatten(env.observation_space)
         if not any(is_image(space) for space in leaves.values()):
             raise ValueError(
-                f"stack={stack} was given, but {env.unwrapped} observes no image but "
-                f"{env.observation_space}; expected images (3-D uint8); leave env.stack out"
+                f"frame_stack={stack} was given, but {env.unwrapped} observes no image but "
+                f"{env.observation_space}; expected images (3-D uint8); leave env.frame_stack out"
             )
         self.stack = stack
         self._frames: dict[str, deque[np.ndarray]] = {}

@@ -20,7 +20,7 @@ Fields = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape and dtype 
 SETTINGS = {
     "num_envs": "env.num_envs",
     "capacity": "data.capacity",
-    "obs": "what the environment shows (env=…, env.size, env.stack, env.obs)",
+    "obs": "what the environment shows (env=…, env.image_size, env.frame_stack, env.obs)",
     "actions": "the actions (env=…, env.task)",
     "latents": "the sizes of the model (model=…)",
 }

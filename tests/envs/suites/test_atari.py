@@ -53,10 +53,12 @@ def pong():
 
 def test_the_protocols_are_those_of_the_official_code():
     """danijar/dreamerv3 at e3f0224: dreamerv3/configs.yaml and the defaults of its wrapper."""
-    both = dict(repeat=4, noops=30, pooling=2, lives="unused", time_limit=108000)
-    assert vars(PROTOCOLS["atari"]) == dict(size=96, gray=True, actions="all", sticky=0.25, **both)
+    both = dict(action_repeat=4, noops=30, pooling=2, lives="unused", time_limit=108000)
+    assert vars(PROTOCOLS["atari"]) == dict(
+        image_size=96, gray=True, actions="all", sticky=0.25, **both
+    )
     assert vars(PROTOCOLS["atari100k"]) == dict(
-        size=64, gray=False, actions="needed", sticky=0.0, **both
+        image_size=64, gray=False, actions="needed", sticky=0.0, **both
     )
 
 
@@ -71,7 +73,15 @@ def test_spaces_of_the_protocols():
 
 
 def test_settings_take_the_place_of_the_protocols():
-    env = make_env("breakout", size=32, gray=True, actions="all", repeat=6, stack=3, time_limit=60)
+    env = make_env(
+        "breakout",
+        image_size=32,
+        gray=True,
+        actions="all",
+        action_repeat=6,
+        frame_stack=3,
+        time_limit=60,
+    )
     assert env.observation_space.shape == (32, 32, 3)
     assert (env.action_space.n, episode_length(env)) == (18, 10)
 
@@ -243,7 +253,7 @@ def test_near_misses_are_suggested():
         (dict(protocol="atari200m"), r"expected one of atari, atari100k"),
         (dict(actions="few"), r"expected 'all' or 'needed'"),
         (dict(pixels=False), r"expected true, as Atari is observed from pictures only"),
-        (dict(repeat=0), r"env.repeat is 0; expected at least 1"),
+        (dict(action_repeat=0), r"env.action_repeat is 0; expected at least 1"),
         (dict(sticky=25), r"env.sticky is 25; expected a probability"),
     ],
 )

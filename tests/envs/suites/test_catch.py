@@ -54,7 +54,7 @@ def test_paddle_stops_at_the_walls():
 
 
 def test_the_picture_shows_ball_and_paddle():
-    env = Catch(rows=8, columns=4, size=32)
+    env = Catch(rows=8, columns=4, image_size=32)
     obs, _ = env.reset(seed=0)
     assert obs.shape == (32, 32, 3) and obs.dtype == np.uint8
     assert cells(obs, BALL) == (0, 4, 8 * env.column, 8 * env.column + 8)
@@ -73,9 +73,11 @@ def test_every_column_and_seed():
 
 
 def test_sizes_that_cannot_be_drawn_are_refused():
-    with pytest.raises(ValueError, match=r"size=40; expected a multiple of 16"):
-        Catch(size=40)
-    with pytest.raises(ValueError, match=r"rows=100, columns=5, size=32.*raise env\.size"):
+    with pytest.raises(ValueError, match=r"image_size=40; expected a multiple of 16"):
+        Catch(image_size=40)
+    with pytest.raises(
+        ValueError, match=r"rows=100, columns=5, image_size=32.*raise env\.image_size"
+    ):
         Catch(rows=100)
     with pytest.raises(ValueError, match=r"rows=10, columns=1"):
         Catch(columns=1)

@@ -73,7 +73,7 @@ def test_creatures_are_counted_in_an_order_that_does_not_change(monkeypatch):
 
 def test_the_time_limit_truncates_and_rewards_can_be_off():
     assert episode_length(make_env()) == 10000
-    env = make_env(reward=False, size=32, time_limit=6, repeat=2)
+    env = make_env(reward=False, image_size=32, time_limit=6, action_repeat=2)
     assert env.reset(seed=0)[0].shape == (32, 32, 3) and episode_length(env) == 3
     ends = [env.step(NOOP)[2:4] for _ in range(3)]
     assert ends == [(False, False), (False, False), (False, True)]

@@ -8,15 +8,22 @@ from worldloom.envs.vector import episode_length
 
 
 def plain(rows=10):
-    return Catch(rows=rows, size=32)
+    return Catch(rows=rows, image_size=32)
 
 
-def sized(size, **options):
-    return Catch(size=size, **options)
+def sized(image_size, **options):
+    return Catch(image_size=image_size, **options)
 
 
 def test_options_that_a_function_does_not_take_are_put_around_it():
-    given = {"rows": 6, "repeat": 2, "size": 16, "stack": 1, "pixels": False, "time_limit": None}
+    given = {
+        "rows": 6,
+        "action_repeat": 2,
+        "image_size": 16,
+        "frame_stack": 1,
+        "pixels": False,
+        "time_limit": None,
+    }
     options, around = split_options(plain, given)
     assert options == {"rows": 6}
     env = make_env(plain, options, **around)
@@ -27,13 +34,13 @@ def test_options_that_a_function_does_not_take_are_put_around_it():
 
 
 def test_options_that_it_takes_are_its_own():
-    options, around = split_options(sized, {"size": 48, "repeat": 3, "columns": 4})
-    assert options == {"size": 48, "columns": 4} and around == {"repeat": 3}
+    options, around = split_options(sized, {"image_size": 48, "action_repeat": 3, "columns": 4})
+    assert options == {"image_size": 48, "columns": 4} and around == {"action_repeat": 3}
     assert make_env(sized, options, **around).observation_space.shape == (48, 48, 3)
 
 
 def test_null_leaves_a_function_its_own_default():
-    assert split_options(Catch, {"size": None, "time_limit": None, "rows": None}) == (
+    assert split_options(Catch, {"image_size": None, "time_limit": None, "rows": None}) == (
         {"rows": None},
         {},
     )
@@ -47,8 +54,11 @@ def test_a_time_limit_truncates():
 
 
 def test_classes_are_functions_too():
-    assert split_options(Catch, {"size": 48, "stack": 2}) == ({"size": 48}, {"stack": 2})
-    env = make_env(Catch, {"size": 48}, stack=2)
+    assert split_options(Catch, {"image_size": 48, "frame_stack": 2}) == (
+        {"image_size": 48},
+        {"frame_stack": 2},
+    )
+    env = make_env(Catch, {"image_size": 48}, frame_stack=2)
     assert env.observation_space == spaces.Box(0, 255, (48, 48, 6), "uint8")
 
 
@@ -59,5 +69,5 @@ def test_an_option_that_nobody_takes_is_an_error_of_the_function():
 
 
 def test_what_is_no_environment_is_handed_on():
-    assert make_env(lambda: None, {}, repeat=2) is None
-    assert isinstance(make_env(plain, {}, repeat=2), gym.Env)
+    assert make_env(lambda: None, {}, action_repeat=2) is None
+    assert isinstance(make_env(plain, {}, action_repeat=2), gym.Env)

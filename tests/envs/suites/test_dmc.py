@@ -73,7 +73,7 @@ def test_unknown_tasks_name_near_ones():
 @pytest.mark.parametrize("task", ["cup-catch", "reacher-easy"])
 def test_steps_are_those_of_the_suite(task):
     """Two decisions of two control steps each are four of a suite driven by hand."""
-    env = make_env(task, repeat=2)
+    env = make_env(task, action_repeat=2)
     obs, _ = env.reset(seed=5)
     domain, name = _find(task, suite.ALL_TASKS)
     theirs = suite.load(domain, name, task_kwargs={"random": np.random.RandomState(5)})
@@ -91,7 +91,7 @@ def test_steps_are_those_of_the_suite(task):
 
 
 def test_an_episode_is_truncated_after_1000_control_steps():
-    env = make_env("cartpole-balance", repeat=4)
+    env = make_env("cartpole-balance", action_repeat=4)
     assert episode_length(env) == 250
     env.reset(seed=0)
     for step in range(1, 251):
@@ -101,7 +101,7 @@ def test_an_episode_is_truncated_after_1000_control_steps():
 
 @pytest.mark.parametrize(("limit", "repeat", "decisions"), [(10, 3, 4), (1500, 500, 3)])
 def test_the_time_limit_may_be_any(limit, repeat, decisions):
-    env = make_env("cartpole-balance", time_limit=limit, repeat=repeat)
+    env = make_env("cartpole-balance", time_limit=limit, action_repeat=repeat)
     env.reset(seed=0)
     ends = [env.step(env.action_space.sample())[3] for _ in range(decisions)]
     assert ends == [False] * (decisions - 1) + [True]
@@ -151,7 +151,7 @@ def test_tasks_without_bounds_are_refused():
 
 def test_pixels_come_after_states_in_the_same_process(can_render):
     make_env("cup-catch").reset(seed=0)
-    env = make_env("cup-catch", pixels=True, size=32, stack=3)
+    env = make_env("cup-catch", pixels=True, image_size=32, frame_stack=3)
     obs, _ = env.reset(seed=0)
     assert obs in env.observation_space and obs.shape == (32, 32, 9)
     assert obs[..., :3].std() > 5  # a picture, not a blank

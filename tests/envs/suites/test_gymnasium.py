@@ -54,11 +54,11 @@ def test_makes_ids_with_their_options():
 
 
 def test_repeat_sums_rewards_and_stops_at_the_end():
-    assert run(make_env("Test/Counter-v0", length=5, repeat=2)) == ([3, 7, 5], True, False)
+    assert run(make_env("Test/Counter-v0", length=5, action_repeat=2)) == ([3, 7, 5], True, False)
 
 
 def test_time_limit_counts_simulator_steps_and_truncates():
-    env = make_env("Test/Counter-v0", repeat=2, time_limit=5)
+    env = make_env("Test/Counter-v0", action_repeat=2, time_limit=5)
     assert run(env) == ([3, 7, 5], False, True)
 
 
@@ -76,7 +76,7 @@ def test_without_pixels_nothing_is_rendered(monkeypatch):
 
 def test_pixels_are_the_rendered_picture(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "osmesa")
-    env = make_env("worldloom/Catch-v0", pixels=True, size=48)
+    env = make_env("worldloom/Catch-v0", pixels=True, image_size=48)
     obs, _ = env.reset(seed=0)
     assert env.observation_space == spaces.Box(0, 255, (48, 48, 3), np.uint8)
     assert obs in env.observation_space
@@ -92,7 +92,7 @@ def test_pixels_are_64_by_default(monkeypatch):
 
 def test_repeat_renders_once_per_action(monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "egl")
-    env = make_env("worldloom/Catch-v0", pixels=True, repeat=3, size=32)
+    env = make_env("worldloom/Catch-v0", pixels=True, action_repeat=3, image_size=32)
     env.reset(seed=0)
     obs, *_ = env.step(1)
     assert env.unwrapped.row == 3

@@ -32,7 +32,7 @@ def test_mazes_follow_from_the_seed(simulator):
 
 
 def test_the_time_limit_truncates(simulator):
-    env = make_env("9x9", time_limit=4, repeat=2)
+    env = make_env("9x9", time_limit=4, action_repeat=2)
     assert episode_length(env) == 2
     env.reset(seed=0)
     assert [env.step(1)[2:4] for _ in range(2)] == [(False, False), (False, True)]
@@ -49,7 +49,7 @@ def test_spellings(simulator, task):
     [
         (dict(task="8x8"), r"env.task is '8x8', which .* expected one of 9x9, 11x11"),
         (dict(task="9x9", time_limit=1001), r"a maze of 9x9 ends after 1000 steps; set env.time_l"),
-        (dict(task="9x9", size=32), r"env.size is 32, at which .* the whole picture"),
+        (dict(task="9x9", image_size=32), r"env.image_size is 32, at which .* the whole picture"),
         (dict(task="9x9", pixels=False), r"mazes are observed from pictures only"),
     ],
 )

@@ -103,7 +103,7 @@ def test_a_goal_can_be_fixed():
 
 
 def test_the_time_limit_truncates_and_may_exceed_meta_worlds():
-    env = make_env("reach", time_limit=600, repeat=100)
+    env = make_env("reach", time_limit=600, action_repeat=100)
     env.reset(seed=0)
     assert [env.step(REST)[2:4] for _ in range(6)] == [(False, False)] * 5 + [(False, True)]
 

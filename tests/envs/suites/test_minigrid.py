@@ -88,7 +88,7 @@ def test_pixels_are_the_drawing(view, tile):
 
 
 def test_pixels_come_with_the_mission_if_it_varies():
-    env = make_env("Fetch-5x5-N2", pixels=True, size=32, stack=2)
+    env = make_env("Fetch-5x5-N2", pixels=True, image_size=32, frame_stack=2)
     obs, _ = env.reset(seed=0)
     assert obs in env.observation_space and set(obs) == {"image", "mission"}
     assert obs["image"].shape == (32, 32, 6)
@@ -123,7 +123,7 @@ def test_the_time_limit_truncates():
 def test_time_limits_are_known_but_for_babyai():
     assert episode_length(make_env("DoorKey-5x5")) == 250
     assert episode_length(make_env("BabyAI-GoTo")) is None
-    assert episode_length(make_env("BabyAI-GoTo", time_limit=100, repeat=2)) == 50
+    assert episode_length(make_env("BabyAI-GoTo", time_limit=100, action_repeat=2)) == 50
 
 
 def test_seeds_reproduce_and_differ():
@@ -161,7 +161,7 @@ def test_near_misses_are_suggested():
     ("settings", "message"),
     [
         (dict(view="top"), r"env.view is 'top'; expected 'agent' or 'full'"),
-        (dict(size=64), r"env.size is 64, but symbols are observed"),
+        (dict(image_size=64), r"env.image_size is 64, but symbols are observed"),
     ],
 )
 def test_errors_say_what_is_possible(settings, message):

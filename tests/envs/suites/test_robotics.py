@@ -55,7 +55,7 @@ def test_success_is_to_be_at_the_goal_in_the_end(reach, act, success):
 
 
 def test_other_families_name_it_themselves():
-    env = make_env("PointMaze_UMaze-v3", time_limit=4, repeat=2)
+    env = make_env("PointMaze_UMaze-v3", time_limit=4, action_repeat=2)
     env.reset(seed=0)
     ends = [env.step(np.zeros(2, np.float32))[2:] for _ in range(2)]
     assert ends == [(False, False, {"success": False}), (False, True, {"success": False})]

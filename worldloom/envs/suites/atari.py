@@ -1,6 +1,6 @@
 """Atari games under the published protocols, behind gymnasium's API.
 
-A frame is one of the emulator's, 60 to a second; a decision is `repeat` of them.
+A frame is one of the emulator's, 60 to a second; a decision is `action_repeat` of them.
 """
 
 import difflib
@@ -35,11 +35,11 @@ def _check(name: str, value: Any, right: bool, expected: str) -> None:
 class Protocol:
     """How a game is played; the names are those of the settings in the configuration.
 
-    size: side of the square picture, reached from 160x210 by Pillow's bilinear filter.
+    image_size: side of the square picture, reached from 160x210 by Pillow's bilinear filter.
     gray: weigh the colours into one channel, after resizing.
     actions: "all" 18 of the joystick, or the "needed" ones, which differ from game to game.
     sticky: probability with which a frame does the action of the frame before instead.
-    repeat: frames for which an action is held; their rewards are summed.
+    action_repeat: frames for which an action is held; their rewards are summed.
     pooling: newest frames of a decision whose brightest values are seen, for sprites that flicker.
     noops: greatest number of frames to wait at the start; the number is random.
     lives: "unused", or "reset": losing a life ends the episode, as terminated, and the next one
@@ -48,11 +48,11 @@ class Protocol:
         waited at the start do not count.
     """
 
-    size: int
+    image_size: int
     gray: bool
     actions: str
     sticky: float
-    repeat: int = 4
+    action_repeat: int = 4
     pooling: int = 2
     noops: int = 30
     lives: str = "unused"
@@ -62,7 +62,7 @@ class Protocol:
         _check("actions", self.actions, self.actions in ("all", "needed"), "'all' or 'needed'")
         _check("sticky", self.sticky, 0 <= self.sticky <= 1, "a probability, such as 0.25")
         _check("noops", self.noops, self.noops >= 0, "0 or more")
-        for name in ("repeat", "pooling", "time_limit", "size"):
+        for name in ("action_repeat", "pooling", "time_limit", "image_size"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         # A life could also end the value but not the episode ("discount"). An environment of
         # gymnasium cannot say so; the official code reads it and then overwrites it.
@@ -73,8 +73,8 @@ class Protocol:
 # As the official DreamerV3 code has them (commit e3f0224), but for two things: it also reports the
 # time limit as a termination, and its grey comes out one lower for 1 colour in 20,000.
 PROTOCOLS = {
-    "atari": Protocol(size=96, gray=True, actions="all", sticky=STICKY),
-    "atari100k": Protocol(size=64, gray=False, actions="needed", sticky=0.0),
+    "atari": Protocol(image_size=96, gray=True, actions="all", sticky=STICKY),
+    "atari100k": Protocol(image_size=64, gray=False, actions="needed", sticky=0.0),
 }
 
 
@@ -82,24 +82,24 @@ def make_env(
     game: str,
     *,
     protocol: str | None = None,
-    size: int | None = None,
+    image_size: int | None = None,
     gray: bool | None = None,
     actions: str | None = None,
     sticky: float | bool | None = None,
-    repeat: int | None = None,
+    action_repeat: int | None = None,
     pooling: int | None = None,
     noops: int | None = None,
     lives: str | None = None,
     time_limit: int | None = None,
-    stack: int = 1,
+    frame_stack: int = 1,
     pixels: bool = True,
 ) -> gym.Env:
     """Make a game, such as pong (Pong, atari100k_pong, ALE/Pong-v5).
 
     protocol: a name of `PROTOCOLS`; None for the one that the game begins with, else atari100k.
-    size ... time_limit: as in `Protocol`; None leaves what the protocol says. sticky may be true,
-        for the published probability.
-    stack: as in `worldloom.envs.wrappers.wrap`.
+    image_size ... time_limit: as in `Protocol`; None leaves what the protocol says. sticky may be
+        true, for the published probability.
+    frame_stack: as in `worldloom.envs.wrappers.wrap`.
     pixels: must be true, for nothing else is observed.
     """
     _check("pixels", pixels, bool(pixels), "true, as Atari is observed from pictures only")
@@ -108,17 +108,23 @@ def make_env(
     rom, prefix = _find(game, roms.get_all_rom_ids())
     if isinstance(sticky, bool):
         sticky = STICKY if sticky else 0.0
-    given: dict[str, Any] = dict(size=size, gray=gray, actions=actions, sticky=sticky)
-    given |= dict(repeat=repeat, pooling=pooling, noops=noops, lives=lives, time_limit=time_limit)
+    given: dict[str, Any] = dict(image_size=image_size, gray=gray, actions=actions, sticky=sticky)
+    given |= dict(
+        action_repeat=action_repeat,
+        pooling=pooling,
+        noops=noops,
+        lives=lives,
+        time_limit=time_limit,
+    )
     chosen = {name: value for name, value in given.items() if value is not None}
     rules = replace(_protocol(game, protocol, prefix), **chosen)
     env: gym.Env = AtariGame(rom, rules)
-    env = TimeLimit(env, math.ceil(rules.time_limit / rules.repeat))
-    return wrap(env, stack=stack)
+    env = TimeLimit(env, math.ceil(rules.time_limit / rules.action_repeat))
+    return wrap(env, frame_stack=frame_stack)
 
 
 class AtariGame(gym.Env):
-    """A game of the Arcade Learning Environment; a step is a decision, of `repeat` frames.
+    """A game of the Arcade Learning Environment; a step is a decision, of `action_repeat` frames.
 
     Observations are [size, size, 1 or 3] uint8; `render` returns the whole screen in colour.
     Every game is the first one after the console was switched on: in some (assault, beam_rider)
@@ -142,13 +148,13 @@ class AtariGame(gym.Env):
         path: Any = roms.get_rom_path(rom)
         self.ale.loadROM(path)
         self._switched_on = self.ale.cloneSystemState()
-        self.frames_per_step = rules.repeat
+        self.frames_per_step = rules.action_repeat
         self.rom, self.rules = rom, rules
         self._held: Any = NOOP  # the action that a sticky frame repeats
         every = rules.actions == "all"
         self.actions = self.ale.getLegalActionSet() if every else self.ale.getMinimalActionSet()
         self.action_space = spaces.Discrete(len(self.actions))
-        shape = (rules.size, rules.size, 1 if rules.gray else 3)
+        shape = (rules.image_size, rules.image_size, 1 if rules.gray else 3)
         self.observation_space = spaces.Box(0, 255, shape, np.uint8)
         self._screens: deque[np.ndarray] = deque(maxlen=rules.pooling)
 
@@ -170,7 +176,7 @@ class AtariGame(gym.Env):
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """Hold an action for some frames; terminated is the game's end."""
         reward, lives, sticky = 0.0, self.ale.lives(), self.rules.sticky
-        for left in reversed(range(self.rules.repeat)):
+        for left in reversed(range(self.rules.action_repeat)):
             if not sticky or self.np_random.random() >= sticky:
                 self._held = self.actions[action]
             reward += self.ale.act(self._held)
@@ -191,7 +197,7 @@ class AtariGame(gym.Env):
         return f"<atari {self.rom}>"
 
     def _obs(self) -> np.ndarray:
-        size = (self.rules.size, self.rules.size)
+        size = (self.rules.image_size, self.rules.image_size)
         pooled = Image.fromarray(reduce(np.maximum, self._screens))
         image = np.array(pooled.resize(size, Image.Resampling.BILINEAR))
         if not self.rules.gray:

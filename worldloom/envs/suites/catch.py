@@ -23,20 +23,22 @@ class Catch(gym.Env):
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (as in gym.Env)
 
     def __init__(
-        self, rows: int = 10, columns: int = 5, size: int = 32, render_mode: str | None = None
+        self, rows: int = 10, columns: int = 5, image_size: int = 32, render_mode: str | None = None
     ) -> None:
-        if not (2 <= rows <= size and 2 <= columns <= size):
+        if not (2 <= rows <= image_size and 2 <= columns <= image_size):
             raise ValueError(
-                f"Catch got rows={rows}, columns={columns}, size={size}; expected from 2 rows and "
-                "columns up to one for each pixel; lower env.rows and env.columns or raise env.size"
+                f"Catch got rows={rows}, columns={columns}, image_size={image_size}; expected from "
+                "2 rows and columns up to one for each pixel; lower env.rows and env.columns or "
+                "raise env.image_size"
             )
-        if size % 16:
+        if image_size % 16:
             raise ValueError(
-                f"Catch got size={size}; expected a multiple of 16; for example env.size=32"
+                f"Catch got image_size={image_size}; expected a multiple of 16; for example "
+                "env.image_size=32"
             )
-        self.rows, self.columns, self.size = rows, columns, size
+        self.rows, self.columns, self.size = rows, columns, image_size
         self.render_mode = render_mode
-        self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
+        self.observation_space = gym.spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
         self.action_space = gym.spaces.Discrete(3)
 
     def reset(

@@ -16,17 +16,17 @@ LENGTH = 10_000  # steps of an episode at most, as in the benchmark
 def make_env(
     *,
     reward: bool = True,
-    size: int | None = None,
+    image_size: int | None = None,
     pixels: bool = True,
-    repeat: int = 1,
+    action_repeat: int = 1,
     time_limit: int | None = None,
-    stack: int = 1,
+    frame_stack: int = 1,
 ) -> gym.Env:
     """Make Crafter, with its reward or without any.
 
-    size: side in pixels of the picture, 64 if none is given.
+    image_size: side of the picture in pixels, 64 by default.
     pixels: must be true, for nothing else is observed.
-    repeat, stack: as in `worldloom.envs.wrappers.wrap`.
+    action_repeat, frame_stack: as in `worldloom.envs.wrappers.wrap`.
     time_limit: steps of the simulator after which an episode is truncated.
     """
     if not pixels:
@@ -35,9 +35,9 @@ def make_env(
         )
     with naming_the_extra("crafter"):
         import crafter  # noqa: F401  (so that a missing package is named before anything is made)
-    env: gym.Env = Crafter(reward, size or 64)
+    env: gym.Env = Crafter(reward, image_size or 64)
     env = Achievements(TimeLimit(env, LENGTH if time_limit is None else time_limit))
-    return wrap(env, repeat=repeat, stack=stack)
+    return wrap(env, action_repeat=action_repeat, frame_stack=frame_stack)
 
 
 class Crafter(gym.Env):

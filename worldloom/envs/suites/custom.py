@@ -9,7 +9,7 @@ from gymnasium.wrappers import TimeLimit
 
 from worldloom.envs.wrappers import wrap
 
-AROUND = ("repeat", "pixels", "size", "stack", "time_limit")
+AROUND = ("action_repeat", "pixels", "image_size", "frame_stack", "time_limit")
 
 
 def split_options(
@@ -35,8 +35,8 @@ def make_env(
 ) -> gym.Env:
     """Make an environment with `make(**options)` and put wrappers around it.
 
-    time_limit: steps of the environment (not of `repeat`) after which an episode is truncated.
-    around: repeat, pixels, size and stack, as in `worldloom.envs.wrappers.wrap`.
+    time_limit: simulator steps (not of `action_repeat`) after which an episode is truncated.
+    around: action_repeat, pixels, image_size and frame_stack, as in `worldloom.envs.wrappers.wrap`.
     """
     env = make(**options)
     if not isinstance(env, gym.Env):

@@ -28,17 +28,17 @@ def make_env(
     task: str,
     *,
     pixels: bool = False,
-    size: int | None = None,
-    repeat: int = 1,
+    image_size: int | None = None,
+    action_repeat: int = 1,
     time_limit: int | None = None,
-    stack: int = 1,
+    frame_stack: int = 1,
     camera: int | None = None,
 ) -> gym.Env:
     """Make a task of the suite, such as walker-walk (walker_walk, dmc_walker_walk).
 
-    pixels, size, repeat, stack: as in `worldloom.envs.wrappers.wrap`. Without pixels no renderer
-        is touched; with them one is chosen that works.
-    time_limit: control steps (not of `repeat`) after which an episode is truncated.
+    pixels, image_size, action_repeat, frame_stack: as in `worldloom.envs.wrappers.wrap`. Without
+        pixels no renderer is touched; with them one is chosen that works.
+    time_limit: control steps (not of `action_repeat`) after which an episode is truncated.
     camera: number of the camera; None for the one that follows the robot.
     """
     logging.getLogger("absl").setLevel(logging.WARNING)  # it tells of every import
@@ -56,9 +56,15 @@ def make_env(
     # The limit below takes the place of the suite's own, so that it can be raised too.
     loaded = suite.load(domain, name, task_kwargs={"time_limit": math.inf})
     view = CAMERAS.get(domain, 0) if camera is None else camera
-    env: gym.Env = ControlTask(loaded, f"{domain}-{name}", size or 64, view)
+    env: gym.Env = ControlTask(loaded, f"{domain}-{name}", image_size or 64, view)
     env = TimeLimit(env, LENGTH if time_limit is None else time_limit)
-    return wrap(env, repeat=repeat, pixels=pixels, size=size, stack=stack)
+    return wrap(
+        env,
+        action_repeat=action_repeat,
+        pixels=pixels,
+        image_size=image_size,
+        frame_stack=frame_stack,
+    )
 
 
 class ControlTask(gym.Env):

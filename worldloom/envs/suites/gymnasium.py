@@ -24,18 +24,18 @@ MUJOCO = ("gymnasium.envs.mujoco", "gymnasium_robotics", "metaworld")
 def make_env(
     id: str,
     *,
-    size: int | None = None,
+    image_size: int | None = None,
     pixels: bool = False,
-    repeat: int = 1,
+    action_repeat: int = 1,
     time_limit: int | None = None,
-    stack: int = 1,
+    frame_stack: int = 1,
     **kwargs: Any,
 ) -> gym.Env:
     """Make the environment that is registered under a gymnasium id.
 
-    size, pixels, repeat, stack: as in `worldloom.envs.wrappers.wrap`. Without pixels no renderer
-        is touched.
-    time_limit: steps of the simulator (not of `repeat`) after which an episode is truncated,
+    pixels, image_size, action_repeat, frame_stack: as in `worldloom.envs.wrappers.wrap`. Without
+        pixels no renderer is touched.
+    time_limit: steps of the simulator (not of `action_repeat`) after which an episode is truncated,
         instead of the limit that is registered with the id.
     kwargs: go to the environment.
     """
@@ -48,9 +48,15 @@ def make_env(
             if str(spec.entry_point).startswith(MUJOCO):
                 use_renderer("mujoco")
                 # Drawn at this size: 480 pixels a side take two to six times as long in software.
-                kwargs = {"width": size or 64, "height": size or 64, **kwargs}
+                kwargs = {"width": image_size or 64, "height": image_size or 64, **kwargs}
         env = gym.make(spec, **kwargs)
-    return wrap(env, repeat=repeat, pixels=pixels, size=size, stack=stack)
+    return wrap(
+        env,
+        action_repeat=action_repeat,
+        pixels=pixels,
+        image_size=image_size,
+        frame_stack=frame_stack,
+    )
 
 
 def _registered(id: str) -> Any:

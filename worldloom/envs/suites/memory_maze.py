@@ -26,17 +26,17 @@ LENGTHS = {"9x9": 1000, "11x11": 2000, "13x13": 3000, "15x15": 4000}  # steps, f
 def make_env(
     task: str,
     *,
-    size: int | None = None,
+    image_size: int | None = None,
     pixels: bool = True,
-    repeat: int = 1,
+    action_repeat: int = 1,
     time_limit: int | None = None,
-    stack: int = 1,
+    frame_stack: int = 1,
 ) -> gym.Env:
     """Make a maze of a size, such as 9x9 (memory_maze_9x9, MemoryMaze-9x9).
 
-    size: side in pixels of the picture, 64 if none is given, and no less.
+    image_size: side of the picture in pixels, 64 by default, and no less.
     pixels: must be true, for nothing else is observed.
-    repeat, stack: as in `worldloom.envs.wrappers.wrap`.
+    action_repeat, frame_stack: as in `worldloom.envs.wrappers.wrap`.
     time_limit: steps after which an episode is truncated; at most the maze's own limit.
     """
     if not pixels:
@@ -49,11 +49,11 @@ def make_env(
             f"env.task is '{task}', which is no size of a Memory Maze; expected one of "
             f"{', '.join(LENGTHS)}; set env.task to one of them"
         )
-    if size is not None and size < 64:
+    if image_size is not None and image_size < 64:
         # The package's border is then 0 pixels wide, and img[-0:] is the whole picture.
         raise ValueError(
-            f"env.size is {size}, at which Memory Maze paints its border over the whole "
-            "picture; expected 64 or more; set env.size=64"
+            f"env.image_size is {image_size}, at which Memory Maze paints its border over the "
+            "whole picture; expected 64 or more; set env.image_size=64"
         )
     limit = LENGTHS[name] if time_limit is None else time_limit
     if limit > LENGTHS[name]:
@@ -64,7 +64,11 @@ def make_env(
     with naming_the_extra(f"memory_maze {task}"):
         use_renderer("memory_maze")
         make = getattr(_tasks(), f"memory_maze_{name}")
-    return wrap(TimeLimit(MemoryMaze(make, name, size or 64), limit), repeat=repeat, stack=stack)
+    return wrap(
+        TimeLimit(MemoryMaze(make, name, image_size or 64), limit),
+        action_repeat=action_repeat,
+        frame_stack=frame_stack,
+    )
 
 
 class MemoryMaze(gym.Env):

@@ -20,22 +20,22 @@ def make_env(
     task: str,
     *,
     pixels: bool = False,
-    size: int | None = None,
+    image_size: int | None = None,
     camera: str = "corner4",
     fixed_goal: int | Literal[False] = False,
-    repeat: int = 2,
+    action_repeat: int = 2,
     time_limit: int | None = None,
-    stack: int = 1,
+    frame_stack: int = 1,
 ) -> gym.Env:
     """Make a task, such as reach (reach-v3, mw-reach, push-back).
 
-    pixels, size, repeat, stack: as in `worldloom.envs.wrappers.wrap`. Without pixels no renderer
-        is touched.
+    pixels, image_size, action_repeat, frame_stack: as in `worldloom.envs.wrappers.wrap`. Without
+        pixels no renderer is touched.
     camera: corner4 stands where TD-MPC2's benchmark moves corner2; others are corner, corner2,
         corner3, topview, behindGripper and gripperPOV.
     fixed_goal: a seed that decides the goal and the objects' places of all episodes, the same in
         every copy of the environment; False for others in each episode.
-    time_limit: steps (not of `repeat`) after which an episode is truncated.
+    time_limit: steps (not of `action_repeat`) after which an episode is truncated.
     """
     if fixed_goal is True or not isinstance(fixed_goal, int) or fixed_goal < 0:
         raise ValueError(
@@ -48,8 +48,14 @@ def make_env(
         from metaworld import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as known
     make: Any = known[_find(task, known)]
     limit = LENGTH if time_limit is None else time_limit
-    env: gym.Env = Manipulation(make, limit, size or 64, camera, fixed_goal)
-    return wrap(TimeLimit(env, limit), repeat=repeat, pixels=pixels, size=size, stack=stack)
+    env: gym.Env = Manipulation(make, limit, image_size or 64, camera, fixed_goal)
+    return wrap(
+        TimeLimit(env, limit),
+        action_repeat=action_repeat,
+        pixels=pixels,
+        image_size=image_size,
+        frame_stack=frame_stack,
+    )
 
 
 class Manipulation(gym.Env):

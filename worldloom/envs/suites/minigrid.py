@@ -27,18 +27,18 @@ def make_env(
     *,
     pixels: bool = False,
     view: str = "agent",
-    size: int | None = None,
+    image_size: int | None = None,
     words: int = 20,
-    repeat: int = 1,
+    action_repeat: int = 1,
     time_limit: int | None = None,
-    stack: int = 1,
+    frame_stack: int = 1,
 ) -> gym.Env:
     """Make a task, such as DoorKey-5x5 (MiniGrid-DoorKey-5x5-v0, BabyAI-GoToObj).
 
-    pixels: observe a picture [size, size, 3] (64 if no size is given) instead of the symbols.
+    pixels: observe a picture [size, size, 3] instead of the symbols; its size is 64 by default.
     view: what the picture shows: what the "agent" sees, or the "full" grid.
     words: how many words of a mission are observed, where missions differ between episodes.
-    repeat, stack: as in `worldloom.envs.wrappers.wrap`.
+    action_repeat, frame_stack: as in `worldloom.envs.wrappers.wrap`.
     time_limit: steps after which an episode is truncated, instead of the task's own limit; the
         reward of a success falls linearly to 0.1 at that step.
     """
@@ -46,10 +46,10 @@ def make_env(
         raise ValueError(
             f"env.view is '{view}'; expected 'agent' or 'full'; set env.view to one of them"
         )
-    if size is not None and not pixels:
+    if image_size is not None and not pixels:
         raise ValueError(
-            f"env.size is {size}, but symbols are observed, which are no picture; set "
-            "env.pixels=true, or leave env.size out"
+            f"env.image_size is {image_size}, but symbols are observed, which are no picture; set "
+            "env.pixels=true, or leave env.image_size out"
         )
     with naming_the_extra(f"minigrid task {task}"):
         import minigrid  # noqa: F401  (registers the tasks)
@@ -59,8 +59,8 @@ def make_env(
     # BabyAI draws a limit with each mission, and has 0 until then: no length is known of these.
     if fixed.max_steps:
         env = TimeLimit(env, fixed.max_steps)
-    env = GridObservation(Success(env), view if pixels else None, size or 64, words)
-    return wrap(env, repeat=repeat, stack=stack)
+    env = GridObservation(Success(env), view if pixels else None, image_size or 64, words)
+    return wrap(env, action_repeat=action_repeat, frame_stack=frame_stack)
 
 
 class Success(gym.Wrapper):

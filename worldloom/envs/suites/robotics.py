@@ -10,11 +10,11 @@ from worldloom.envs.suites import gymnasium
 def make_env(
     id: str,
     *,
-    size: int | None = None,
+    image_size: int | None = None,
     pixels: bool = False,
-    repeat: int = 1,
+    action_repeat: int = 1,
     time_limit: int | None = None,
-    stack: int = 1,
+    frame_stack: int = 1,
     **kwargs: Any,
 ) -> gym.Env:
     """Make a task, such as FetchReach-v4, PointMaze_UMaze-v3 or AdroitHandDoor-v1.
@@ -22,7 +22,9 @@ def make_env(
     Observations pass through whole; most are {"observation", "achieved_goal", "desired_goal"}.
     All settings are those of `worldloom.envs.suites.gymnasium.make_env`.
     """
-    settings: dict[str, Any] = dict(size=size, pixels=pixels, repeat=repeat, stack=stack)
+    settings: dict[str, Any] = dict(
+        image_size=image_size, pixels=pixels, action_repeat=action_repeat, frame_stack=frame_stack
+    )
     return Success(gymnasium.make_env(id, time_limit=time_limit, **settings, **kwargs))
 
 

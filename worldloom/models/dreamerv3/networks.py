@@ -55,7 +55,7 @@ def _image_size(images: dict[str, ObsSpace], stages: int) -> tuple[int, int, int
         nearest = [max(factor, round(n / factor) * factor) for n in (height, width)]
         raise ValueError(
             f"no encoder takes images of {height}x{width}; both sides must be divisible by "
-            f"{factor}: resize to {nearest[0]}x{nearest[1]} (env.size) or give channels first"
+            f"{factor}: resize to {nearest[0]}x{nearest[1]} (env.image_size) or give channels first"
         )
     return sum(s.shape[0] for s in images.values()), height, width
 

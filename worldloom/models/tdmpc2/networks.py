@@ -350,7 +350,7 @@ def _require_images_fit(images: Mapping[str, ObsSpace], latent_dim: int, num_cha
         if space.shape[1:] != (IMAGE_SIDE, IMAGE_SIDE):
             raise ValueError(
                 f"TD-MPC2 reads images of {IMAGE_SIDE}x{IMAGE_SIDE} pixels, but {key!r} has shape "
-                f"{space.shape}; resize it (env.size=64), or take dreamerv3"
+                f"{space.shape}; resize it (env.image_size=64), or take dreamerv3"
             )
     if 16 * num_channels != latent_dim:
         raise ValueError(
