@@ -180,9 +180,10 @@ def test_batch_has_context_where_the_model_keeps_latents(context):
     assert batch["actions"].shape == (2, 3 + context, 7)
     assert batch["actions"].sum(-1).unique().tolist() == [2]
     assert ("context" in batch) == context
-    model.compute_loss(batch)
+    result = model.compute_loss(batch)
+    assert ("replay" in result) == context
     if context:
-        assert batch["latents"]["deter"].shape == (2, 3, 16)
+        assert result["replay"]["deter"].shape == (2, 3, 16)
 
 
 def test_a_preset_brings_its_batch_and_its_optimiser():

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from worldloom.app.compose import readable_errors
 from worldloom.factory import REGISTERED, create_world_model
+from worldloom.protocol import split_result
 from worldloom.training.nonfinite import bad_gradients, bad_terms, tensors_in
 from worldloom.training.precision import computing_in, parameter_type
 from worldloom.training.randomness import set_random_state
@@ -156,7 +157,7 @@ def _loss(model: nn.Module, found: Mapping[str, Any], device: torch.device) -> d
     batch = _moved(found["batch"], device)
     set_random_state(found["random"])
     with computing_in(found["precision"], device):
-        return model.compute_loss(batch)  # type: ignore[operator]
+        return split_result(model.compute_loss(batch))[0]  # type: ignore[operator]
 
 
 def _backward(model: nn.Module, found: Mapping[str, Any], device: torch.device) -> str | None:

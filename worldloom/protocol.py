@@ -6,7 +6,7 @@ A batch holds one row per time step. Row t carries the observation at t, the act
 seeing it, and the reward that arrived together with it; an episode of N actions is N + 1 rows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
@@ -14,6 +14,25 @@ import torch
 from torch import Tensor
 
 Obs = Tensor | dict[str, Tensor]
+
+REPLAY = "replay"  # key under which `compute_loss` returns new values of replay fields
+
+
+@dataclass(frozen=True)
+class ReplayField:
+    """An array that the replay stores with every row on behalf of a model.
+
+    The model provides its value when a row is collected (`replay_values`) and may replace it in
+    every update that the row takes part in (key "replay" of the result of `compute_loss`).
+
+    shape, dtype: of one row's value. Floating-point values are rounded to the dtype.
+    every_row: whether batches contain the values of all rows, under "stored". By default they
+        contain that of row 0 alone, under "context", and one row is sampled in addition for it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    every_row: bool = False
 
 
 class Batch(TypedDict, total=False):
@@ -28,11 +47,11 @@ class Batch(TypedDict, total=False):
     is_last: [B, T] bool; an episode ends at this row, for any reason.
     is_terminal: [B, T] bool; the environment terminated here (a time limit does not set it).
     task: [B] int64; which of its tasks each row belongs to, for a model of several tasks.
-    context: latents of row 0 that the replay remembers, each [B, ...] under the names of
-        `WorldModel.latents`. With it a model may start from them and train on rows 1 to T - 1;
-        without it every sequence starts from the model's initial state.
-    latents: written by `compute_loss` of a model that keeps latents in the replay: the new
-        latents of the rows it trained on, each [B, T - 1, ...]; the replay stores them.
+    context: {name: [B, ...]} values of the model's replay fields in row 0, as float32. A model
+        may start from them and train on rows 1 to T - 1; without them every sequence starts from
+        the model's initial state.
+    stored: {name: [B, T, ...]} values of the replay fields with `every_row`, as float32.
+    index: [B, 2] int64; stream and number of row 0 in the replay that the batch comes from.
     """
 
     obs: Obs
@@ -43,7 +62,8 @@ class Batch(TypedDict, total=False):
     is_terminal: Tensor
     task: Tensor
     context: dict[str, Tensor]
-    latents: dict[str, Tensor]
+    stored: dict[str, Tensor]
+    index: Tensor
 
 
 @dataclass
@@ -145,7 +165,8 @@ class WorldModel(Protocol):
     Beyond it a model may have `policy(state, deterministic=False) -> action` [B, A], or -> (action,
     state) where the state carries a plan on (a model without a policy is planned with),
     `after_update()` called after each optimiser step, `parameter_groups()` for the optimiser, and
-    `latents` {name: (shape, dtype)}, the part of its state that the replay should remember.
+    `replay_fields` {name: ReplayField} that the replay stores with every row, together with
+    `replay_values(state) -> {name: [B, ...]}`, their values in a row that is being collected.
     """
 
     def encode(self, obs: Obs) -> LatentState:
@@ -168,6 +189,17 @@ class WorldModel(Protocol):
         """Roll out actions [T, B, A] from a state [B]."""
         ...
 
-    def compute_loss(self, batch: Batch) -> dict[str, Tensor]:
-        """Return "loss" to be minimised, and every loss term and statistic by name (scalars)."""
+    def compute_loss(self, batch: Batch) -> dict[str, Any]:
+        """Return "loss" to be minimised, and every loss term and statistic by name (scalars).
+
+        The batch is not modified. A model with `replay_fields` may add "replay" {name: [B, n, ...]}
+        (without gradient): new values for the last n rows of the batch, which the replay stores
+        unless the update is skipped. It is neither a loss nor logged.
+        """
         ...
+
+
+def split_result(result: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split the result of `compute_loss` into its scalars and the new values for the replay."""
+    scalars = dict(result)
+    return scalars, scalars.pop(REPLAY, {})

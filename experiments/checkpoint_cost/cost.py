@@ -17,10 +17,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from worldloom.protocol import ReplayField
 from worldloom.training import ReplayBuffer
 
 STREAMS = 8
-LATENTS = {"deter": ((2048,), torch.float16), "stoch": ((32, 16), torch.uint8)}
+LATENTS = {
+    "deter": ReplayField((2048,), torch.float16),
+    "stoch": ReplayField((32, 16), torch.uint8),
+}
 BATCH, LENGTH = 16, 65  # 64 rows that are trained on behind one of context
 
 
@@ -56,14 +60,14 @@ class Work:
         rng = np.random.default_rng(0)
         self.buffer = buffer
         self.frames = rng.integers(0, 256, (64, STREAMS, 3, 64, 64), np.uint8)
-        shape = (STREAMS, *LATENTS["deter"][0])
+        shape = (STREAMS, *LATENTS["deter"].shape)
         self.deter = torch.from_numpy(rng.normal(size=shape).astype(np.float16))
         self.latents = {
             "deter": torch.randn(BATCH, LENGTH - 1, 2048),
             "stoch": torch.randint(0, 2, (BATCH, LENGTH - 1, 32, 16)).float(),
         }
         self.steps = 0
-        self.seconds: dict[str, list[float]] = {"add": [], "sample": [], "write_latents": []}
+        self.seconds: dict[str, list[float]] = {"add": [], "sample": [], "write_fields": []}
 
     def add(self) -> None:
         no = np.zeros(STREAMS, bool)
@@ -80,7 +84,7 @@ class Work:
         self._timed("add", self.add)
         batch = self._timed("sample", lambda: self.buffer.sample(BATCH, LENGTH))
         self._timed(
-            "write_latents", lambda: self.buffer.write_latents(batch["index"], self.latents)
+            "write_fields", lambda: self.buffer.write_fields(batch["index"], self.latents, LENGTH)
         )
 
     def longest(self) -> dict[str, float]:
@@ -151,7 +155,7 @@ def main() -> None:
 
     def new_buffer() -> ReplayBuffer:
         where = {"storage": args.storage, "folder": folder}
-        return ReplayBuffer(args.rows, (3, 64, 64), 6, num_envs=STREAMS, latents=LATENTS, **where)
+        return ReplayBuffer(args.rows, (3, 64, 64), 6, num_envs=STREAMS, fields=LATENTS, **where)
 
     memory = Memory()
     try:

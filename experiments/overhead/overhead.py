@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 
 from worldloom.app.build import build_data, open_task, prepare
 from worldloom.app.compose import composed
-from worldloom.protocol import Batch
+from worldloom.protocol import Batch, split_result
 from worldloom.run import fit
 from worldloom.timing import Timer, phase
 from worldloom.training import WorldModelModule
@@ -66,14 +66,16 @@ class Turns:
         optimizer: Any = self.module.optimizers(use_pl_optimizer=False)
         for batch in self._sampled():
             with phase("loss"):
-                loss = model.compute_loss(batch)["loss"]
+                losses, replay = split_result(model.compute_loss(batch))
             with phase("backward"):
-                loss.backward()
+                losses["loss"].backward()
             with phase("optimizer"):
                 optimizer.step()
                 optimizer.zero_grad()
                 if hasattr(model, "after_update"):
                     model.after_update()
+            if replay:
+                self.data.store_fields(batch, replay)
 
 
 def record(folder: Path) -> None:

@@ -21,12 +21,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from worldloom.protocol import ReplayField
 from worldloom.training import ReplayBuffer
 
 OBS, ACTIONS, EPISODE = 24, 6, 500
 BATCH, LENGTH, FRAMES = 16, 65, 64
 FRAME = (3, 64, 64)
-LATENTS = {"deter": ((512,), torch.float16), "stoch": ((32, 4), torch.uint8)}  # size1m
+# Of size1m.
+LATENTS = {"deter": ReplayField((512,), torch.float16), "stoch": ReplayField((32, 4), torch.uint8)}
 SAMPLES = 50  # batches drawn in one round
 
 
@@ -74,13 +76,15 @@ class Worldloom:
         envs = steps.num_envs
         kept = LATENTS if latents else None
         self.replay = ReplayBuffer(
-            capacity, (OBS,), ACTIONS, num_envs=envs, latents=kept, folder=folder
+            capacity, (OBS,), ACTIONS, num_envs=envs, fields=kept, folder=folder
         )
         self.rows: list[tuple[Any, ...]] = [
             row for row in zip(*steps.named().values(), strict=True)
         ]
         if latents:
-            made = {name: torch.zeros((envs, *x[0]), dtype=x[1]) for name, x in LATENTS.items()}
+            made = {
+                name: torch.zeros((envs, *x.shape), dtype=x.dtype) for name, x in LATENTS.items()
+            }
             self.rows = [(*row, made) for row in self.rows]
 
     def add(self, tick: int) -> None:

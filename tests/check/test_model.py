@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from worldloom.check import ProtocolError, check_world_model
-from worldloom.protocol import LatentState, Trajectory
+from worldloom.protocol import LatentState, ReplayField, Trajectory
 
 
 class Toy(nn.Module):
@@ -402,7 +402,6 @@ def test_inputs_changed_in_place():
         def compute_loss(self, batch):
             batch["obs"] -= batch["obs"].mean()
             batch["extra"] = 1
-            batch["latents"] = {}
             return super().compute_loss(batch)
 
     problems = problems_of(Greedy())
@@ -428,8 +427,12 @@ def test_latents_for_the_replay():
     class Remembering(Toy):
         def __init__(self, skipped):
             super().__init__()
-            self.latents = {"code": ((8,), torch.float32), "age": ((), torch.int64)}
+            self.replay_fields = {"code": ReplayField((8,)), "age": ReplayField((), torch.int64)}
             self.skipped = skipped
+
+        def replay_values(self, state):
+            age = torch.zeros(len(state), dtype=torch.int64)
+            return {"code": torch.zeros(len(state), 8), "age": age}
 
         def compute_loss(self, batch):
             losses = super().compute_loss(batch)
@@ -438,12 +441,12 @@ def test_latents_for_the_replay():
                 assert batch["context"]["code"].shape == (rows, 8)
                 code = torch.zeros(rows, length - 1, 8)
                 age = torch.zeros(rows, length, dtype=torch.int64)
-                batch["latents"] = {"code": code, "age": age[:, self.skipped :]}
+                losses["replay"] = {"code": code, "age": age[:, self.skipped :]}
             return losses
 
     assert check(Remembering(skipped=1)) is None
     (problem,) = problems_of(Remembering(skipped=0))
-    assert 'compute_loss: batch["latents"]["age"] has shape [3, 5]; expected [3, 4]' in problem
+    assert 'compute_loss: result["replay"]["age"] has shape [3, 5]; expected [3, 4]' in problem
 
 
 def test_evaluation_mode_must_work_too():

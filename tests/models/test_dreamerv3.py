@@ -246,10 +246,12 @@ def test_context_gives_row_zero_and_the_new_latents_come_back():
     assert torch.equal(sequences.deter, batch["context"]["deter"])
     assert torch.equal(sequences.prev_actions, batch["actions"][:, :-1])
     assert torch.equal(sequences.rewards, batch["rewards"][:, 1:])
-    model.compute_loss(batch)
-    for name, (shape, _) in model.latents.items():
-        assert batch["latents"][name].shape == (B, T - 1, *shape)
-        assert not batch["latents"][name].requires_grad
+    given = dict(batch)
+    replay = model.compute_loss(batch)["replay"]
+    assert batch == given
+    for name, field in model.replay_fields.items():
+        assert replay[name].shape == (B, T - 1, *field.shape)
+        assert not replay[name].requires_grad
 
 
 def test_context_matters_only_where_the_episode_goes_on():
@@ -270,7 +272,7 @@ def test_context_matters_only_where_the_episode_goes_on():
 
 def test_without_replay_context_it_is_ignored():
     model = build(replay_context=False)
-    assert model.latents == {}
+    assert model.replay_fields == {}
     batch = batch_for(model, context=True)
     plain = {key: value for key, value in batch.items() if key != "context"}
     model.eval()  # in training mode a call moves the return scale
@@ -278,7 +280,7 @@ def test_without_replay_context_it_is_ignored():
     with_context = model.compute_loss(batch)
     torch.manual_seed(0)
     without = model.compute_loss(plain)
-    assert with_context == without and "latents" not in batch
+    assert with_context == without and "replay" not in with_context
 
 
 # ---- rows, seeds and modes -----------------------------------------------------------------------

@@ -26,7 +26,7 @@ from tests.reference.reference_format import (
 from worldloom.models.dreamerv3 import DreamerV3
 from worldloom.models.dreamerv3.behavior import Normalizers, imagination_losses, replay_value_loss
 from worldloom.nn.twohot import twohot_mean
-from worldloom.protocol import Batch
+from worldloom.protocol import Batch, split_result
 
 
 @pytest.mark.parametrize(
@@ -89,14 +89,12 @@ def replay_batch(agent: Agent, precision: str) -> Batch:
 
 
 def public_losses(agent: Agent, model: DreamerV3, batch: Batch) -> dict[str, Tensor]:
-    """What `compute_loss` returns and leaves behind, by recorded name."""
-    batch = batch.copy()
-    out = model.compute_loss(batch)
+    """What `compute_loss` returns, by recorded name."""
+    out, latents = split_result(model.compute_loss(batch))
     out["loss"].backward()
     reported = metrics(agent, out)
     ours = {"losstotal": out["loss"], **{f"metrics/{k}": v for k, v in reported.items()}}
     ours |= {f"lossmean/{name}": value for name, value in below(reported, "loss").items()}
-    latents = batch["latents"]
     ours |= {"carry/deter": latents["deter"][:, -1]}
     ours |= {"carry/stoch": agent.grouped(latents["stoch"][:, -1])}
     ours |= {f"state/{k}": v for k, v in official_state(model).items() if "norm/" in k}

@@ -24,7 +24,7 @@ from tests.reference.reference_format import (
 )
 from worldloom.models.dreamerv3 import DreamerV3
 from worldloom.models.dreamerv3.official import read_arrays, to_official
-from worldloom.protocol import Batch
+from worldloom.protocol import Batch, split_result
 from worldloom.training.optimizers import LaProp
 
 
@@ -41,12 +41,8 @@ def test_reference_training(folder: str, precision: str) -> None:
     ours: dict[str, Any] = {}
     with sampling(recording.group("noise")):
         for n in range(agent.config["train_steps"]):
-            batch = chunk.copy()
-            out = train_step(agent, model, optimizer, batch)
-            latents = {
-                "deter": batch["latents"]["deter"],
-                "stoch": agent.grouped(batch["latents"]["stoch"]),
-            }
+            out, replay = train_step(agent, model, optimizer, chunk)
+            latents = {"deter": replay["deter"], "stoch": agent.grouped(replay["stoch"])}
             ours |= {f"step{n}/metrics/{name}": value for name, value in out.items()}
             ours |= {f"step{n}/replay/dyn/{name}": value for name, value in latents.items()}
     ours |= {f"final/carry/{name}": value[:, -1] for name, value in latents.items()}
@@ -116,18 +112,18 @@ def replay_chunk(agent: Agent, recording: Recording, context: int) -> Batch:
 
 def train_step(
     agent: Agent, model: DreamerV3, optimizer: LaProp, batch: Batch
-) -> dict[str, Tensor | float]:
-    """Train once and return what the official agent reports."""
+) -> tuple[dict[str, Tensor | float], dict[str, Tensor]]:
+    """Train once; return what the official agent reports, and the new latents."""
     optimizer.zero_grad()
     before = {name: p.detach().clone() for name, p in official_params(model).items()}
-    out = model.compute_loss(batch)
+    out, replay = split_result(model.compute_loss(batch))
     out["loss"].backward()
     grads = gradients(model)
     optimizer.step()
     model.after_update()
     params = official_params(model)
     updates = {name: p.detach() - before[name] for name, p in params.items()}
-    return {
+    reported = {
         **metrics(agent, out),
         "opt/loss": out["loss"],
         "opt/updates": float(optimizer.state[next(iter(params.values()))]["step"]),
@@ -137,6 +133,7 @@ def train_step(
         "opt/param_rms": root_mean_square(params),
         "opt/param_count": float(sum(p.numel() for p in params.values())),
     }
+    return reported, replay
 
 
 def root_mean_square(tensors: Mapping[str, Tensor]) -> Tensor:

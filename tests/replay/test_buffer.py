@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import worldloom.training
+from worldloom.protocol import ReplayField
 from worldloom.training import ReplayBuffer
 
 
@@ -311,7 +312,7 @@ def test_online_pointer_moves_on_when_the_ring_overtakes_it():
 
 # ---- latents ------------------------------------------------------------------------------------
 
-LATENTS = {"deter": ((3,), torch.float16), "stoch": ((2, 2), torch.uint8)}
+LATENTS = {"deter": ReplayField((3,), torch.float16), "stoch": ReplayField((2, 2), torch.uint8)}
 
 
 def latent_rows(rows: np.ndarray) -> dict[str, torch.Tensor]:
@@ -320,7 +321,7 @@ def latent_rows(rows: np.ndarray) -> dict[str, torch.Tensor]:
 
 
 def test_context_is_row_zero_and_written_latents_come_back():
-    buffer = ReplayBuffer(40, num_envs=2, latents=LATENTS)
+    buffer = ReplayBuffer(40, num_envs=2, fields=LATENTS)
     zero, no = np.zeros(2), np.zeros(2, bool)
     for t in range(10):
         state = latent_rows(np.full(2, t)) if t else None
@@ -338,7 +339,7 @@ def test_context_is_row_zero_and_written_latents_come_back():
 
     first = batch["index"][:1]
     rows = first[:, 1:].numpy() + np.arange(1, 5)
-    buffer.write_latents(first, latent_rows(rows + 100))
+    buffer.write_fields(first, latent_rows(rows + 100), 5)
     every = buffer.sample(2000, 1)
     env, row = every["index"].T
     touched = (env == first[0, 0]) & (row > first[0, 1]) & (row <= first[0, 1] + 4)
@@ -346,11 +347,11 @@ def test_context_is_row_zero_and_written_latents_come_back():
 
 
 def test_latents_of_overwritten_rows_are_not_written():
-    buffer = ReplayBuffer(8, latents=LATENTS)
+    buffer = ReplayBuffer(8, fields=LATENTS)
     buffer.add_episode(**episode(7))
     index = buffer.sample(1, 8)["index"]
     buffer.add_episode(**episode(4))  # rows 8 to 12 overwrite rows 0 to 4
-    buffer.write_latents(index, latent_rows(np.arange(1, 8)[None]))
+    buffer.write_fields(index, latent_rows(np.arange(1, 8)[None]), 8)
     batch = buffer.sample(500, 1)
     row = batch["index"][:, 1]
     assert torch.equal(batch["context"]["deter"][:, 0], torch.where(row < 8, row, 0).float())
@@ -369,7 +370,7 @@ def through_file(state: dict) -> dict:
 @pytest.mark.parametrize("steps", [9, 50])
 def test_loaded_buffer_continues_identically(steps):
     def make(seed):
-        return ReplayBuffer(60, num_envs=3, online=True, latents=LATENTS, seed=seed)
+        return ReplayBuffer(60, num_envs=3, online=True, fields=LATENTS, seed=seed)
 
     buffer, other = make(0), make(1)
     recorder = Recorder(buffer, end=0.1)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from worldloom.protocol import ReplayField
 from worldloom.training import ReplayBuffer, capacity
 
 
@@ -66,12 +67,12 @@ def test_limit_of_a_container(monkeypatch, tmp_path, files, left):
 
 # 8 bytes of an action, 4 of a reward, 3 flags and 8 for the episode: small. Images are large.
 SMALL, IMAGE, DETER = 23, 3 * 16 * 16, 600
-LATENTS = {"deter": ((300,), torch.float16)}
+LATENTS = {"deter": ReplayField((300,), torch.float16)}
 
 
 def replay(tmp_path, capacity, storage="memmap", **options):
     return ReplayBuffer(
-        capacity, (3, 16, 16), 2, latents=LATENTS, storage=storage, folder=tmp_path, **options
+        capacity, (3, 16, 16), 2, fields=LATENTS, storage=storage, folder=tmp_path, **options
     )
 
 

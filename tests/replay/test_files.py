@@ -14,17 +14,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from worldloom.protocol import ReplayField
 from worldloom.replay.store import Scratch
 from worldloom.training import ReplayBuffer, chunks
 
 # Image and deter are large, so they leave memory where storage is "memmap"; the others are not.
 SHAPES = {"image": (3, 16, 16), "joints": (3,)}
-LATENTS = {"deter": ((300,), torch.float16), "stoch": ((4, 4), torch.uint8)}
+LATENTS = {"deter": ReplayField((300,), torch.float16), "stoch": ReplayField((4, 4), torch.uint8)}
 ROWS = 42  # of a ring: blocks of 10 rows, which do not divide it
 
 
 def make(folder=None, storage="ram", num_envs=2, **options) -> ReplayBuffer:
-    options = {"latents": LATENTS, "online": True, "seed": 1} | options
+    options = {"fields": LATENTS, "online": True, "seed": 1} | options
     return ReplayBuffer(
         ROWS * num_envs, SHAPES, 2, num_envs=num_envs, storage=storage, folder=folder, **options
     )
@@ -57,7 +58,7 @@ def add(buffers, rng, count=1, episodes=0.15) -> None:
         first = before | (buffers[0]._store.written == 0)
         no = np.zeros(envs, bool)
         last = ~first & (rng.random(envs) < episodes)
-        given_ = rows(rng, (envs,)) | {"latents": latents(rng, (envs,))}
+        given_ = rows(rng, (envs,)) | {"fields": latents(rng, (envs,))}
         for buffer in buffers:
             buffer.add(**given_, is_first=first, is_last=last, is_terminal=no)
 
@@ -165,7 +166,7 @@ def test_files_memory_and_every_resume_give_the_same_batches(
         elif what == "latents":
             new = latents(rng, (8, 3))
             for buffer in pair:
-                buffer.write_latents(batch["index"], new)
+                buffer.write_fields(batch["index"], new, 4)
         elif what == "state":
             # A copy, as the checkpoint is that goes to the thread which writes it.
             taken = copy.deepcopy(pair[0]), copy.deepcopy(pair[1].state_dict())
@@ -214,7 +215,7 @@ def test_a_state_is_the_moment_it_was_made_whatever_happens_while_it_is_written(
         for _ in range(30):
             new = latents(rng, (8, 3))
             for buffer in pair:
-                buffer.write_latents(batch["index"], new)
+                buffer.write_fields(batch["index"], new, 4)
             batch = draw(pair)
             add(pair, rng, 1)
         writer.join()
@@ -238,7 +239,7 @@ def test_rows_are_written_once_and_only_latents_that_changed_again(tmp_path):
     }
     assert [len(x) for x in first["tails"][0].values()] == [5] * 10
     times = {name: os.stat(tmp_path / name).st_mtime_ns for name in names(tmp_path)}
-    buffer.write_latents(torch.tensor([[0, 11]]), latents(rng, (1, 3)))  # rows 12 to 14
+    buffer.write_fields(torch.tensor([[0, 11]]), latents(rng, (1, 3)), 4)  # rows 12 to 14
     add([buffer], rng, 6)
     second = save(buffer)
     new = set(second["files"]) - set(first["files"])
@@ -427,7 +428,7 @@ def test_a_full_disk_loses_nothing_and_is_tried_again(tmp_path, storage, monkeyp
     batch = draw(pair)
     new = latents(rng, (8, 3))
     for buffer in pair:
-        buffer.write_latents(batch["index"], new)
+        buffer.write_fields(batch["index"], new, 4)
     disk.full = False
     after = save(pair[1])
     assert "the replay can write to" in caplog.text
@@ -491,7 +492,7 @@ def test_a_sealed_replay_saves_latents_only(tmp_path, storage):
         batch = draw([twin, buffer])
         new = latents(np.random.default_rng(1), (8, 3))
         for each in (twin, buffer):
-            each.write_latents(batch["index"], new)
+            each.write_fields(batch["index"], new, 4)
     state = save(buffer)
     assert all("latents" in name for name in state["files"]) and len(state["files"]) == 3
     assert set(state["tails"][0]) == {"latents['deter']", "latents['stoch']"}
@@ -558,11 +559,11 @@ def test_messages_about_storage(tmp_path):
         r"saved replay has latents\['deter'\] float16\(300,\) but this one float16\(200,\); resume "
         r"without changing the sizes of the model .*, or start a new run"
     )
-    other = LATENTS | {"deter": ((200,), torch.float16)}
+    other = LATENTS | {"deter": ReplayField((200,), torch.float16)}
     with pytest.raises(ValueError, match=message):
-        make(tmp_path, latents=other).load_state_dict(state)
+        make(tmp_path, fields=other).load_state_dict(state)
     with pytest.raises(ValueError, match=r"has latents\['stoch'\] uint8\(4, 4\) but this one none"):
-        make(tmp_path, latents={"deter": LATENTS["deter"]}).load_state_dict(state)
+        make(tmp_path, fields={"deter": LATENTS["deter"]}).load_state_dict(state)
 
 
 def test_a_file_cut_off_under_the_run_is_an_error_and_no_crash(tmp_path):

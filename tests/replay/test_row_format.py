@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from worldloom.protocol import ReplayField
 from worldloom.replay.row_format import RowFormat
 from worldloom.training import ReplayBuffer
 
-LATENTS = {"deter": ((3,), torch.float16), "stoch": ((2, 2), torch.uint8)}
+LATENTS = {"deter": ReplayField((3,), torch.float16), "stoch": ReplayField((2, 2), torch.uint8)}
 
 
 def episode(steps: int) -> dict:
@@ -63,11 +64,11 @@ def test_bad_episodes_are_refused_and_leave_no_trace(change, message):
         ({"actions": np.array([1, 0])}, ValueError, "one-hot rows are stored"),
         ({"is_first": [True, False]}, ValueError, "env 1 begins without is_first; set it in the"),
         ({"is_terminal": [False, True]}, ValueError, "env 1 is_terminal but not is_last"),
-        ({"latents": {}}, ValueError, r"latents are \[\] but .* keep \['deter', 'stoch'\]"),
+        ({"fields": {}}, ValueError, r"fields are \[\] but .* stores \['deter', 'stoch'\]"),
     ],
 )
 def test_bad_rows_are_refused_and_leave_no_trace(change, error, message):
-    buffer = ReplayBuffer(100, {"image": (3, 4, 4), "vector": (4,)}, num_envs=2, latents=LATENTS)
+    buffer = ReplayBuffer(100, {"image": (3, 4, 4), "vector": (4,)}, num_envs=2, fields=LATENTS)
     obs = {"image": np.zeros((2, 3, 4, 4), np.uint8), "vector": np.zeros((2, 4))}
     obs |= {key: change.pop(key) for key in list(change) if key in obs}
     row = {"obs": obs, "actions": np.full((2, 2), 7.0), "rewards": np.zeros(2)}
@@ -95,14 +96,19 @@ def test_fields_and_dtypes_of_a_row():
 
 
 def test_bfloat16_latents_are_taken():
-    rows = RowFormat((4,), 2, {"deter": ((3,), torch.float16)}, None)
+    rows = RowFormat((4,), 2, {"deter": ReplayField((3,), torch.float16)}, None)
     given = {"deter": torch.tensor([[1.0, 0.5, -2.0]], dtype=torch.bfloat16)}
     (stored,) = rows.convert_latents(given, (1,)).values()
     assert (stored.dtype, stored.tolist()) == (np.float16, [[1, 0.5, -2]])
 
 
 def test_latents_are_rounded_to_the_nearest_that_can_be_stored():
-    rows = RowFormat((4,), 2, {"deter": ((4,), torch.float16), "stoch": ((4,), torch.uint8)}, None)
+    rows = RowFormat(
+        (4,),
+        2,
+        {"deter": ReplayField((4,), torch.float16), "stoch": ReplayField((4,), torch.uint8)},
+        None,
+    )
     # Halves have eleven bits: 2049 lies between 2048 and 2050, and a tie goes to the even one.
     given = {
         "deter": torch.tensor([[2049.0, 2051.0, 1 + 2**-10, 1e-8]]),

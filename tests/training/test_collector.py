@@ -13,7 +13,7 @@ import worldloom.envs.suites.catch  # noqa: F401  (registers worldloom/Catch-v0)
 from worldloom.acting import Actor
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.vector import make_vector_env
-from worldloom.protocol import LatentState
+from worldloom.protocol import LatentState, ReplayField
 from worldloom.training.collector import Collector
 
 # No process can import this file by its name.
@@ -60,11 +60,11 @@ class Recorder:
     def __init__(self):
         self.rows, self.latents = [], []
 
-    def add(self, obs, actions, rewards, is_first, is_last, is_terminal, latents=None):
+    def add(self, obs, actions, rewards, is_first, is_last, is_terminal, fields=None):
         self.rows.append(
             [np.copy(x) for x in (obs, actions, rewards, is_first, is_last, is_terminal)]
         )
-        self.latents.append(latents)
+        self.latents.append(fields)
 
     def column(self, name):
         """All rows of a field, [rows, N, ...]."""
@@ -95,9 +95,9 @@ class Model(nn.Module):
 class Remembering(Model):
     def __init__(self):
         super().__init__()
-        self.latents = {"count": ((1,), torch.float32), "action": ((1,), torch.float32)}
+        self.replay_fields = {"count": ReplayField((1,)), "action": ReplayField((1,))}
 
-    def latents_of(self, state):
+    def replay_values(self, state):
         return {"count": state.deterministic + 0 * self.weight, "action": state.extras["action"]}
 
 
@@ -370,7 +370,7 @@ def test_a_loaded_collector_goes_on_as_if_nothing_had_happened(case):
 
 
 def test_rows_that_could_not_be_added_are_seen_once_after_loading(monkeypatch):
-    def full(*row, latents):
+    def full(*row, fields):
         raise OSError("no space left")
 
     collector, copy = run(lottery(2), 7), lottery(2)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from worldloom.protocol import ReplayField
 from worldloom.training import ReplayBuffer, ReplayDataModule
 
-LATENTS = {"deter": ((1,), torch.float32)}
+LATENTS = {"deter": ReplayField((1,))}
 
 
 class FakeCollector:
@@ -30,7 +31,7 @@ class FakeCollector:
         obs = torch.tensor([[env, self.ticks // 10, step, self.ticks] for env in range(envs)])
         actions = torch.rand(envs, 2, generator=self.generator)
         flag = [torch.full((envs,), step == s) for s in (0, self.length, self.length)]
-        latents = {"deter": obs[:, 3:]} if self.buffer.keeps_latents else None
+        latents = {"deter": obs[:, 3:]} if self.buffer.context_rows else None
         self.buffer.add(obs.float(), actions, actions[:, 0], *flag, latents)
         self.ticks += 1
         self.env_steps += envs * (step > 0)
@@ -48,16 +49,16 @@ class FakeCollector:
 
 
 def online(num_envs=2, latents=None, length=9, seed=0, capacity=4000, queue=True, **changes):
-    buffer = ReplayBuffer(capacity, num_envs=num_envs, latents=latents, online=queue, seed=seed)
+    buffer = ReplayBuffer(capacity, num_envs=num_envs, fields=latents, online=queue, seed=seed)
     settings = {"batch_size": 4, "sequence_length": 6, "train_ratio": 8.0, "total_steps": 300}
     return ReplayDataModule(buffer, FakeCollector(buffer, length=length), **(settings | changes))
 
 
-def pretend_to_train(batch: dict) -> None:
-    """Leave latents as a model that keeps them does: here they depend on the context."""
+def pretend_to_train(data: ReplayDataModule, batch: dict) -> None:
+    """Return latents as a model with replay fields does: here they depend on the context."""
     rows = batch["rewards"].shape[1]
     new = batch["context"]["deter"] * 0.5 + batch["rewards"].mean()
-    batch["latents"] = {"deter": new[:, None].repeat(1, rows - 1, 1)}
+    data.store_fields(batch, {"deter": new[:, None].repeat(1, rows - 1, 1)})
 
 
 def through_file(state: dict) -> dict:
@@ -147,8 +148,7 @@ def test_latents_of_the_batch_that_was_moved_come_back():
     torch.testing.assert_close(batch["context"]["deter"], batch["obs"][:, 0, 3:])
     moved = data.transfer_batch_to_device(batch, torch.device("cpu"), 0)
     assert moved is not batch and moved["context"] is not batch["context"]
-    data.transfer_batch_to_device({"obs": torch.zeros(1)}, torch.device("cpu"), 0)  # validation
-    moved["latents"] = {"deter": torch.full((4, 6, 1), -1.0)}
+    data.store_fields(moved, {"deter": torch.full((4, 6, 1), -1.0)})
     written = {(env, row + t) for env, row in moved["index"].tolist() for t in range(1, 7)}
     next(stream)
     seen = data.buffer.sample(3000, 1)
@@ -159,7 +159,7 @@ def test_latents_of_the_batch_that_was_moved_come_back():
 def test_latents_come_back_without_a_trainer():
     data = online(latents=LATENTS)
     stream = iter(data.train_dataloader())
-    next(stream)["latents"] = {"deter": torch.full((4, 6, 1), -1.0)}
+    data.store_fields(next(stream), {"deter": torch.full((4, 6, 1), -1.0)})
     next(stream)
     assert data.buffer.sample(500, 1)["context"]["deter"].min() == -1
 
@@ -193,7 +193,7 @@ def test_overlapped_collecting_happens_while_a_batch_is_held_and_not_else():
     collector = data.collector
     for _ in data.train_dataloader():
         collector.held.set()
-        data.settle()  # what a callback calls that looks at the replay
+        data.update_replay()  # what a callback calls that looks at the replay
         collector.held.clear()
         if data.env_steps >= data.total_steps:
             collector.held.set()
@@ -225,7 +225,7 @@ def test_a_checkpoint_waits_for_what_is_being_collected():
     data = overlapped()
     stream = iter(data.train_dataloader())
     next(stream)
-    data.settle()
+    data.update_replay()
     data.collector.held.clear()
     next(stream)  # collecting for the third batch now waits
     threading.Timer(0.2, data.collector.held.set).start()
@@ -250,7 +250,7 @@ def test_resume_equals_uninterrupted(latents, stop_after):
         seen = []
         for batch in data.train_dataloader():
             if latents:
-                pretend_to_train(batch)
+                pretend_to_train(data, batch)
             seen.append(copy.deepcopy(batch) | {"env_steps": data.env_steps})
             if len(seen) == stop:
                 break
@@ -311,7 +311,7 @@ class Module(lightning.LightningModule):
 
     def training_step(self, batch: dict) -> torch.Tensor:
         self.drawn.append(self.trainer.datamodule.updates)
-        pretend_to_train(batch)
+        pretend_to_train(self.trainer.datamodule, batch)
         return (self.weight - batch["rewards"].mean() - batch["context"]["deter"].mean()) ** 2
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -5,6 +5,7 @@ import torch
 from lightning import Callback, Trainer
 from torch import nn
 
+from worldloom.protocol import ReplayField
 from worldloom.training import ReplayBuffer, ReplayDataModule, WorldModelModule
 from worldloom.training.module import Metrics
 
@@ -31,8 +32,8 @@ class Line(nn.Module):
         self.slow.lerp_(self.weight.detach(), 0.5)
 
 
-def data_module(updates, latents=None):
-    buffer = ReplayBuffer(200, (2,), 1, latents=latents)
+def data_module(updates, fields=None):
+    buffer = ReplayBuffer(200, (2,), 1, fields=fields)
     for seed in range(2):
         rng = torch.Generator().manual_seed(seed)
         obs, rewards = torch.randn(21, 2, generator=rng), torch.randn(20, generator=rng)
@@ -145,10 +146,9 @@ def test_latents_come_back_with_the_batch():
     class Remembering(Line):
         def compute_loss(self, batch):
             assert set(batch["context"]) == {"code"}
-            batch["latents"] = {"code": batch["obs"][:, 1:, :1]}
-            return super().compute_loss(batch)
+            return super().compute_loss(batch) | {"replay": {"code": batch["obs"][:, 1:, :1]}}
 
-    data = data_module(30, latents={"code": ((1,), torch.float32)})
+    data = data_module(30, fields={"code": ReplayField((1,))})
     trainer_of().fit(module_of(Remembering()), data)
     batch = data.buffer.sample(100, 2)
     known = batch["context"]["code"] != 0  # rows that were trained on

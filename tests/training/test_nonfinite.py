@@ -48,10 +48,9 @@ class Toy(nn.Module):
     def compute_loss(self, batch):
         error = self.weight.sum() - batch["rewards"][:, 1:].mean()
         self.scale.lerp_(batch["rewards"].abs().mean(), 0.1)
-        if "context" in batch:
-            batch["latents"] = {"code": batch["rewards"][:, 1:, None]}
+        replay = {"replay": {"code": batch["rewards"][:, 1:, None]}} if "context" in batch else {}
         fit = (error / self.scale).square()
-        return {"loss": fit + self.weight.square().sum(), "fit_loss": fit.detach()}
+        return {"loss": fit + self.weight.square().sum(), "fit_loss": fit.detach(), **replay}
 
     def after_update(self):
         self.slow.lerp_(self.weight.detach(), 0.5)
@@ -69,7 +68,7 @@ class Spoil(Callback):
 
 
 def data_for(model, updates):
-    buffer = ReplayBuffer(200, (4,), 2, latents=getattr(model, "latents", None))
+    buffer = ReplayBuffer(200, (4,), 2, fields=getattr(model, "replay_fields", None))
     rng = torch.Generator().manual_seed(0)
     for _ in range(3):
         buffer.add_episode(

@@ -122,7 +122,7 @@ def build_data(
         task.obs.shape,
         task.actions.width,
         num_envs=task.running["num_envs"] if dataset is None else 1,
-        latents=getattr(actor.model, "latents", None),
+        fields=getattr(actor.model, "replay_fields", None),
         online=dataset is None and data["online"],
         seed=plain["seed"],
         storage=data["storage"] if first else "ram",
@@ -131,7 +131,7 @@ def build_data(
     )
     names = ("batch_size", "sequence_length", "total_steps")
     options = {k: training[k] for k in names} | {"across_episodes": data["across_episodes"]}
-    rows = training["sequence_length"] + buffer.keeps_latents
+    rows = training["sequence_length"] + buffer.context_rows
     if dataset is None:
         held = rows_per_stream(capacity, buffer.bytes_per_step, buffer.num_envs)
         if held < rows:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from statistics import linear_regression, median
 from typing import Any
 
-from worldloom.bench.measure import BenchConfig, Trained, random_batch
+from worldloom.bench.measure import BenchConfig, Trained, context_rows, random_batch
 from worldloom.presets import aliases, load_preset, preset_names
 
 STEEP = 1.1  # an exponent above this is more than noise
@@ -103,9 +103,9 @@ def _batches(trained: Trained, config: BenchConfig) -> list[Case]:
 
 
 def _lengths(trained: Trained, config: BenchConfig) -> list[Case]:
-    """Lengthen sequences; one of a model without latents makes a step less than it has rows."""
+    """Lengthen sequences; a model without context makes one step less than there are rows."""
     assert config.length is not None
-    first = 0 if getattr(trained.model, "latents", None) else 1
+    first = 0 if context_rows(getattr(trained.model, "replay_fields", None) or {}) else 1
     sizes = _scaled(config.length - first)
     return [(size, _update(trained, replace(config, length=size + first))) for size in sizes]
 

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
@@ -20,7 +20,7 @@ from worldloom.app.compose import composed
 from worldloom.check.data import RandomData
 from worldloom.factory import create_world_model, import_target
 from worldloom.presets import file_name, load_preset
-from worldloom.protocol import Batch
+from worldloom.protocol import Batch, ReplayField, split_result
 from worldloom.timing import REST, Timer, phase
 
 PARTS = "  "  # in front of the name of a phase that is part of an update
@@ -149,7 +149,7 @@ class Trained:
         """
         with Timer(read or self.clock) as timer:
             with phase("loss"):
-                losses = self.model.compute_loss(batch.copy())  # the model may write into it
+                losses, self.replay_values = split_result(self.model.compute_loss(batch))
             with phase("backward"):
                 losses["loss"].backward()
             with phase("optimizer"):
@@ -211,32 +211,35 @@ def measure(config: BenchConfig, **overrides: Any) -> Measurement:
 
 def random_batch(model: Any, config: BenchConfig) -> Batch:
     """Draw B sequences from the middle of episodes, with a row of context if the model uses it."""
-    latents = getattr(model, "latents", None) or {}
+    fields = getattr(model, "replay_fields", None) or {}
     assert config.batch is not None and config.length is not None
-    lead = (config.batch, config.length + bool(latents))
+    lead = (config.batch, config.length + context_rows(fields))
     data = RandomData.for_model(model, *config.spaces, *lead)
     rewards = torch.randn(lead, device=data.device)
     no = torch.zeros_like(rewards, dtype=torch.bool)
     batch = Batch(obs=data.obs(*lead), actions=data.actions(*lead), rewards=rewards)
     batch |= Batch(is_first=no, is_last=no, is_terminal=no)
-    if latents:
-        batch["context"] = {k: rewards.new_zeros(len(no), *s) for k, (s, _) in latents.items()}
-    return batch
+    return batch | data.replay_inputs(fields, *lead)
+
+
+def context_rows(fields: Mapping[str, ReplayField]) -> int:
+    """Return how many rows are sampled in front of a sequence for a model with these fields."""
+    return int(any(not field.every_row for field in fields.values()))
 
 
 def timed_samples(trained: Trained, config: BenchConfig) -> list[float]:
     """Draw batches from a replay of random rows, ten times as many as are drawn at once.
 
-    Where the model keeps latents, they are written back.
+    The values that the last update returned for the replay are written back.
     """
     from worldloom.replay.buffer import ReplayBuffer, to_device
 
     assert config.batch is not None and config.length is not None
-    latents = getattr(trained.model, "latents", None)
+    fields = getattr(trained.model, "replay_fields", None) or {}
     data = RandomData.for_model(trained.model, *config.spaces, 1, 1)
-    width, rows = data.actions(1).shape[-1], config.length + bool(latents)
+    width, rows = data.actions(1).shape[-1], config.length + context_rows(fields)
     steps = 10 * config.batch * rows
-    buffer = ReplayBuffer(steps + 1, data.obs_shape, width, latents=latents)
+    buffer = ReplayBuffer(steps + 1, data.obs_shape, width, fields=fields)
     obs, actions = data.obs(steps + 1), data.actions(steps).cpu()
     assert isinstance(obs, Tensor)
     buffer.add_episode(
@@ -246,12 +249,8 @@ def timed_samples(trained: Trained, config: BenchConfig) -> list[float]:
     for _ in range(config.repeats + 1):
         start = trained.clock()
         batch = to_device(buffer.sample(config.batch, rows), trained.device)
-        if latents:
-            written = {
-                k: v.new_zeros(config.batch, rows - 1, *v.shape[1:])
-                for k, v in batch["context"].items()
-            }
-            buffer.write_latents(batch["index"], written)
+        if trained.replay_values:
+            buffer.write_fields(batch["index"], trained.replay_values, rows)
         seconds.append(trained.clock() - start)
     return seconds[1:]  # the first one allocates
 

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from worldloom.protocol import Batch, Obs
+from worldloom.protocol import Batch, Obs, ReplayField
 
 Shape = tuple[int, ...]
 
@@ -82,6 +82,20 @@ class RandomData:
             is_first=is_first,
             is_last=is_last,
             is_terminal=is_last.clone(),
+        )
+
+    def replay_inputs(self, fields: Mapping[str, ReplayField], rows: int, length: int) -> Batch:
+        """Return zeros for the replay fields of a model as a batch [rows, length] has them."""
+        context = {k: (rows, *f.shape) for k, f in fields.items() if not f.every_row}
+        stored = {k: (rows, length, *f.shape) for k, f in fields.items() if f.every_row}
+        groups = {"context": context, "stored": stored}
+        return cast(
+            Batch,
+            {
+                name: {k: torch.zeros(shape, device=self.device) for k, shape in shapes.items()}
+                for name, shapes in groups.items()
+                if shapes
+            },
         )
 
     @contextmanager

@@ -20,8 +20,9 @@ SIGNATURES: dict[str, tuple[tuple[str, ...], str]] = {
     "compute_loss": (("batch",), "dict"),
     "policy": (("state", "deterministic"), "Tensor"),
     "after_update": ((), "None"),
+    "replay_values": (("state",), "dict"),
 }
-OPTIONAL = ("policy", "after_update")
+OPTIONAL = ("policy", "after_update", "replay_values")
 KEEP_BATCH_FIRST = "keep the batch axis (after time, where there is one) and every other in place"
 
 
@@ -68,8 +69,7 @@ class Report:
     def call(self, method: str, *args: Any, **options: Any) -> Any:
         """Call a method, always under the same torch seed, and return its result.
 
-        Reports an exception, and then returns None; and whatever was altered in its arguments, but
-        for "latents", which `compute_loss` may add to its batch.
+        Reports an exception, and then returns None; and whatever was altered in its arguments.
         """
         inputs = dict(zip(SIGNATURES[method][0], args, strict=False))
         kept = clone(inputs)
@@ -84,7 +84,6 @@ class Report:
             self.add(method, got, f"{signature(method)} for {given}", "make it take these")
             return None
         altered = differing(kept, inputs, identical)
-        altered = [name for name in altered if not name.startswith("batch.latents")]
         if altered:
             fix = "work on a copy: x = x + 1 rather than x += 1"
             self.add(method, f"changed its input {some(altered)}", "inputs left alone", fix)

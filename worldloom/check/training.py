@@ -1,4 +1,4 @@
-"""What training uses: the loss, its gradients and what it leaves in the batch."""
+"""Checks of what training uses: the loss, its gradients and the values for the replay."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from worldloom.check.report import Report
 from worldloom.check.saving import copy_of_tensors, restore
 from worldloom.check.trees import clone, differing, identical, layout, some
+from worldloom.protocol import ReplayField, split_result
 
 
 def check_training(report: Report) -> None:
@@ -25,7 +26,7 @@ def check_training(report: Report) -> None:
     # The moving statistics that a loss may keep in buffers must not look like randomness.
     restore(model, begin)
     _repeatable(report, losses, report.call("compute_loss", clone(batch)))
-    _latents(report)
+    _replay_fields(report)
     if hasattr(model, "after_update"):
         report.call("after_update")
     model.eval()
@@ -41,7 +42,7 @@ def _losses(report: Report, where: str, losses: Any) -> dict[str, Tensor] | None
         fix = 'return {"loss": total, ...} with every term by its name'
         report.add(where, f"returned {got}", 'a dict with "loss"', fix)
         return None
-    before = len(report.problems)
+    before, losses = len(report.problems), split_result(losses)[0]
     for name, value in losses.items():
         # A statistic may be an integer, or undefined in some batch; the loss may not.
         strict = name == "loss"
@@ -89,25 +90,33 @@ def _repeatable(report: Report, losses: dict[str, Tensor], again: Any) -> None:
         report.add("compute_loss", got, "the same values for the same batch", fix)
 
 
-def _latents(report: Report) -> None:
-    """Check what a model that keeps latents in the replay writes into its batch."""
-    latents = getattr(report.model, "latents", None) or {}
-    data, batch = report.data, report.data.batch()
-    if not latents:
+def _replay_fields(report: Report) -> None:
+    """Check what a model with replay fields provides for rows, and returns for them."""
+    model, data = report.model, report.data
+    fields: dict[str, ReplayField] = getattr(model, "replay_fields", None) or {}
+    if not fields:
         return
-    batch["context"] = {
-        name: torch.zeros(data.rows, *shape, dtype=dtype, device=data.device)
-        for name, (shape, dtype) in latents.items()
-    }
-    if report.call("compute_loss", batch) is None:
+    with torch.no_grad():
+        state = report.call("encode", data.obs(data.rows))
+    if state is not None and (values := report.call("replay_values", state)) is not None:
+        for name, field in fields.items():
+            _field(report, "replay_values", name, values.get(name), (data.rows, *field.shape))
+    batch = data.batch()
+    batch |= data.replay_inputs(fields, data.rows, data.length)
+    if (result := report.call("compute_loss", batch)) is None:
         return
-    written = batch.get("latents", {})
-    for name, (shape, _) in latents.items():  # the replay converts them to its own dtype
-        report.tensor(
-            "compute_loss",
-            f'batch["latents"]["{name}"]',
-            written.get(name),
-            (data.rows, data.length - 1, *shape),
-            floating=False,
-            fix="write the latents of rows 1 to T - 1, or leave the name out of model.latents",
-        )
+    for name, value in split_result(result)[1].items():
+        if name not in fields:
+            expected = f"names of model.replay_fields: {sorted(fields)}"
+            report.add("compute_loss", f'"replay" has {name!r}', expected, "declare it there")
+            continue
+        most = data.length - (not fields[name].every_row)  # row 0 is the context
+        rows = value.shape[1] if isinstance(value, Tensor) and value.ndim > 1 else most
+        shape = (data.rows, min(max(rows, 1), most), *fields[name].shape)
+        _field(report, "compute_loss", f'result["replay"]["{name}"]', value, shape)
+
+
+def _field(report: Report, where: str, name: str, value: Any, shape: tuple[int, ...]) -> None:
+    fix = "return a value for each of these rows, of the shape in model.replay_fields"
+    # The replay converts values to the dtype of the field.
+    report.tensor(where, name, value, shape, floating=False, fix=fix)

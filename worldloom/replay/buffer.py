@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from worldloom.errors import require_positive
-from worldloom.protocol import Batch, Obs
+from worldloom.protocol import Batch, Obs, ReplayField
 from worldloom.replay.archive import Archive, require_kind
 from worldloom.replay.capacity import fitting_rows, resources, rows_per_stream
 from worldloom.replay.chunks import ChunkFolder, rows_per_file
@@ -42,7 +42,7 @@ class ReplayBuffer:
     obs_shape: shape of one observation, or a dict of shapes for dict observations.
     action_dim: width of the action vector (for discrete actions, which are one-hot, their number).
     num_envs: number of streams; each gets an equal share of the capacity.
-    latents: {name: (shape, torch dtype)} that the model wants remembered with every row.
+    fields: {name: ReplayField} that are stored with every row for the model.
     obs_dtypes: a numpy dtype (or a dict of them) to store observations in, where uint8 for three
         dimensions (images, channels first) and float32 for all others is not what is wanted.
     online: serve each fresh stretch of T rows once before sampling uniformly, as DreamerV3 does.
@@ -64,7 +64,7 @@ class ReplayBuffer:
         action_dim: int = 2,
         *,
         num_envs: int = 1,
-        latents: Mapping[str, tuple[tuple[int, ...], torch.dtype]] | None = None,
+        fields: Mapping[str, ReplayField] | None = None,
         obs_dtypes: Any = None,
         online: bool = False,
         seed: int = 0,
@@ -75,14 +75,16 @@ class ReplayBuffer:
     ) -> None:
         require_positive(action_dim=action_dim, num_envs=num_envs)
         require_storage(storage, folder)
-        self._format = RowFormat(obs_shape, action_dim, latents or {}, obs_dtypes, num_envs)
+        fields = fields or {}
+        self._format = RowFormat(obs_shape, action_dim, fields, obs_dtypes, num_envs)
         self.num_envs = num_envs
         self.online = online
-        self.keeps_latents = bool(latents)
+        # Rows to sample in front of those that are trained on, for their context.
+        self.context_rows = int(any(not field.every_row for field in fields.values()))
         files = None if folder is None else ChunkFolder(Path(folder))
         mapped = storage == "memmap"
-        fields, names = self._format.fields, list(self._format.latent_names.values())
-        in_memory, on_disk = bytes_needed(fields, names, files is not None, mapped)
+        schema, names = self._format.fields, list(self._format.latent_names.values())
+        in_memory, on_disk = bytes_needed(schema, names, files is not None, mapped)
         rows = rows_per_stream(capacity, self.bytes_per_step, num_envs)
         own = files.size() if files else 0
         place = files.path if files else None
@@ -91,8 +93,8 @@ class ReplayBuffer:
         self.resources = resources(self.capacity, in_memory, on_disk, place, own)
         # What the same run has at every start, however many steps it is given.
         self._nominal = rows if self.rows == used else self.rows
-        block = rows_per_file(fields, names, self._nominal)
-        self._store = RowStorage(fields, names, num_envs, self.rows, block, files, mapped)
+        block = rows_per_file(schema, names, self._nominal)
+        self._store = RowStorage(schema, names, num_envs, self.rows, block, files, mapped)
         self._archive = None if files is None else Archive(self._store, files)
         self._sealed = False
         blocks = None if self._archive is None else self._archive.blocks
@@ -127,12 +129,12 @@ class ReplayBuffer:
         is_first: Array,
         is_last: Array,
         is_terminal: Array,
-        latents: Mapping[str, Array] | None = None,
+        fields: Mapping[str, Array] | None = None,
     ) -> None:
         """Append one row to every stream, laid out as `worldloom.protocol` says.
 
         obs: [E, *obs_shape] or a dict of such arrays; actions: [E, A]; rewards and flags: [E];
-        latents: {name: [E, ...]}, zeros if left out.
+        fields: {name: [E, ...]}, zeros if left out.
 
         Raises:
             ValueError, TypeError: the arrays do not fit; nothing is stored.
@@ -143,8 +145,8 @@ class ReplayBuffer:
         given["actions"], given["rewards"] = actions, rewards
         given["is_first"], given["is_last"], given["is_terminal"] = is_first, is_last, is_terminal
         values = self._format.convert_row(given)
-        if self.keeps_latents or latents is not None:
-            values |= self._format.convert_latents(latents, (self.num_envs,))
+        if self._format.latent_names or fields is not None:
+            values |= self._format.convert_latents(fields, (self.num_envs,))
         values["episode"] = self._episodes(values)
         if self._archive is None:
             self._store.append(values)
@@ -191,15 +193,29 @@ class ReplayBuffer:
         self._store.written = written
         self._added(rows)
 
-    def write_latents(self, index: Tensor, latents: Mapping[str, Array]) -> None:
-        """Replace the latents of rows 1 to T - 1 of sampled sequences.
+    def write_fields(self, index: Tensor, values: Mapping[str, Array], seq_len: int) -> None:
+        """Replace fields of the last rows of sampled sequences.
 
-        index: [B, 2] as sampled; latents: {name: [B, T - 1, ...]}. Rows that were overwritten
-        since are skipped.
+        index: [B, 2] as sampled; values: {name: [B, n, ...]} for the last n rows; seq_len: rows T
+        of the sequences. Fields that are left out keep their values, and rows that have been
+        overwritten since are skipped.
         """
+        sizes = {name: x.shape[1] if x.ndim > 1 else 0 for name, x in values.items()}
+        for rows in sorted(set(sizes.values())):
+            same = {name: x for name, x in values.items() if sizes[name] == rows}
+            if not 0 < rows <= seq_len:
+                raise ValueError(
+                    f"fields {sorted(same)} have shape {tuple(next(iter(same.values())).shape)}; "
+                    f"expected [B, n, ...] for the last n of {seq_len} rows"
+                )
+            self._write_fields(index, same, seq_len - rows, seq_len)
+
+    def _write_fields(
+        self, index: Tensor, given: Mapping[str, Array], first: int, end: int
+    ) -> None:
         env, start = index.cpu().numpy().T
-        row = start[:, None] + np.arange(1, next(iter(latents.values())).shape[1] + 1)
-        values = self._format.convert_latents(latents, row.shape)
+        row = start[:, None] + np.arange(first, end)
+        values = self._format.convert_latents(given, row.shape, partly=True)
         stored = row >= self._store.oldest[env][:, None]
         env = np.broadcast_to(env[:, None], row.shape)
         # As a rule none is overwritten; an index by rows [B, T - 1] then saves a copy of them all.
@@ -223,10 +239,8 @@ class ReplayBuffer:
     ) -> Batch:
         """Draw B sequences of T rows, uniformly over all stored start positions.
 
-        Besides the keys of `Batch` there is "index" [B, 2] int64, stream and number of row 0, and
-        if latents are kept "context" {name: [B, ...] float32}, those of row 0. Sequences may run
-        on into the next episode (see is_first, returned as stored) unless `across_episodes` is
-        false.
+        Sequences may run on into the next episode (see is_first, returned as stored) unless
+        `across_episodes` is false.
         """
         require_positive(batch_size=batch_size, seq_len=seq_len)
         self._require_length(seq_len)
@@ -364,12 +378,26 @@ class ReplayBuffer:
         index = np.empty((len(env), 2), np.int64)
         index[:, 0], index[:, 1] = env, start
         batch["index"] = torch.from_numpy(index)
-        if self.keeps_latents and length:
-            names = self._format.latent_names.items()
-            batch["context"] = {
-                key: self._take(name, env, start, slots[:, :1])[:, 0].float() for key, name in names
-            }
+        if self._format.latent_names and length:
+            batch |= self._take_fields(env, start, slots)
         return batch
+
+    def _take_fields(
+        self, env: np.ndarray, start: np.ndarray, slots: np.ndarray
+    ) -> dict[str, dict[str, Tensor]]:
+        names, every_row = self._format.latent_names, self._format.every_row
+        taken: dict[str, dict[str, Tensor]] = {}
+        if self.context_rows:
+            taken["context"] = {
+                key: self._take(name, env, start, slots[:, :1])[:, 0].float()
+                for key, name in names.items()
+                if key not in every_row
+            }
+        if every_row:
+            taken["stored"] = {
+                key: self._take(names[key], env, start, slots).float() for key in every_row
+            }
+        return taken
 
     def _take(self, name: str, env: np.ndarray, start: np.ndarray, slots: np.ndarray) -> Tensor:
         """Gather rows as `RowStorage.take` does; floats come out as float32."""

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worldloom.protocol import ReplayField
+
 Array = np.ndarray | Tensor
 ArrayObs = Array | Mapping[str, Array]
 Arrays = dict[str, np.ndarray]
@@ -32,14 +34,15 @@ class RowFormat:
 
     fields: {name: (shape, dtype)} of everything in a row, names written as a message shows them.
     obs_names: field of each key of dict observations, or None for a single array.
-    latent_names: field of each latent that is kept.
+    latent_names: field of each array that is stored for the model.
+    every_row: those of which a batch has all rows.
     """
 
     def __init__(
         self,
         obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]],
         action_dim: int,
-        latents: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        latents: Mapping[str, ReplayField],
         obs_dtypes: Any,
         num_envs: int = 1,
     ) -> None:
@@ -52,10 +55,13 @@ class RowFormat:
             **{name: ((), np.dtype(bool)) for name in FLAGS},
             "episode": ((), np.dtype(np.int64)),  # number of the first row of this row's episode
         }
-        self._latent_dtypes = {self.latent_names[key]: dtype for key, (_, dtype) in latents.items()}
-        for name, (shape, dtype) in latents.items():
-            stored_as = torch.empty(0, dtype=dtype).numpy().dtype
-            self.fields[self.latent_names[name]] = (tuple(shape), stored_as)
+        self.every_row = [name for name, field in latents.items() if field.every_row]
+        self._latent_dtypes = {
+            self.latent_names[key]: field.dtype for key, field in latents.items()
+        }
+        for name, field in latents.items():
+            stored_as = torch.empty(0, dtype=field.dtype).numpy().dtype
+            self.fields[self.latent_names[name]] = (tuple(field.shape), stored_as)
         self._lead = (num_envs,)
         self._row = {
             name: ((num_envs, *shape), dtype, dtype.kind == "f")
@@ -115,18 +121,26 @@ class RowFormat:
                 given[name] = self.convert(name, value, self._lead, "env {}")
         return given
 
-    def convert_latents(self, latents: Mapping[str, Array] | None, lead: tuple[int, ...]) -> Arrays:
-        """Convert latents to their fields; None gives zeros, where every episode starts."""
-        if latents is not None and set(latents) != set(self.latent_names):
+    def convert_latents(
+        self, latents: Mapping[str, Array] | None, lead: tuple[int, ...], partly: bool = False
+    ) -> Arrays:
+        """Convert a model's fields to how they are stored; None gives zeros.
+
+        partly: some fields may be missing, and are then missing in the result.
+        """
+        known = set(self.latent_names)
+        if latents is not None and (set(latents) - known if partly else set(latents) != known):
             raise ValueError(
-                f"latents are {sorted(latents)} but this replay was made to keep "
-                f"{sorted(self.latent_names)}; give exactly these"
+                f"fields are {sorted(latents)} but this replay stores {sorted(known)}; give "
+                f"{'only' if partly else 'exactly'} these"
             )
         values = {}
         for key, name in self.latent_names.items():
             shape, dtype = self.fields[name]
             if latents is None:
                 values[name] = np.zeros((*lead, *shape), dtype)
+                continue
+            if key not in latents:
                 continue
             given = latents[key]
             if isinstance(given, Tensor) and dtype.kind == "f":

@@ -85,7 +85,7 @@ class MetricsWriter(Callback):
     def _flush(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, WorldModelModule)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        data.settle()
+        data.update_replay()
         episodes = _drain(data.collector)
         for episode in episodes:
             step = int(episode.pop("env_steps"))
@@ -172,7 +172,7 @@ class Evaluation(Callback):
     def _score(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, WorldModelModule)
         # The random numbers of an evaluation are its own only while nobody else draws any.
-        trainer.datamodule.settle()  # type: ignore[attr-defined]
+        trainer.datamodule.update_replay()  # type: ignore[attr-defined]
         with phase("evaluation"):
             step, scores = x_axis(trainer, module), self.evaluate()
         self._scored = module.updates
@@ -219,7 +219,7 @@ class OpenLoop(Callback):
         from worldloom.training.pictures import open_loop
 
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        data.settle()
+        data.update_replay()
         sequence: Any = data.buffer.newest(self.length, pl_module.device)
         own = [pl_module.device] if pl_module.device.type == "cuda" else []
         with torch.random.fork_rng(devices=own):  # looking must not change what is learned

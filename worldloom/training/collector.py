@@ -28,7 +28,7 @@ class Buffer(Protocol):
         is_first: np.ndarray,
         is_last: np.ndarray,
         is_terminal: np.ndarray,
-        latents: dict[str, Tensor] | None = None,
+        fields: dict[str, Tensor] | None = None,
     ) -> Any:
         """Add one row per environment; every array is [N, ...]."""
         ...
@@ -85,7 +85,7 @@ class Collector:
             rows.is_first,
             rows.is_last,
             rows.is_terminal,
-            latents=self._latents(memory.state),
+            fields=self._replay_values(memory.state),
         )
         self._memory = memory  # not before: a state saved after a failing `add` adds the row again
         self._running = False  # interrupted in a step, the environments start anew
@@ -161,9 +161,9 @@ class Collector:
         return Memory(state, torch.as_tensor(actions, device=device))
 
     @torch.no_grad()
-    def _latents(self, state: LatentState) -> dict[str, Tensor] | None:
+    def _replay_values(self, state: LatentState) -> dict[str, Tensor] | None:
         model: Any = self.actor.model
-        return model.latents_of(state) if getattr(model, "latents", None) else None
+        return model.replay_values(state) if getattr(model, "replay_fields", None) else None
 
 
 def _converted(tree: Any, kind: type, convert: Callable[[Any], Any]) -> Any:

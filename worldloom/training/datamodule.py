@@ -75,8 +75,8 @@ class ReplayDataModule(lightning.LightningDataModule):
     train_ratio: None for one batch per environment step.
     pretrain: count the prefill's steps too, so that it is followed by all the batches it owes.
 
-    sequence_length: rows that are trained on; where the replay keeps latents, one more row is
-        sampled in front of them as context.
+    sequence_length: rows that are trained on; if the replay stores fields of which a batch has
+        only row 0, one more row is sampled in front of them as context.
     across_episodes: whether a sequence may run on into the next episode.
     refresh: None to collect between updates, where a run is bit for bit reproducible. A function
         to collect what the next batch is owed in a thread, while the trainer works on this one;
@@ -119,8 +119,8 @@ class ReplayDataModule(lightning.LightningDataModule):
         self.replayed_steps = 0
         # Environment and replayed steps from which the train ratio counts: the end of prefill.
         self._origin: tuple[int, int] | None = None
-        self._batch: Any = None
-        self._batch_moves = False
+        # New values of the model's fields, with the index and the rows of their batch.
+        self._returned: tuple[torch.Tensor, Mapping[str, torch.Tensor], int] | None = None
         self._check_settings()
 
     def _check_settings(self) -> None:
@@ -158,18 +158,14 @@ class ReplayDataModule(lightning.LightningDataModule):
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
     ) -> Any:
-        """Move a batch, and remember what the model will write its latents into."""
+        """Move a batch; the time counts as part of sampling it."""
         with phase("sample"):
-            moved = to_device(batch, device)
-        if self._batch_moves:  # a validation batch may follow before the next training batch
-            self._batch, self._batch_moves = moved, False
-        return moved
+            return to_device(batch, device)
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters, replay and collector, so that the ratio is exact after a resume."""
-        self.settle()
+        self.update_replay()
         self.written()
-        self._store_latents()
         return {
             "updates": self.updates,
             "replayed_steps": self.replayed_steps,
@@ -209,12 +205,29 @@ class ReplayDataModule(lightning.LightningDataModule):
         """Name the replay's files that a saved state needs and that are damaged or missing."""
         return self.buffer.damaged(state["buffer"])
 
-    def settle(self) -> None:
-        """Wait until nothing is being collected; to be called before looking at the replay."""
-        if self._ahead is not None:
-            ahead, self._ahead = self._ahead, None
-            with phase("collect"):
-                ahead.result()
+    def store_fields(self, batch: Batch, values: Mapping[str, torch.Tensor]) -> None:
+        """Accept what `compute_loss` returned for the replay: new values of the model's fields.
+
+        They wait for `update_replay`, because rows are not written while others are being added.
+        """
+        self._returned = (batch["index"], values, batch["rewards"].shape[1])
+
+    def update_replay(self) -> None:
+        """Wait until nothing is being collected, then write the values of the last batch.
+
+        Called before the next batch is sampled and before a state is saved; callbacks call it
+        before they read the replay or the collector.
+        """
+        try:
+            if self._ahead is not None:
+                ahead, self._ahead = self._ahead, None
+                with phase("collect"):
+                    ahead.result()
+        finally:
+            if self._returned is not None:
+                returned, self._returned = self._returned, None
+                with phase("sample"):
+                    self.buffer.write_fields(*returned)
 
     def close(self) -> None:
         """Close the environments, once nothing steps them any more."""
@@ -255,7 +268,7 @@ class ReplayDataModule(lightning.LightningDataModule):
     @property
     def _rows(self) -> int:
         """Rows of a sampled sequence."""
-        return self.sequence_length + self.buffer.keeps_latents
+        return self.sequence_length + self.buffer.context_rows
 
     @property
     def _start(self) -> int:
@@ -280,29 +293,20 @@ class ReplayDataModule(lightning.LightningDataModule):
         return after <= owed
 
     def _next_batch(self) -> Iterator[Batch]:
-        """Hand out one batch; once the trainer is done with it, store what the model left in it."""
+        """Hand out one batch; once the trainer is done with it, bring the replay up to date."""
         with phase("sample"):
             batch = self.buffer.sample(
                 self.batch_size, self._rows, across_episodes=self.across_episodes
             )
         self.updates += 1
         self.replayed_steps += self.batch_size * self.sequence_length
-        self._batch, self._batch_moves = batch, True
         if self.collector is not None and self.refresh is not None and self._pool is not None:
             with phase("collect"):
                 self.refresh()
             self._ahead = self._pool.submit(self._collect_owed)
         yield batch
-        self.settle()
-        self._store_latents()
-        self._batch = None
+        self.update_replay()
         self.check()
-
-    def _store_latents(self) -> None:
-        # Also before saving: the stream still waits then, with the last batch's latents unwritten.
-        if self._batch is not None and "latents" in self._batch:
-            with phase("sample"):
-                self.buffer.write_latents(self._batch["index"], self._batch["latents"])
 
     def _stop(self) -> None:
         """Tell Lightning that the data has ended for good, not just for this epoch."""

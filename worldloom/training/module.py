@@ -8,6 +8,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
+from worldloom.protocol import split_result
 from worldloom.saving import config_of
 from worldloom.timing import phase
 from worldloom.training.nonfinite import Guard
@@ -48,6 +49,7 @@ class WorldModelModule(LightningModule):
         self.metrics = Metrics()
         self.guard = Guard(model, nonfinite, folder, config)
         self._losses: dict[str, Tensor] = {}
+        self._replay: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         # Read by create_world_model("….ckpt"); plain data, so that loading it runs no code.
         settings = {"model": config_of(model), "run": config or {}}
         self.save_hyperparameters(settings, logger=False)
@@ -56,18 +58,16 @@ class WorldModelModule(LightningModule):
         """Compute the loss of one batch."""
         with phase("check"):
             self.guard.begin(batch)
-        losses: dict[str, Tensor]
         try:
             with phase("loss"):
-                losses = self.model.compute_loss(batch)  # type: ignore[operator]
+                result = self.model.compute_loss(batch)  # type: ignore[operator]
         except Exception as error:
             self.guard.raised(error, self.updates + 1, str(self.trainer.precision))
             return {"loss": torch.zeros((), requires_grad=True)}  # skipped: nothing to learn from
+        losses, replay = split_result(result)
         self._losses = {name: value.detach() for name, value in losses.items()}
-        out: dict[str, Any] = {"loss": losses["loss"]}
-        if "latents" in batch:
-            out["latents"] = batch["latents"]
-        return out
+        self._replay = (batch, replay) if replay and "index" in batch else None
+        return {"loss": losses["loss"]}
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute the gradients."""
@@ -80,7 +80,7 @@ class WorldModelModule(LightningModule):
             self.guard.anomaly = str(error)  # from trainer=debug; what follows is the same
 
     def on_after_backward(self) -> None:
-        """Look at the loss and the gradients; keep them for the next flush if they are good."""
+        """Check the loss and the gradients; if they are finite, count and store the results."""
         if self.guard.refused:
             return
         with phase("check"):
@@ -92,6 +92,9 @@ class WorldModelModule(LightningModule):
                 self.metrics.add(self._losses)
                 if (self.updates + 1) % self.log_every == 0:
                     self.metrics.once["grad_norm"] = torch.nn.utils.get_total_norm(grads).detach()
+                if self._replay is not None:
+                    self.trainer.datamodule.store_fields(*self._replay)  # type: ignore[attr-defined]
+            self._replay = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute; Lightning's note of the hook it is in goes past torch's slow way.
@@ -116,12 +119,6 @@ class WorldModelModule(LightningModule):
                 self.model.after_update()  # type: ignore[operator]
         if self.guard.skipped:
             self.metrics.once["skipped"] = torch.tensor(float(self.guard.skipped))
-
-    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
-        """Hand the batch its new latents back."""
-        # Under DDP the model saw a copy of the batch; the replay looks at this one.
-        if isinstance(outputs, dict) and "latents" in outputs and not self.guard.refused:
-            batch["latents"] = outputs["latents"]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Build the optimiser."""

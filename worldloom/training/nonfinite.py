@@ -1,7 +1,7 @@
 """Numbers that are not finite: found before a weight is touched, saved to be looked at, skipped.
 
 An update that is refused changes nothing: no weight, no state of the optimiser, no running scale of
-the model, no latent of the replay.
+the model, no field of the replay.
 """
 
 import logging
@@ -31,12 +31,10 @@ NAMED = 5  # terms or parameters in a message
 class Start:
     """What `compute_loss` began with: enough to take it back, and to do it again elsewhere.
 
-    batch: the dict that the model gets. given: what was in it then (the tensors are not copied: a
-        model adds to a batch, but does not change it).
+    batch: what the model gets; not copied, because a model does not change it.
     """
 
     batch: dict[str, Any]
-    given: dict[str, Any]
     buffers: dict[str, Tensor]
     random: dict[str, Any]
 
@@ -44,10 +42,10 @@ class Start:
     def of(cls, buffers: Mapping[str, Tensor], batch: dict[str, Any]) -> "Start":
         """Remember it; a model's buffers, running scales and the like, are copied."""
         copies = {name: buffer.detach().clone() for name, buffer in buffers.items()}
-        return cls(batch, _shallow(batch), copies, random_state())
+        return cls(batch, copies, random_state())
 
     def take_back(self, model: nn.Module) -> None:
-        """Drop the gradients, put the buffers back, and take new latents out of the batch.
+        """Drop the gradients and put the buffers back.
 
         An optimiser leaves parameters without a gradient alone, with all it knows of them.
         """
@@ -56,8 +54,6 @@ class Start:
             for name, buffer in model.named_buffers():
                 if name in self.buffers:  # else it was made by this very update
                     buffer.copy_(self.buffers[name])
-        self.batch.clear()
-        self.batch.update(self.given)
 
 
 class Guard:
@@ -210,7 +206,7 @@ class Guard:
 
     def _bad_fields(self) -> list[str]:
         assert self._start is not None
-        fields = tensors_in(self._start.given)
+        fields = tensors_in(self._start.batch)
         return [name for name, value in fields.items() if not torch.isfinite(value).all()]
 
     def _bad_weights(self) -> list[str]:
@@ -250,7 +246,7 @@ class Guard:
             "nonfinite": {
                 "what": what,
                 "update": update,
-                "batch": _to_cpu(self._start.given),
+                "batch": _to_cpu(self._start.batch),
                 "random": self._start.random,
                 "losses": {name: float(value) for name, value in losses.items()},
                 "precision": precision,
@@ -306,10 +302,6 @@ def tensors_in(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]
         elif isinstance(value, Tensor):
             found[f"{prefix}{key}"] = value
     return found
-
-
-def _shallow(batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _shallow(v) if isinstance(v, Mapping) else v for k, v in batch.items()}
 
 
 def _to_cpu(value: Any) -> Any:

@@ -24,7 +24,7 @@ def build(job: Job) -> Implementation:
 
     def update():
         model.train()
-        loss = model.compute_loss(batch.copy())["loss"]
+        loss = model.compute_loss(batch)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

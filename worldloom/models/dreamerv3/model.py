@@ -28,7 +28,7 @@ from worldloom.models.spaces import ActSpaces, ObsSpaces, check_rows, require_ke
 from worldloom.nn.distributions import binary_cross_entropy, class_entropy, kl_divergence
 from worldloom.nn.normalizer import Normalizer
 from worldloom.nn.twohot import twohot_loss, twohot_mean
-from worldloom.protocol import Batch, LatentState, Obs, Trajectory
+from worldloom.protocol import Batch, LatentState, Obs, ReplayField, Trajectory
 from worldloom.timing import phase
 
 # Imagined states that the heads which do not learn look at together on a CPU.
@@ -210,35 +210,35 @@ class DreamerV3(nn.Module):
         return self.actor(state.features).sample(deterministic)
 
     @property
-    def latents(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """What the replay should remember of a state, {name: (shape, dtype)}; empty if nothing.
+    def replay_fields(self) -> dict[str, ReplayField]:
+        """Latents that the replay stores with every row; none without `replay_context`.
 
-        Half precision is finer than the bfloat16 in which the official code keeps them.
+        Half precision is finer than the bfloat16 in which the official code stores them.
         """
         if not self.replay_context:
             return {}
         width = self.rssm.stoch * self.rssm.classes
         return {
-            "deter": ((self.rssm.deter,), torch.float16),
-            "stoch": ((width,), torch.uint8),
+            "deter": ReplayField((self.rssm.deter,), torch.float16),
+            "stoch": ReplayField((width,), torch.uint8),
         }
 
-    def latents_of(self, state: LatentState) -> dict[str, Tensor]:
-        """Return the latents of a state, each [B, ...]."""
+    def replay_values(self, state: LatentState) -> dict[str, Tensor]:
+        """Return the values of `replay_fields` for a state, each [B, ...]."""
         deter, stoch = _latent(state)
         return {"deter": deter, "stoch": stoch}
 
     # Training -------------------------------------------------------------------------------
 
-    def compute_loss(self, batch: Batch) -> dict[str, Tensor]:
+    def compute_loss(self, batch: Batch) -> dict[str, Any]:
         """Return "loss" and every term and statistic by name, all scalars.
 
         "kl_loss" and "reconstruction_loss" are the weighted sums of their parts "dyn_loss",
         "rep_loss" and "reconstruction_loss/KEY"; "reward_loss", "continue_loss", "policy_loss",
         "value_loss" and "replay_value_loss" are unweighted means. In training mode it moves the
         running return scale, as the official code does. If the batch has "context" (latents of
-        row 0), rows 1 to T - 1 are trained on and their new latents are put into
-        batch["latents"]; otherwise all rows, starting from a zero state.
+        row 0), rows 1 to T - 1 are trained on and their new latents are returned under "replay";
+        otherwise all rows are trained on, starting from a zero state.
         """
         sequences = self.sequences(batch)
         with phase("world_model"):
@@ -248,9 +248,10 @@ class DreamerV3(nn.Module):
                 more, more_stats = self.behavior_terms(sequences, deter, stoch)
             terms |= more
             stats |= more_stats
+        result: dict[str, Any] = self._named_losses(terms) | stats
         if self.replay_context and "context" in batch:
-            batch["latents"] = {"deter": deter.detach(), "stoch": stoch.detach()}
-        return self._named_losses(terms) | stats
+            result["replay"] = {"deter": deter.detach(), "stoch": stoch.detach()}
+        return result
 
     def after_update(self) -> None:
         """Move the slow critic towards the critic; call it after each optimiser step."""
