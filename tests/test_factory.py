@@ -197,10 +197,10 @@ def test_an_override_of_part_of_a_group_leaves_the_rest():
         ({"encoder": 3}, r"'encoder' is 3; expected a dict with some of \['kernel', 'layers'"),
         ({"encoder": {"mults": 3}}, "hyperparameter 'encoder.mults' is 3; expected list"),
         ({"encoder": {"units": "8"}}, "hyperparameter 'encoder.units' is '8'; expected int"),
-        ({"encoder": {"kernel": 4}}, "kernel must be odd"),
+        ({"encoder": {"kernel": 4}}, "kernel is 4; expected an odd size"),
         ({"blocks": 7}, "blocks must divide both: change blocks or the layer sizes"),
         ({"obs_classes": {"obss": 4}}, r"obs_classes names \['obss'\]; obs_shape has \['obs'\]"),
-        ({"retnorm": {"impl": "percentile"}}, "unknown normalizer 'percentile'; choose perc"),
+        ({"retnorm": {"impl": "percentile"}}, "impl is 'percentile'; expected perc"),
     ],
 )
 def test_bad_hyperparameters_are_refused_by_name(options, message):

@@ -188,7 +188,7 @@ def test_a_convolution_looks_at_its_surroundings_and_no_further():
 
 
 def test_even_kernels_are_refused():
-    with pytest.raises(ValueError, match="kernel must be odd to keep the image's size, got 4"):
+    with pytest.raises(ValueError, match="kernel is 4; expected an odd size"):
         Conv(3, 4, 4)
 
 

@@ -78,5 +78,5 @@ def test_the_state_is_saved_and_no_gradient_flows():
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(ValueError, match="unknown normalizer 'percentile'; choose perc, meanstd"):
+    with pytest.raises(ValueError, match="impl is 'percentile'; expected perc, meanstd"):
         Normalizer("percentile")

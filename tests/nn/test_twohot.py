@@ -103,7 +103,7 @@ def test_half_precision_is_computed_in_float32():
 
 
 def test_one_bin_is_refused():
-    with pytest.raises(ValueError, match="count of at least 2, got 1"):
+    with pytest.raises(ValueError, match="bins is 1; two-hot regression needs at least 2"):
         symexp_bins(1, F64, CPU)
 
 

@@ -1,1 +1,1 @@
-"""Layers, distributions and returns that the models share."""
+"""Layers, distributions and returns shared by the models."""

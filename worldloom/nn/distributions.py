@@ -1,6 +1,6 @@
-"""Distributions over classes and real vectors, and the places where randomness enters.
+"""Categorical and normal distributions.
 
-`sample_classes` and `standard_normal` are the only functions here that draw random numbers.
+Only `sample_classes` and `standard_normal` draw random numbers.
 """
 
 import math
@@ -12,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldloom.nn.layers import full, traced
+from worldloom.nn.layers import is_tracing, to_float32
 
-# Up to so many classes a softmax is faster by its parts.
-FEW = 8
+# Up to this number of classes, `softmax` composed of elementwise operations is faster.
+FEW_CLASSES = 8
 
 
 def sample_classes(probs: Tensor) -> Tensor:
     """Draw class indices [...] from probabilities [..., classes].
 
-    By inversion: one uniform number per variable, where the Gumbel-max trick takes one per class
-    (ten times the time at 16 classes on a CPU).
+    Inverse transform sampling draws one uniform number per variable. The Gumbel-max trick draws
+    one per class and takes ten times as long with 16 classes on a CPU.
     """
     cumulative = probs.cumsum(-1)
     level = torch.rand_like(cumulative[..., -1:]) * cumulative[..., -1:]
@@ -30,7 +30,7 @@ def sample_classes(probs: Tensor) -> Tensor:
 
 
 def standard_normal(like: Tensor, *shape: int) -> Tensor:
-    """Draw standard normal numbers like another tensor, in its shape unless one is given."""
+    """Draw standard normal numbers with dtype and device of `like`; its shape is the default."""
     return torch.randn(shape or like.shape, dtype=like.dtype, device=like.device)
 
 
@@ -40,32 +40,32 @@ def sample_normal(mean: Tensor, stddev: Tensor) -> Tensor:
 
 
 def one_hot(index: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """Encode indices [...] as one-hot vectors [..., classes] of a floating type."""
+    """Encode indices [...] as one-hot vectors [..., classes]."""
     zeros = torch.zeros(*index.shape, classes, dtype=dtype, device=index.device)
     return zeros.scatter_(-1, index.unsqueeze(-1), 1.0)
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """Return probabilities over the last axis, in float32 or more.
+    """Return probabilities over the last axis, at least in float32.
 
-    Over a few classes torch's own takes four times as long on a CPU: it works row by row.
+    On a CPU torch.softmax works row by row and takes four times as long for a few classes.
     """
-    logits = full(logits)
-    if logits.shape[-1] > FEW or logits.device.type != "cpu" or traced():
+    logits = to_float32(logits)
+    if logits.shape[-1] > FEW_CLASSES or logits.device.type != "cpu" or is_tracing():
         return logits.softmax(-1)
     odds = (logits - logits.detach().amax(-1, keepdim=True)).exp()
     return odds / odds.sum(-1, keepdim=True)
 
 
 def unimix_probs(logits: Tensor, unimix: float) -> Tensor:
-    """Mix softmax(logits) with a share `unimix` of the uniform distribution, in float32 or more."""
+    """Mix softmax(logits) with a fraction `unimix` of the uniform distribution."""
     probs = softmax(logits)
     return (1 - unimix) * probs + unimix / logits.shape[-1] if unimix else probs
 
 
 def unimix_log_probs(logits: Tensor, unimix: float) -> Tensor:
     """Return the logarithm of `unimix_probs`."""
-    return unimix_probs(logits, unimix).log() if unimix else full(logits).log_softmax(-1)
+    return unimix_probs(logits, unimix).log() if unimix else to_float32(logits).log_softmax(-1)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -86,9 +86,9 @@ def sample_straight_through(probs: Tensor) -> Tensor:
 
 @dataclass
 class Classes:
-    """One or several independent categorical variables; events are one-hot.
+    """Independent categorical variables with one-hot events.
 
-    logits: [..., *shape, classes], with `dims` axes of an event (classes included).
+    logits: [..., *shape, classes]; the last `dims` axes (classes included) form one event.
     """
 
     logits: Tensor
@@ -96,11 +96,11 @@ class Classes:
 
     @staticmethod
     def stack(dists: Sequence["Classes"]) -> "Classes":
-        """Put distributions of the same event together along a new second axis."""
+        """Stack distributions along a new second axis."""
         return replace(dists[0], logits=torch.stack([dist.logits for dist in dists], 1))
 
     def mode(self) -> Tensor:
-        """Return the likeliest event, one-hot."""
+        """Return the most likely event, one-hot."""
         classes = self.logits.shape[-1]
         return one_hot(self.logits.argmax(-1), classes, self.logits.dtype)
 
@@ -119,7 +119,7 @@ class Classes:
         return -(logp.exp() * logp).sum(self._axes)
 
     def entropy_bounds(self) -> tuple[float, float]:
-        """Return the least and greatest possible entropy of one event."""
+        """Return the minimum and maximum entropy of one event."""
         variables = math.prod(self.logits.shape[-self.dims : -1])
         return 0.0, variables * math.log(self.logits.shape[-1])
 
@@ -130,10 +130,10 @@ class Classes:
 
 @dataclass
 class BoundedNormal:
-    """A diagonal normal with mean in (-1, 1) and deviation between two bounds.
+    """A diagonal normal with mean in (-1, 1) and bounded standard deviation.
 
-    Log-probability and entropy are those of the plain normal (no tanh correction), as in the
-    official DreamerV3. mean, stddev: [..., *shape], with `dims` axes of an event.
+    Log-probability and entropy have no tanh correction, as in the official DreamerV3.
+    mean, stddev: [..., *shape]; the last `dims` axes form one event.
     """
 
     mean: Tensor
@@ -146,13 +146,13 @@ class BoundedNormal:
     def from_raw(
         cls, mean: Tensor, stddev: Tensor, dims: int, minstd: float, maxstd: float
     ) -> "BoundedNormal":
-        """Squash raw network outputs: tanh for the mean, a shifted sigmoid for the deviation."""
+        """Bound raw network outputs by a tanh (mean) and a shifted sigmoid (deviation)."""
         spread = (maxstd - minstd) * torch.sigmoid(stddev + 2.0) + minstd
         return cls(torch.tanh(mean), spread, dims, minstd, maxstd)
 
     @staticmethod
     def stack(dists: Sequence["BoundedNormal"]) -> "BoundedNormal":
-        """Put distributions of the same event together along a new second axis."""
+        """Stack distributions along a new second axis."""
         mean, stddev = torch.stack([d.mean for d in dists], 1), [d.stddev for d in dists]
         return replace(dists[0], mean=mean, stddev=torch.stack(stddev, 1))
 
@@ -161,7 +161,7 @@ class BoundedNormal:
         return self.mean
 
     def sample(self) -> Tensor:
-        """Draw an event; it may leave [-1, 1]."""
+        """Draw an event, which may be outside [-1, 1]."""
         return sample_normal(self.mean, self.stddev)
 
     def log_prob(self, event: Tensor) -> Tensor:
@@ -174,7 +174,7 @@ class BoundedNormal:
         return (self.stddev.log() + 0.5 * math.log(2 * math.pi * math.e)).sum(self._axes)
 
     def entropy_bounds(self) -> tuple[float, float]:
-        """Return the entropies at the two bounds of the deviation."""
+        """Return the entropies at the minimum and maximum deviation."""
         count = math.prod(self.mean.shape[-self.dims :])
         base = 0.5 * math.log(2 * math.pi * math.e)
         return count * (math.log(self.minstd) + base), count * (math.log(self.maxstd) + base)
@@ -185,10 +185,10 @@ class BoundedNormal:
 
 
 def kl_divergence(p_logits: Tensor, q_logits: Tensor, unimix: float) -> tuple[Tensor, Tensor]:
-    """Return KL(sg(p) || q) and KL(p || sg(q)) for mixed categoricals, summed over the groups.
+    """Return KL(sg(p) || q) and KL(p || sg(q)) of mixed categoricals, summed over `stoch`.
 
-    p_logits, q_logits: [..., stoch, classes]; each result [...]. The values are equal; the first
-    trains q, the second p (KL balancing, DreamerV2 eq. 2; split as in DreamerV3 eq. 4).
+    p_logits, q_logits: [..., stoch, classes]; each result is [...]. Both have the same value; the
+    first trains q, the second trains p (KL balancing, DreamerV2 eq. 2, DreamerV3 eq. 3).
     """
     p = unimix_probs(p_logits, unimix)
     log_p, log_q = unimix_log_probs(p_logits, unimix), unimix_log_probs(q_logits, unimix)
@@ -198,10 +198,10 @@ def kl_divergence(p_logits: Tensor, q_logits: Tensor, unimix: float) -> tuple[Te
 
 
 def class_entropy(logits: Tensor, unimix: float) -> Tensor:
-    """Return the entropy [...] of mixed categoricals [..., stoch, classes], summed over groups."""
+    """Return the entropy [...] of mixed categoricals [..., stoch, classes], summed over `stoch`."""
     return -(unimix_probs(logits, unimix) * unimix_log_probs(logits, unimix)).sum((-2, -1))
 
 
 def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Return the elementwise cross entropy of soft targets in [0, 1]."""
+    """Return the elementwise cross-entropy with soft targets in [0, 1]."""
     return F.binary_cross_entropy_with_logits(logits, target, reduction="none")

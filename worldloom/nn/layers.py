@@ -1,7 +1,7 @@
 """Linear, block-diagonal and convolutional layers with RMS norm and SiLU.
 
-The layers and their initial values are those of the official DreamerV3 code; weights keep torch's
-layout (out, in) except for `BlockLinear`.
+Layers and initial values equal the official DreamerV3 code. Weights use torch's layout (out, in),
+except in `BlockLinear`.
 """
 
 import math
@@ -16,48 +16,49 @@ EPS = 1e-4  # added to the mean square
 
 
 def init_kernel(weight: Tensor, fan_in: int, scale: float = 1.0) -> None:
-    """Fill with a normal truncated at two deviations, of variance scale^2 / fan_in."""
-    # 1.1368 restores the unit variance that truncation at two deviations takes away.
+    """Fill weight from a normal truncated at two standard deviations, variance scale^2 / fan_in."""
+    # Truncation reduces the standard deviation by a factor of 1.1368.
     with torch.no_grad():
         nn.init.trunc_normal_(weight, a=-2.0, b=2.0)
         weight.mul_(1.1368 * scale / math.sqrt(fan_in))
 
 
-def full(x: Tensor) -> Tensor:
-    """Return half-precision numbers in float32, others as they are.
+def to_float32(x: Tensor) -> Tensor:
+    """Convert half precision to float32; return other dtypes unchanged.
 
-    Norms, distributions and losses need the digits; the official code keeps them in float32 too.
+    Norms, distributions and losses are computed in float32, as in the official code.
     """
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def traced() -> bool:
-    """Whether torch.compile or torch.func looks on: give them torch's own functions alone."""
+def is_tracing() -> bool:
+    """Return True under torch.compile or torch.func, which need native operations only."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def rms_norm(x: Tensor, scale: Tensor, dims: int | tuple[int, ...] = -1) -> Tensor:
-    """Divide by the root mean square over `dims` and multiply by `scale`, in float32 or better."""
-    exact = full(x)
+    """Divide by the root mean square over `dims`, multiply by `scale`; at least in float32."""
+    exact = to_float32(x)
     inverse = torch.rsqrt(exact.square().mean(dims, keepdim=True) + EPS)
     return (exact * inverse * scale).to(x.dtype)
 
 
 def add_product(y: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
-    """Return y + x @ kernel, all with blocks first, or none; y is used up."""
+    """Return y + x @ kernel, with or without a leading block axis; y may be overwritten."""
     add = torch.baddbmm if kernel.ndim == 3 else torch.addmm
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or traced():
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or is_tracing():
         return add(y, x, kernel)
     return add(y, x, kernel, out=y)
 
 
 def norm_silu(x: Tensor, scale: Tensor) -> Tensor:
-    """Return silu(rms_norm(x, scale)) of x [..., units], or of x [blocks, N, units / blocks].
+    """Return silu(rms_norm(x, scale)) with fewer passes over memory.
 
-    It belongs to x by block if scale is [blocks, 1, units / blocks]: the norm is then taken over
-    all units of all blocks. x is used up: its memory holds the result, or what the gradient needs.
+    x is [..., units] with scale [units], or [blocks, N, units / blocks] with scale
+    [blocks, 1, units / blocks]; the norm is taken over all units (of all blocks). x is overwritten:
+    its memory holds the result or the values saved for the backward pass.
     """
-    if traced() or full(x) is not x or scale.dtype != x.dtype:
+    if is_tracing() or to_float32(x) is not x or scale.dtype != x.dtype:
         return F.silu(rms_norm(x, scale, -1 if scale.ndim == 1 else (0, 2)))
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
         return _NormSiLU.apply(x, scale)
@@ -65,16 +66,16 @@ def norm_silu(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _over_blocks(per_row: Tensor, scale: Tensor) -> Tensor:
-    """Add up sums over the last axis [..., 1] over the blocks, if scale is by block."""
+    """Sum [blocks, N, 1] over the blocks if scale has a block axis; else return it unchanged."""
     return per_row if scale.ndim == 1 else per_row.sum(0, keepdim=True)
 
 
 def normalize_(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide x in place by its root mean square; return it and the factor.
+    """Divide x in place by its root mean square; return x and the factor [..., 1].
 
-    Of scale, which is as in `norm_silu`, only the shape counts.
+    Only the shape of `scale` is used; see `norm_silu`.
     """
-    squares = (x * x).sum(-1, keepdim=True)  # a norm, squared again, would have lost digits
+    squares = (x * x).sum(-1, keepdim=True)  # squaring a vector_norm would lose digits
     inverse = _over_blocks(squares, scale).div_(scale.numel()).add_(EPS).rsqrt_()
     return x.mul_(inverse), inverse
 
@@ -82,9 +83,9 @@ def normalize_(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 def norm_silu_backward(
     grad: Tensor, normed: Tensor, inverse: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `norm_silu` by x, and by scale but for the sum over all rows.
+    """Return the gradient of x, and the gradient of scale before the sum over rows.
 
-    normed, inverse: what `normalize_` returned.
+    normed, inverse: the results of `normalize_`. `grad` of the output may be overwritten.
     """
     grad = torch.ops.aten.silu_backward(grad, normed * scale)
     by_scale = grad * normed
@@ -94,7 +95,7 @@ def norm_silu_backward(
 
 
 class _NormSiLU(torch.autograd.Function):
-    """`norm_silu` in half of the passes over memory, and a third of the memory, of its parts."""
+    """`norm_silu` in half the memory passes and a third of the memory of separate operations."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
@@ -111,7 +112,7 @@ class _NormSiLU(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis (Zhang & Sennrich 2019), eps 1e-4, no shift."""
+    """Root-mean-square norm over the last axis (Zhang & Sennrich 2019), eps 1e-4, no bias."""
 
     def __init__(self, units: int) -> None:
         super().__init__()
@@ -123,14 +124,14 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A linear layer with truncated-normal kernel (times `outscale`) and zero bias."""
+    """A linear layer; the kernel starts truncated normal times `outscale`, the bias at zero."""
 
     def __init__(self, inputs: int, outputs: int, outscale: float = 1.0) -> None:
         self.outscale = outscale
         super().__init__(inputs, outputs)
 
     def reset_parameters(self) -> None:
-        """Draw the initial values."""
+        """Initialise kernel and bias."""
         init_kernel(self.weight, self.in_features, self.outscale)
         nn.init.zeros_(self.bias)
 
@@ -138,7 +139,7 @@ class Linear(nn.Linear):
 class Dense(nn.Module):
     """Linear, RMS norm, SiLU.
 
-    What `linear` returns is used up: a hook that keeps it must copy it.
+    The output of `linear` is overwritten; a forward hook that keeps this output must copy it.
     """
 
     def __init__(self, inputs: int, units: int) -> None:
@@ -159,17 +160,17 @@ class MLP(nn.Sequential):
 
     @property
     def first(self) -> Dense:
-        """The layer that reads the input."""
+        """The first layer."""
         layer = self[0]
         assert isinstance(layer, Dense)
         return layer
 
 
 class BlockLinear(nn.Module):
-    """A linear layer whose kernel is block-diagonal: slice g of the input meets kernel g only.
+    """A block-diagonal linear layer: kernel g is applied to slice g of the input.
 
-    weight: [blocks, inputs / blocks, outputs / blocks]. It works on inputs laid out by block,
-    [blocks, N, inputs / blocks], which is what a batched matrix product wants.
+    weight is [blocks, inputs / blocks, outputs / blocks]. Inputs and outputs have the block axis
+    first, as torch.baddbmm requires.
     """
 
     def __init__(self, inputs: int, outputs: int, blocks: int) -> None:
@@ -192,27 +193,27 @@ class BlockLinear(nn.Module):
 class BlockDense(nn.Module):
     """Block-diagonal linear, RMS norm over all units of all blocks, SiLU.
 
-    Every block sees its own slice of the first input and the whole of a second, shared input.
+    Each block reads its slice of the first input and all of a second, shared input.
     """
 
     def __init__(self, inputs: int, shared: int, units: int, blocks: int) -> None:
         super().__init__()
-        self.own = inputs // blocks
+        self.slice_width = inputs // blocks
         self.linear = BlockLinear(inputs + blocks * shared, units, blocks)
         self.norm = RMSNorm(units)
 
     def kernels(self) -> tuple[Tensor, Tensor]:
-        """Return the parts of the kernel for the own and for the shared input.
+        """Split the kernel into the parts for the sliced and for the shared input.
 
-        A loop over time takes them once: each slice's backward pass fills a whole kernel with
-        zeros.
+        A loop over time calls this once, because the backward pass of each slice allocates a
+        zero-filled copy of the whole kernel.
         """
-        return self.linear.weight[:, : self.own], self.linear.weight[:, self.own :]
+        weight = self.linear.weight
+        return weight[:, : self.slice_width], weight[:, self.slice_width :]
 
     def forward(self, x: Tensor, shared: Tensor, kernels: tuple[Tensor, Tensor]) -> Tensor:
         """Map [blocks, N, inputs / blocks] and [N, shared] to [blocks, N, units / blocks]."""
-        # Two products instead of one on a concatenation: the shared input is never copied once
-        # per block.
+        # Two products instead of a concatenation, which would copy the shared input per block.
         blocks, rows = x.shape[:2]
         y = torch.baddbmm(self.linear.bias.view(blocks, 1, -1), x, kernels[0])
         y = add_product(y, shared.expand(blocks, rows, -1), kernels[1])
@@ -220,39 +221,39 @@ class BlockDense(nn.Module):
 
 
 class Conv(nn.Conv2d):
-    """A stride-1 convolution that keeps the size, on channels-last images [N, H, W, C]."""
+    """A size-preserving convolution with stride 1 on channels-last images [N, H, W, C]."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         if kernel % 2 == 0:
-            raise ValueError(f"kernel must be odd to keep the image's size, got {kernel}")
+            raise ValueError(f"kernel is {kernel}; expected an odd size, which keeps image sizes")
         super().__init__(inputs, outputs, kernel, padding=kernel // 2)
 
     def reset_parameters(self) -> None:
-        """Draw the initial values."""
+        """Initialise kernel and bias."""
         init_kernel(self.weight, self.weight[0].numel())
         assert self.bias is not None
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, H, W, inputs] to [N, H, W, outputs]."""
-        # The permuted view has torch's channels_last strides, so nothing is copied.
+        # The permuted view has channels_last strides, so no copy is made.
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def max_pool(x: Tensor) -> Tensor:
-    """Return the greatest of each 2x2 pixels of images [N, H, W, C] as [N, H / 2, W / 2, C].
+    """Apply 2x2 max pooling to images [N, H, W, C]; return [N, H / 2, W / 2, C].
 
-    The gradient is split evenly among equal maxima, as the official DreamerV3 code does.
+    Equal maxima share the gradient evenly, as in the official DreamerV3 code.
     """
     n, h, w, c = x.shape
     x = x.reshape(n, h // 2, 2, w // 2, 2, c)
-    if traced() or not (torch.is_grad_enabled() and x.requires_grad):
+    if is_tracing() or not (torch.is_grad_enabled() and x.requires_grad):
         return x.amax((2, 4))
     return _MaxPool.apply(x)
 
 
 class _MaxPool(torch.autograd.Function):
-    """Keeps a byte of each number, where torch keeps the numbers and compares them again."""
+    """Max pooling that saves one byte per pixel instead of the floating-point input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

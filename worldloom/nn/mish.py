@@ -1,8 +1,8 @@
-"""Mish (Misra 2019), x * tanh(softplus(x)), in well under half the time that torch takes on a CPU.
+"""Mish activation (Misra 2019): x * tanh(softplus(x)), more than twice as fast as torch on a CPU.
 
-With s = sigmoid(x) and u = 1 - s, tanh(softplus(x)) is the ratio (1 - u^2) / (1 + u^2), so one
-sigmoid does where torch's kernel evaluates an exponential, a logarithm and a hyperbolic tangent.
-1 - u^2 is taken as s + s * u, which keeps its digits where it is small.
+With s = sigmoid(x) and u = 1 - s, tanh(softplus(x)) = (1 - u^2) / (1 + u^2). One sigmoid replaces
+the exponential, logarithm and hyperbolic tangent of torch's kernel. 1 - u^2 is computed as
+s + s * u, which is accurate for small values.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ def mish(x: Tensor) -> Tensor:
 
 
 def _ratio(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the ratio, s, u and 1 + u^2."""
+    """Return tanh(softplus(x)), s, u and 1 + u^2."""
     s = torch.sigmoid(x)
     u = 1 - s
     n = torch.addcmul(s, s, u)
@@ -35,8 +35,8 @@ class _Mish(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ratio, s, u, d = _ratio(x)
-        # The slope is ratio + 4 x s (u / d)^2; it costs least while all of this is at hand, and
-        # new memory costs as much as the arithmetic.
+        # The derivative, ratio + 4 x s (u / d)^2, is cheapest to compute here. Buffers are reused
+        # because allocating memory is as expensive as the arithmetic.
         u.div_(d).square_()
         y = torch.mul(ratio, x, out=d)
         ctx.save_for_backward(ratio.addcmul_(s.mul_(x), u, value=4))

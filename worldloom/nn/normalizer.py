@@ -1,15 +1,19 @@
-"""Running scales of returns, values and advantages."""
+"""Running offset and scale of returns, values and advantages."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Normalizer(nn.Module):
-    """Track an offset and a scale of a stream of numbers by exponential averages.
+    """Exponential moving averages of an offset and a scale.
 
-    impl "perc": offset and width of the range between two percentiles (DreamerV3, eqs. 6-7);
-    "meanstd": mean and standard deviation; "none": 0 and 1. `rate` is the share of the newest
-    value; the scale is at least `limit`. Without `debias` the averages start from zero.
+    Args:
+        impl: "perc" for the lower of two percentiles and the range between them (DreamerV3, eq. 7);
+            "meanstd" for mean and standard deviation; "none" for 0 and 1.
+        rate: weight of the newest value in the averages.
+        limit: minimum of the scale.
+        perclo, perchi: the two percentiles, from 0 to 100.
+        debias: correct the averages for their start at zero.
     """
 
     def __init__(
@@ -23,10 +27,10 @@ class Normalizer(nn.Module):
     ) -> None:
         super().__init__()
         if impl not in ("perc", "meanstd", "none"):
-            raise ValueError(f"unknown normalizer {impl!r}; choose perc, meanstd or none")
+            raise ValueError(f"impl is {impl!r}; expected perc, meanstd or none")
         self.impl, self.rate, self.limit = impl, rate, limit
         self.perclo, self.perchi, self.debias = perclo, perchi, debias
-        # perc: lo and hi; meanstd: mean and mean square.
+        # perc: both percentiles; meanstd: mean and mean square.
         self.register_buffer("first", torch.zeros(()))
         self.register_buffer("second", torch.zeros(()))
         self.register_buffer("corr", torch.zeros(()))
@@ -36,7 +40,7 @@ class Normalizer(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Take in new values of any shape."""
+        """Update the averages with new values of any shape."""
         if self.impl == "none":
             return
         x = x.detach().flatten().to(self.first.dtype)

@@ -1,4 +1,4 @@
-"""Multi-step returns."""
+"""Lambda-returns."""
 
 import torch
 from torch import Tensor
@@ -12,11 +12,11 @@ def lambda_return(
     disc: float,
     lam: float,
 ) -> Tensor:
-    """Compute lambda-returns (Sutton & Barto, eq. 12.18; DreamerV3, eq. 7).
+    """Return lambda-returns [N, L - 1] (Sutton & Barto, eq. 12.18; DreamerV3, eq. 5).
 
-    All inputs [N, L]; the result is [N, L - 1]. Reward and flags at t + 1 belong to the transition
-    from t to t + 1. `term` (0 to 1) cuts the future off; `last` ends the trace only, so a
-    truncated episode bootstraps fully from `boot`.
+    All inputs are [N, L]. Reward and flags at t + 1 belong to the transition from t to t + 1.
+    `term` (0 to 1) removes the future; `last` only ends the trace, so a truncated episode
+    bootstraps fully from `boot`.
     """
     live = (1 - term[:, 1:]) * disc
     cont = (1 - last[:, 1:]) * lam

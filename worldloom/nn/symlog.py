@@ -1,4 +1,4 @@
-"""Symmetric logarithm (DreamerV3, eq. 1): compresses large magnitudes, keeps the sign."""
+"""Symmetric logarithm (DreamerV3, eq. 9), which compresses large magnitudes."""
 
 import torch
 from torch import Tensor

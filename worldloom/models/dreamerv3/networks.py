@@ -21,9 +21,9 @@ from worldloom.nn.layers import (
     Dense,
     Linear,
     RMSNorm,
-    full,
     max_pool,
     norm_silu,
+    to_float32,
 )
 from worldloom.nn.symlog import symexp, symlog
 
@@ -213,7 +213,7 @@ class Decoder(nn.Module):
         if self.image is not None:
             images = self.image(deter.flatten(0, -2), stoch.flatten(0, -2))
             outs |= {k: v.unflatten(0, lead) for k, v in images.items()}
-        return {key: full(outs[key]) for key in self.spaces}
+        return {key: to_float32(outs[key]) for key in self.spaces}
 
     def loss(self, key: str, out: Tensor, target: Tensor) -> Tensor:
         """Return the reconstruction loss [...] of one observation, summed over its elements."""
@@ -257,7 +257,7 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features [..., inputs] to logits [..., outputs]."""
-        return full(self.out(self.mlp(features)))
+        return to_float32(self.out(self.mlp(features)))
 
 
 class ActionOutput(nn.Module):
@@ -272,7 +272,7 @@ class ActionOutput(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Map [..., units] to raw outputs, each [..., *event]."""
-        return [full(layer(x)).unflatten(-1, self.event) for layer in self.layers.values()]
+        return [to_float32(layer(x)).unflatten(-1, self.event) for layer in self.layers.values()]
 
 
 class Policy:

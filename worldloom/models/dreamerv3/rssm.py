@@ -19,8 +19,8 @@ from worldloom.nn.layers import (
     Dense,
     Linear,
     RMSNorm,
-    full,
-    traced,
+    is_tracing,
+    to_float32,
 )
 
 
@@ -172,9 +172,9 @@ class RSSM(nn.Module):
         It does not in mixed precision, under torch.compile or torch.func, or where something was
         put into the layers: a hook, another kind of layer, a method of a subclass.
         """
-        if not embedded.requires_grad or self.absolute or traced():
+        if not embedded.requires_grad or self.absolute or is_tracing():
             return False
-        if torch.is_autocast_enabled(embedded.device.type) or full(embedded) is not embedded:
+        if torch.is_autocast_enabled(embedded.device.type) or to_float32(embedded) is not embedded:
             return False
         return all(
             type(m) in KNOWN and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)
@@ -193,8 +193,8 @@ def _gru(old: Tensor, gates: Tensor) -> Tensor:
     reset, cand, update = gates.chunk(3, -1)
     if (
         torch.is_grad_enabled()
-        or traced()
-        or full(gates) is not gates
+        or is_tracing()
+        or to_float32(gates) is not gates
         or gates.device.type != "cpu"
     ):
         cand = torch.tanh(torch.sigmoid(reset) * cand)

@@ -12,7 +12,7 @@ from worldloom.models.tdmpc2.networks import MLP
 from worldloom.models.tdmpc2.tasks import tensor_of
 from worldloom.nn import distributions
 from worldloom.nn.distributions import one_hot
-from worldloom.nn.layers import full
+from worldloom.nn.layers import to_float32
 
 # log(2 pi) / 2 as the official code has it, which rounds it to single precision.
 HALF_LOG_TAU = 0.9189385175704956
@@ -49,7 +49,7 @@ class SquashedNormal(MLP):
 
     def choose(self, *parts: Tensor, mask: Tensor | None = None) -> Choice:
         """Sample for [*batch, inputs] or its parts; mask [*batch, A] is 1 for a task's actions."""
-        mean, raw = full(self(*parts)).chunk(2, -1)
+        mean, raw = to_float32(self(*parts)).chunk(2, -1)
         log_std = self.bounded(raw)
         eps = distributions.standard_normal(mean)
         if mask is not None:
@@ -83,7 +83,7 @@ class Categorical(MLP):
 
     def choose(self, *parts: Tensor, mask: Tensor | None = None) -> Choice:
         """Sample for [*batch, inputs] or its parts; a choice has no mask."""
-        logits = full(self(*parts))
+        logits = to_float32(self(*parts))
         log_probs = logits.log_softmax(-1)
         probs = log_probs.exp()
         classes = logits.shape[-1]
@@ -109,7 +109,7 @@ class RunningScale(nn.Module):
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Take in a batch of values [B]; NaN stands for none."""
-        values = full(x.detach().to(self.value.dtype))
+        values = to_float32(x.detach().to(self.value.dtype))
         levels = tensor_of((0.05, 0.95), values.dtype, values.device)
         low, high = values.nanquantile(levels).unbind()
         width = (high - low).nan_to_num(1.0).clamp(min=1.0)
