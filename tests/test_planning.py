@@ -126,7 +126,7 @@ def test_returns_by_hand():
     planner = CEM(
         Toy(step), 1, horizon=3, discount=0.9, terminal_value=lambda state: 10 * state.features
     )
-    found = planner.returns(state_of(torch.zeros(2, 1)), torch.zeros(2, 5, 3, 1))
+    found = planner.compute_returns(state_of(torch.zeros(2, 1)), torch.zeros(2, 5, 3, 1))
     # The last state's features are 3: its value is 30, after three steps and all three continues.
     expected = 1 + 0.9 * 1 * 2 + 0.81 * 0.5 * 4 + 0.729 * 0.125 * 30
     torch.testing.assert_close(found, torch.full((2, 5), expected))
@@ -243,14 +243,16 @@ def test_drawn_actions_are_legal_and_carry_no_gradient(planner, action_dim, disc
 
 
 def test_cem_counts_finite_elites_alike():
-    weights = CEM(Toy(reach), 1).weights(torch.tensor([[3.0, 2.0, -math.inf], [-math.inf] * 3]))
+    weights = CEM(Toy(reach), 1).compute_weights(
+        torch.tensor([[3.0, 2.0, -math.inf], [-math.inf] * 3])
+    )
     assert weights.tolist() == [[0.5, 0.5, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 3.0])
 def test_mppi_counts_elites_by_their_exponential(temperature):
     returns = torch.tensor([[3.0, 2.0, -math.inf], [-math.inf] * 3])
-    weights = MPPI(Toy(reach), 1, temperature=temperature).weights(returns)
+    weights = MPPI(Toy(reach), 1, temperature=temperature).compute_weights(returns)
     ratio = math.exp(-temperature)  # of two returns one apart
     expected = torch.tensor([[1 / (1 + ratio), ratio / (1 + ratio), 0], [0, 0, 0]])
     torch.testing.assert_close(weights, expected)

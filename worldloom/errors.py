@@ -4,6 +4,12 @@ import difflib
 from collections.abc import Iterable
 
 
+def require(holds: bool, name: str, value: object, expected: str) -> None:
+    """Raise ValueError that names a setting, its value and what was expected, unless it holds."""
+    if not holds:
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
 def require_positive(**numbers: float) -> None:
     """Raise ValueError for a number below 1; each is passed under the name of its setting."""
     for name, number in numbers.items():

@@ -26,7 +26,7 @@ class TwoStep(TDMPC2):
         """Leave the policy out of the common optimiser."""
         return [group for group in super().parameter_groups() if group.get("clip") != "policy"]
 
-    def policy_terms(self, z: Tensor, data: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
+    def compute_policy_loss(self, z: Tensor, data: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
         """Wait until the model has stepped."""
         self._pending = (z, data)
         return z.new_zeros(()), {}
@@ -34,7 +34,7 @@ class TwoStep(TDMPC2):
     def after_update(self) -> None:
         """Step the policy, then move the targets."""
         assert self._pending is not None
-        loss, _ = super().policy_terms(*self._pending)
+        loss, _ = super().compute_policy_loss(*self._pending)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.actor.parameters(), 20.0)
         self._actor_optimizer.step()

@@ -21,7 +21,7 @@ SMALL = dict(enc_dim=16, mlp_dim=16, latent_dim=16, num_channels=1, num_q=3, dro
 SMALL |= dict(num_samples=16, num_elites=4, num_pi_trajs=3)
 B, T = 4, 4
 H = T - 1
-NO_HEAD = "a batch holds terminations, but this model has no head"
+NO_HEAD = "a batch contains terminations, but this model has no head"
 
 
 def build(*spaces, **options):
@@ -52,7 +52,7 @@ def no_noise(monkeypatch):
         return like.new_zeros(shape or like.shape)
 
     monkeypatch.setattr(distributions, "standard_normal", zeros)
-    monkeypatch.setattr(draws, "two_heads", lambda count, device: torch.tensor([0, 2]))
+    monkeypatch.setattr(draws, "draw_two_heads", lambda count, device: torch.tensor([0, 2]))
 
 
 # ---- the protocol --------------------------------------------------------------------------------
@@ -94,13 +94,13 @@ def test_every_parameter_learns_but_for_the_target():
 
 def test_the_policy_s_loss_reaches_the_policy_alone_and_no_other_loss_does():
     model = build(episodic=True)
-    data = model.transitions(batch_for(model))
-    terms, _, rollout = model.model_terms(data)
+    data = model.read_transitions(batch_for(model))
+    terms, _, rollout = model.compute_model_losses(data)
     torch.stack(list(terms.values())).sum().backward()
     assert all(p.grad is None for p in model.actor.parameters())
     assert model.encoder.vector.layers[0].linear.weight.grad.any()
     model.zero_grad()
-    model.policy_terms(rollout.z.detach(), data)[0].backward()
+    model.compute_policy_loss(rollout.z.detach(), data)[0].backward()
     with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
     assert with_gradient == {f"actor.{name}" for name, _ in model.actor.named_parameters()}
 
@@ -124,7 +124,7 @@ def test_only_training_moves_the_scale_of_values(ended, no_noise):
     model.eval().compute_loss(batch)
     assert model.scale.value == 1
     z = model.encode(batch["obs"][:, 0]).deterministic
-    q = model.value(z, model.prior(z, None).mode, None).mean(0).tolist()
+    q = model.estimate_values(z, model.sample_prior(z, None).mode, None).mean(0).tolist()
     acts = [value for b, value in enumerate(q) if b not in ended]
     spread = np.diff(np.percentile(acts, [5, 95])).item() if acts else 1.0
     assert spread > 1.5 or not acts
@@ -198,10 +198,10 @@ def test_only_terminations_cut_the_value_target(no_noise):
     with torch.no_grad():
         for layer in (model.critic.layers[-1], model.reward.layers[-1]):
             layer.weight.zero_()  # what the biases say is all that counts
-    data = model.transitions(batch)
+    data = model.read_transitions(batch)
     assert data.alive.t().tolist() == [[1, 1, 1], [1, 1, 1], [1, 1, 1], [1, 1, 0]]
     counts = data.alive.t() == 1
-    target = model.model_terms(data)[2].target.t()
+    target = model.compute_model_losses(data)[2].target.t()
     # Float32 of numbers up to 7.
     torch.testing.assert_close(target[counts], expected[counts], rtol=1e-6, atol=1e-6)
 
@@ -243,7 +243,7 @@ def test_value_targets_of_what_a_ring_that_wrapped_around_hands_out(no_noise):
 
     model = known_values()
     batch = replay.sample(300, T, across_episodes=False)
-    data = model.transitions(batch)
+    data = model.read_transitions(batch)
     seen = data.obs["obs"].long()
     episode, step = seen[:-1, :, 0], seen[:-1, :, 1]
     assert (episode == episode[0]).all() and (step == step[0] + torch.arange(H)[:, None]).all()
@@ -254,7 +254,7 @@ def test_value_targets_of_what_a_ring_that_wrapped_around_hands_out(no_noise):
     ended = (episode == 3) & (step == 6)
     assert torch.equal(data.terminated, ended.float()) and ended.any()
     arrived = 10.0 * episode + step + 1
-    target = model.model_terms(data)[2].target
+    target = model.compute_model_losses(data)[2].target
     expected = torch.where(ended, arrived, arrived + AHEAD)
     torch.testing.assert_close(target, expected, rtol=1e-6, atol=0)
 
@@ -336,7 +336,7 @@ def by_hand(model, batch, starts):
             target = reward + 0.995 * (1 - over) * q_of(model.target_critic, goal, best).min()
             joint = torch.cat([z, batch["actions"][b : b + 1, t]], -1)
             values = [soft_ce(logits[0], target.item()) for logits in model.critic(joint)]
-            z = model.next(z, batch["actions"][b : b + 1, t], None)
+            z = model.predict_latent(z, batch["actions"][b : b + 1, t], None)
             chance = model.termination(z).sigmoid().squeeze()
             found["consistency"][t].append(((z - goal) ** 2).mean())
             found["reward"][t].append(soft_ce(model.reward(joint)[0], reward.item()))
@@ -383,7 +383,7 @@ BAD = {
     ),
     "one row": (
         lambda b: b.update({key: value[:, :1] for key, value in b.items()}),
-        "sequences have 1 rows; a transition needs at least 2",
+        "sequences have 1 row; a transition needs 2",
     ),
 }
 
@@ -425,11 +425,11 @@ def test_mixed_precision_keeps_distributions_in_full():
     z = model.encode(torch.randn(64, 4)).deterministic
     with torch.no_grad():
         torch.manual_seed(3)
-        exact = model.prior(z, None)
+        exact = model.sample_prior(z, None)
         torch.manual_seed(3)
         with torch.autocast("cpu", torch.bfloat16):
-            mixed = model.prior(z, None)
-            again = model.next(z, mixed.action, None)
+            mixed = model.sample_prior(z, None)
+            again = model.predict_latent(z, mixed.action, None)
     assert again.dtype == mixed.action.dtype == mixed.entropy.dtype == torch.float32
     # The raw outputs are off by 2^-8 of themselves; nothing after them may add to that.
     raw = model.actor(z).abs().max() * 2**-7

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from worldloom import create_world_model
 from worldloom.check.data import RandomData
 from worldloom.models.tdmpc2 import draws
-from worldloom.models.tdmpc2.networks import (
+from worldloom.models.tdmpc2.encoder import shift_images
+from worldloom.models.tdmpc2.layers import (
     Ensemble,
-    all_at_once,
+    apply_all_at_once,
+    apply_one_by_one,
     drop,
     joint_linear,
-    one_by_one,
-    random_shift,
 )
 from worldloom.training.optimizers import Adam
 
@@ -171,7 +171,7 @@ def test_terminations_without_a_head_are_warned_of():
     model.compute_loss(batch)
     batch["is_terminal"][0, -1] = True
     with pytest.warns(
-        UserWarning, match="no head to foresee them in planning; create it with"
+        UserWarning, match="no head to predict them in planning; create it with"
     ) as w:
         model.compute_loss(batch)
     assert len(w) == 1 and w[0].filename == __file__
@@ -182,19 +182,19 @@ def test_terminations_without_a_head_are_warned_of():
 
 @pytest.fixture
 def same_heads(monkeypatch):
-    monkeypatch.setattr(draws, "two_heads", lambda count, device: torch.tensor([0, 2]))
+    monkeypatch.setattr(draws, "draw_two_heads", lambda count, device: torch.tensor([0, 2]))
 
 
 def test_the_value_of_a_choice_is_its_expectation(same_heads):
     model = build((4,), 3, True).eval()
     z = model.encode(torch.randn(2 * B, 4)).deterministic.unflatten(0, (2, B))
-    choice = model.prior(z, None)
+    choice = model.sample_prior(z, None)
     probs = model.actor(z).softmax(-1)
     expected = torch.zeros(2, B)
     for index in range(3):
         action = torch.eye(3)[index].expand(2, B, 3)
-        expected = expected + probs[..., index] * model.value(z, action, None).mean(0)
-    found = model.policy_value(z, choice, None)
+        expected = expected + probs[..., index] * model.estimate_values(z, action, None).mean(0)
+    found = model.estimate_policy_value(z, choice, None)
     torch.testing.assert_close(found, expected)
 
 
@@ -202,14 +202,14 @@ def test_the_policy_s_gradient_is_that_of_an_expectation(same_heads):
     model = build((4,), 3, True, entropy_coef=0.2).double().eval()
     model.scale.value.fill_(2.5)
     batch = batch_for(model)
-    data = model.transitions(batch)
+    data = model.read_transitions(batch)
     z = torch.randn(T, B, 16, dtype=torch.float64).softmax(-1)
-    loss, _ = model.policy_terms(z, data)
+    loss, _ = model.compute_policy_loss(z, data)
     (found,) = torch.autograd.grad(loss, model.actor.layers[-1].bias)
     with torch.no_grad():
         p = model.actor(z).softmax(-1)
         every = [torch.eye(3, dtype=p.dtype)[i].expand(T, B, 3) for i in range(3)]
-        q = torch.stack([model.value(z, action, None).mean(0) for action in every], -1)
+        q = torch.stack([model.estimate_values(z, action, None).mean(0) for action in every], -1)
         entropy = -(p * p.log()).sum(-1, keepdim=True)
         # d(p·q)/d logit_j = p_j (q_j - p·q), and of the entropy -p_j (log p_j + entropy).
         slope = p * (q - (p * q).sum(-1, keepdim=True)) / 2.5 - 0.2 * p * (p.log() + entropy)
@@ -222,19 +222,22 @@ def test_the_policy_s_gradient_is_that_of_an_expectation(same_heads):
 def test_the_prior_learns_which_choice_is_better():
     """Each of eight latents has its own better choice, by Q-functions that stay as they are."""
     model = build((4,), 2, True, num_q=2, dropout=0.0)
-    data = model.transitions(batch_for(model, rows=8, length=2))
+    data = model.read_transitions(batch_for(model, rows=8, length=2))
     z = torch.eye(8).repeat(2, 1, 2)
     with torch.no_grad():
         model.critic.layers[-1].weight *= 3
-        each = [model.value(z, torch.eye(2)[i].expand(2, 8, 2), None).mean(0) for i in range(2)]
+        each = [
+            model.estimate_values(z, torch.eye(2)[i].expand(2, 8, 2), None).mean(0)
+            for i in range(2)
+        ]
     better = torch.stack(each, -1).argmax(-1)
     assert better[0].sum() == 4  # no single choice suits all
     optimizer = Adam(model.actor.parameters(), lr=0.03)
     for _ in range(60):
         optimizer.zero_grad()
-        model.policy_terms(z, data)[0].backward()
+        model.compute_policy_loss(z, data)[0].backward()
         optimizer.step()
-    assert torch.equal(model.prior(z, None).mode, torch.eye(2)[better])
+    assert torch.equal(model.sample_prior(z, None).mode, torch.eye(2)[better])
 
 
 @pytest.mark.parametrize(
@@ -247,7 +250,7 @@ def test_the_prior_learns_which_choice_is_better():
     ],
 )
 def test_actions_that_it_cannot_take_are_refused(spaces, options):
-    with pytest.raises(ValueError, match=r"TD-MPC2 cannot act with .* Take dreamerv3"):
+    with pytest.raises(ValueError, match=r"TD-MPC2 cannot act with .* Use dreamerv3"):
         create(*spaces, **options)
 
 
@@ -339,11 +342,11 @@ def test_a_decoder_draws_no_random_number_of_others():
         ({"num_pi_trajs": 16}, "num_pi_trajs is 16; expected from 0 to below num_samples = 16"),
         ({"num_elites": 17}, "num_elites is 17; expected at most num_samples = 16"),
         ({"task_dim": 64}, "task_dim is 64; expected 0 for a single task"),
-        ({"episode_lengths": [5, 6]}, "several tasks are named by action_dims"),
+        ({"episode_lengths": [5, 6]}, "name several tasks with action_dims"),
         ({"action_dims": [1.5, 2]}, r"action_dims is \[1.5, 2\]; expected a whole number"),
         ({"latent_dim": 20}, "latent_dim is 20; expected a multiple of simnorm_dim = 8"),
         ({"num_q": 1}, "num_q is 1; expected at least 2"),
-        ({"episodic": "yes"}, "episodic is yes; expected true, false, auto or null"),
+        ({"episodic": "yes"}, "episodic is 'yes'; expected true, false, auto or null"),
     ],
 )
 def test_hyperparameters_that_make_no_sense_are_refused(options, message):
@@ -360,7 +363,7 @@ SHIFTS = torch.tensor([[0, 0], [6, 6], [3, 3], [0, 6], [5, 1], [2, 4]])
 def test_shifts_are_crops_of_what_bilinear_sampling_gives(dtype):
     torch.manual_seed(0)
     images = torch.randint(256, (len(SHIFTS), 2, 10, 10)).to(dtype)
-    found = random_shift(images, SHIFTS)
+    found = shift_images(images, SHIFTS)
     assert found.dtype == dtype
     padded = F.pad(images.double(), (3, 3, 3, 3), mode="replicate")
     for image, whole, (x, y) in zip(found, padded, SHIFTS.tolist(), strict=True):
@@ -376,13 +379,13 @@ def test_shifts_are_crops_of_what_bilinear_sampling_gives(dtype):
 
 def test_every_step_is_shifted_anew_in_acting_too(monkeypatch):
     model, drawn = build((3, 64, 64), 2).eval(), []
-    draw = draws.image_shifts
+    draw = draws.draw_shifts
 
     def noted(images, most, device):
         drawn.append((images, most))
         return draw(images, most, device)
 
-    monkeypatch.setattr(draws, "image_shifts", noted)
+    monkeypatch.setattr(draws, "draw_shifts", noted)
     batch = batch_for(model)
     model.compute_loss(batch)
     state = model.encode(batch["obs"][:, 0])
@@ -402,7 +405,7 @@ def test_the_order_of_declaration_does_not_matter():
 
 
 def test_several_observations_add_up_before_simnorm(monkeypatch):
-    monkeypatch.setattr(draws, "image_shifts", lambda n, most, device: torch.full((n, 2), 3))
+    monkeypatch.setattr(draws, "draw_shifts", lambda n, most, device: torch.full((n, 2), 3))
     model = build(BOTH, 2)
     obs = RandomData.for_model(model, None, None, None, B, T).obs(B)
     x = obs["camera"].float() / 255 - 0.5  # a shift by three is none
@@ -419,7 +422,7 @@ def test_several_observations_add_up_before_simnorm(monkeypatch):
         ((3, 64, 64), {"num_channels": 2}, "num_channels=2 makes 32 features .* latent_dim is 16"),
         ((4,), {"latent_dim": 20}, "latent_dim is 20; expected a multiple of simnorm_dim = 8"),
         ((4,), {"num_q": 1}, "num_q is 1; expected at least 2"),
-        ((4,), {"episodic": "yes"}, "episodic is yes; expected true, false, auto or null"),
+        ((4,), {"episodic": "yes"}, "episodic is 'yes'; expected true, false, auto or null"),
     ],
 )
 def test_sizes_that_do_not_fit(shape, options, message):
@@ -446,11 +449,11 @@ def test_member_by_member_is_all_at_once(members):
     ensemble = Ensemble(4, 6, [8, 8], 3).double()
     for p in ensemble.parameters():
         torch.nn.init.normal_(p)
-    layers = [layer.stacked() for layer in ensemble.layers]
+    layers = [layer.stacked for layer in ensemble.layers]
     chosen = None if members is None else torch.tensor(members)
     parts = [torch.randn(*shape, dtype=torch.float64) for shape in ((2, 5, 4), (1, 5, 2))]
     outputs, gradients = [], []
-    for compute in (one_by_one, all_at_once):
+    for compute in (apply_one_by_one, apply_all_at_once):
         outputs.append(compute(parts, layers, chosen, 0.0))
         gradients.append(torch.autograd.grad(outputs[-1].square().sum(), ensemble.parameters()))
     assert outputs[0].shape == (len(members or range(4)), 2, 5, 3)
@@ -463,7 +466,7 @@ def test_each_number_is_dropped_with_the_same_probability_and_alone():
     tries, count, p = 4000, 50, 0.1
     lost = torch.zeros(tries, count)
     for row in lost:
-        at = draws.dropped(count, p)
+        at = draws.draw_dropped(count, p)
         assert (at.diff() > 0).all() and (at >= 0).all()
         row[at] = 1.0
     # Five deviations of a share, of a variance and of the correlation of neighbours.
@@ -486,7 +489,7 @@ def test_dropping_goes_on_to_the_last_number(p, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "geometric_", short)
     torch.manual_seed(0)
-    lost = draws.dropped(20_000, p)
+    lost = draws.draw_dropped(20_000, p)
     short_of = sum(calls[:2])
     assert len(calls) > 2 and lost[:short_of].tolist() == list(range(short_of))
     rest = 20_000 - short_of

@@ -38,8 +38,8 @@ def knows(model, reward=None, value=None, **others):
         return z.new_zeros(z.shape[:-1])
 
     reward, value = reward or nothing, value or nothing
-    model.reward_of = lambda z, action, task: reward(z, action, task)
-    model.value = lambda z, action, task: value(z, action, task).expand(2, -1)
+    model.predict_reward = lambda z, action, task: reward(z, action, task)
+    model.estimate_values = lambda z, action, task: value(z, action, task).expand(2, -1)
     for name, function in others.items():
         setattr(model, name, function)
     return model
@@ -57,7 +57,7 @@ def start(model, task=None, rows=B):
 @pytest.fixture
 def watched(monkeypatch):
     """What each call of the planner's steps was given, by name."""
-    seen = SimpleNamespace(returns=[], first_action=[])
+    seen = SimpleNamespace(compute_returns=[], select_action=[])
 
     def watch(method, calls):
         def call(self, *args):
@@ -80,8 +80,8 @@ class Noise:
     def __init__(self, envs, monkeypatch):
         self.generators = [torch.Generator().manual_seed(100 + env) for env in envs]
         monkeypatch.setattr(distributions, "standard_normal", self.normal)
-        monkeypatch.setattr(draws, "exponential", self.exponential)
-        monkeypatch.setattr(draws, "two_heads", lambda count, device: torch.tensor([2, 0]))
+        monkeypatch.setattr(draws, "draw_exponential", self.exponential)
+        monkeypatch.setattr(draws, "draw_two_heads", lambda count, device: torch.tensor([2, 0]))
 
     def normal(self, like, *shape):
         total, *rest = shape or like.shape
@@ -189,28 +189,28 @@ def test_without_noise_the_action_is_an_elite_s_first(discrete, watched):
     model = build(3, discrete)
     state = start(model)
     action, _ = model.policy(state, deterministic=True)
-    elites = watched.first_action[-1][1][:, :, 0]  # [B, K, A]
+    elites = watched.select_action[-1][1][:, :, 0]  # [B, K, A]
     assert (elites == action.unsqueeze(1)).all(-1).any(1).all()
     if not discrete:
         action, _ = model.policy(state)
-        elites = watched.first_action[-1][1][:, :, 0]
+        elites = watched.select_action[-1][1][:, :, 0]
         assert not (elites == action.unsqueeze(1)).all(-1).any()
 
 
 def test_exploring_adds_the_plan_s_spread(monkeypatch):
-    planner = build().planner()
+    planner = build().make_planner()
     monkeypatch.setattr(distributions, "standard_normal", lambda like: torch.full_like(like, 0.5))
     std = torch.tensor([[[0.2, 0.4], [9, 9], [9, 9]]])
     plan = GaussianPlan(torch.zeros(1, H, 2), std, 0.05, 2.0)
     elites = torch.tensor([[0.1, 0.1], [0.3, 0.9]])[None, :, None].expand(1, 2, H, 2)
-    chosen = planner.first_action(plan, elites, torch.tensor([[0.0, 1.0]]), False)
+    chosen = planner.select_action(plan, elites, torch.tensor([[0.0, 1.0]]), False)
     torch.testing.assert_close(chosen, torch.tensor([[0.4, 1.0]]))  # 0.9 + 0.2 is cut to 1
 
 
 def test_elites_are_drawn_by_weight():
     torch.manual_seed(0)
     rows, weights = 20_000, torch.tensor([0.6, 0.0, 0.3, 0.1])
-    index = build().planner().pick(weights.expand(rows, -1))
+    index = build().make_planner().sample_elite(weights.expand(rows, -1))
     share = index.bincount(minlength=4) / rows
     # Five standard deviations of a share.
     assert ((share - weights).abs() <= 5 * (weights * (1 - weights) / rows).sqrt()).all()
@@ -219,15 +219,15 @@ def test_elites_are_drawn_by_weight():
 def test_exploring_a_certain_choice_takes_others_now_and_then():
     torch.manual_seed(0)
     rows = 20_000
-    planner = build(3, True).planner()
+    planner = build(3, True).make_planner()
     plan = CategoricalPlan(torch.tensor([1.0, 0, 0]).expand(rows, H, 3), (3,))
     elites, weights = plan.sample(2), torch.full((rows, 2), 0.5)
-    action = planner.first_action(plan, elites, weights, False)
+    action = planner.select_action(plan, elites, weights, False)
     assert (action.sum(-1) == 1).all() and ((action == 0) | (action == 1)).all()
     other = EXPLORE_UNIFORM / 3
     spread = math.sqrt(other * (1 - other) / rows)
     assert action[:, 1:].mean(0).tolist() == pytest.approx([other, other], abs=5 * spread)
-    assert torch.equal(planner.first_action(plan, elites, weights, True), plan.probs[:, 0])
+    assert torch.equal(planner.select_action(plan, elites, weights, True), plan.probs[:, 0])
 
 
 @pytest.mark.parametrize("discrete", [False, True])
@@ -242,7 +242,9 @@ def test_without_planning_the_prior_acts(discrete):
     torch.manual_seed(7)
     drawn, after = model.policy(state)
     torch.manual_seed(7)
-    assert torch.equal(drawn, model.prior(state.deterministic, None).action) and after is state
+    assert (
+        torch.equal(drawn, model.sample_prior(state.deterministic, None).action) and after is state
+    )
     assert not drawn.requires_grad
 
 
@@ -290,7 +292,9 @@ def test_the_value_of_the_last_latent_steers():
     def value(z, action, task):
         return -100 * (z[..., 0] - z[..., 1]).square()
 
-    model = knows(build(discount_min=0.5, discount_max=0.5, **MANY), value=value, next=move)
+    model = knows(
+        build(discount_min=0.5, discount_max=0.5, **MANY), value=value, predict_latent=move
+    )
     state = start(model)
     goals = torch.tensor([0.6, -1.5, 2.4])
     state.deterministic.zero_()[:, 1] = goals
@@ -307,8 +311,8 @@ def test_what_is_not_finite_is_not_preferred(bad, where):
         first = action[..., 0] if where == "reward" else z[..., 0]
         return 100 * torch.where(first > 0.3, bad, first)
 
-    model = knows(build(**MANY, horizon=1), **{where: mostly}, next=lambda z, a, task: a)
-    model.prior = lambda z, task: SimpleNamespace(action=z.new_zeros(len(z), 2))
+    model = knows(build(**MANY, horizon=1), **{where: mostly}, predict_latent=lambda z, a, task: a)
+    model.sample_prior = lambda z, task: SimpleNamespace(action=z.new_zeros(len(z), 2))
     action, _ = model.policy(start(model), deterministic=True)
     assert (action[:, 0] <= 0.3).all() and (action[:, 0] > 0.1).all()
 
@@ -335,8 +339,8 @@ def test_returns_by_hand(case, terminates):
     """Reward 10 z + a, values z and 3 z, and the end where z is above a half."""
     actions, expected = ENDS[case]
     model = build(1, episodic=True, discount_min=0.9, discount_max=0.9)
-    model.next, model.reward_of = line, lambda z, a, task: 10 * z[..., 0] + a[..., 0]
-    model.value = lambda z, a, task: torch.stack([z[..., 0], 3 * z[..., 0]])
+    model.predict_latent, model.predict_reward = line, lambda z, a, task: 10 * z[..., 0] + a[..., 0]
+    model.estimate_values = lambda z, a, task: torch.stack([z[..., 0], 3 * z[..., 0]])
     model.is_terminal = lambda z, task: terminates * (z[..., 0] > 0.5).float()
     if not terminates:
         z = [0.0]
@@ -347,7 +351,7 @@ def test_returns_by_hand(case, terminates):
     state.deterministic.zero_()
     candidates = torch.zeros(2, 4, H, 1)
     candidates[1, 2, :, 0] = torch.tensor(actions)
-    found = model.planner().returns(state, candidates)
+    found = model.make_planner().compute_returns(state, candidates)
     assert found.shape == (2, 4)
     # Float32 of a few terms below 10.
     assert found[1, 2].item() == pytest.approx(expected, abs=1e-5)
@@ -358,7 +362,9 @@ def test_each_task_has_its_discount():
     lengths = dict(episode_lengths=[50, 500], discount_min=0.5)
     model = build(1, action_dims=[1, 1], task_dim=4, **lengths)
     knows(model, lambda z, action, task: torch.ones_like(z[..., 0]))
-    found = model.planner().returns(start(model, torch.tensor([1, 0, 1])), torch.zeros(B, 2, H, 1))
+    found = model.make_planner().compute_returns(
+        start(model, torch.tensor([1, 0, 1])), torch.zeros(B, 2, H, 1)
+    )
     expected = [[1 + d + d * d] * 2 for d in (0.99, 0.9, 0.99)]
     torch.testing.assert_close(found, torch.tensor(expected))
 
@@ -367,13 +373,13 @@ def test_the_prior_proposes_what_it_would_do(monkeypatch):
     monkeypatch.setattr(distributions, "standard_normal", lambda like: torch.zeros_like(like))
     model = build()
     state = start(model)
-    given = model.planner().proposals(state)
+    given = model.make_planner().propose(state)
     assert given.shape == (B, 3, H, 2)
     z = state.deterministic
     for t in range(H):
         action = model.actor(z)[:, :2].tanh()
         torch.testing.assert_close(given[:, :, t], action.unsqueeze(1).expand(-1, 3, -1))
-        z = model.next(z, action, None)
+        z = model.predict_latent(z, action, None)
 
 
 # ---- tasks and settings --------------------------------------------------------------------------
@@ -388,11 +394,11 @@ def test_actions_that_a_task_lacks_stay_exactly_zero(deterministic, watched):
         action, state = model.policy(state, deterministic)
         assert torch.equal(action == 0, lacking)
         assert torch.equal(state.extras["plan"] == 0, lacking[:, None].expand(-1, H, -1))
-    for _, candidates in watched.returns:
+    for _, candidates in watched.compute_returns:
         assert not candidates.masked_select(lacking[:, None, None]).any()
-    for plan, _, _, _ in watched.first_action:
+    for plan, _, _, _ in watched.select_action:
         assert torch.equal(plan.std == 0, lacking[:, None].expand(-1, H, -1))
-    for choice in (model.prior(state.deterministic, state.extras["task"]) for _ in range(2)):
+    for choice in (model.sample_prior(state.deterministic, state.extras["task"]) for _ in range(2)):
         assert torch.equal(choice.action == 0, lacking)
         assert torch.equal(choice.mode == 0, lacking)
 
@@ -402,14 +408,14 @@ def test_actions_that_a_task_lacks_stay_exactly_zero(deterministic, watched):
 def test_many_actions_take_two_more_rounds(width, rounds, discrete, watched):
     model = build(width, discrete)
     model.policy(start(model))
-    assert len(watched.returns) == rounds
+    assert len(watched.compute_returns) == rounds
 
 
 @pytest.mark.parametrize("proposed", [0, 3])
 def test_proposals_are_among_the_samples(proposed, watched):
     model = build(num_pi_trajs=proposed)
     model.policy(start(model))
-    samples = [actions for _, actions in watched.returns]
+    samples = [actions for _, actions in watched.compute_returns]
     assert {tuple(x.shape) for x in samples} == {(B, 16, H, 2)}
     same = (samples[0] == samples[-1]).flatten(2).all(-1)  # drawn once, tried in every round
     assert same.sum(1).tolist() == [proposed] * B

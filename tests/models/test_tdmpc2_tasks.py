@@ -59,16 +59,16 @@ def test_the_task_stays_in_the_state():
     assert mixed.extras["task"].tolist() == [1, 0, 1]
 
 
-@pytest.mark.filterwarnings("ignore:a batch holds terminations")
+@pytest.mark.filterwarnings("ignore:a batch contains terminations")
 def test_tasks_among_the_observations_keep_the_protocol():
     check_world_model(build(NAMED, 3, decoder=True, **TASKS))
 
 
 def test_each_task_has_the_discount_of_its_episodes():
     model = build((4,), 3, **TASKS, episode_lengths=[50, 500, None])
-    model.value = lambda z, action, task, target: torch.full((2, 2, B), 10.0)
+    model.estimate_values = lambda z, action, task, target: torch.full((2, 2, B), 10.0)
     # 1 - 5 / 50 is below the least, 1 - 5 / 500 between both, and without an end it is the most.
-    target = model.td_target(torch.rand(2, B, 16), torch.ones(2, B), torch.zeros(2, B), IDS)
+    target = model.compute_td_target(torch.rand(2, B, 16), torch.ones(2, B), torch.zeros(2, B), IDS)
     torch.testing.assert_close(target, torch.tensor([[10.95, 10.5, 10.9]] * 2))
 
 
@@ -86,10 +86,10 @@ def test_long_embeddings_are_cut_where_they_are_used():
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        (None, r"no task was named, but the model knows 3; pass task ids \[B\] from 0 to 2"),
+        (None, r"the task is missing, and the model has 3; pass task ids \[B\] from 0 to 2"),
         (torch.tensor([0, 1]), r"the task ids have shape \(2,\); expected \[3\]"),
-        (torch.tensor([0, 1, 3]), r"the task ids are \[0, 1, 3\]; expected them from 0 to 2"),
-        (torch.tensor([0, -1, 1]), r"the task ids are \[0, -1, 1\]; expected them from 0 to 2"),
+        (torch.tensor([0, 1, 3]), r"the task ids are \[0, 1, 3\]; expected integers from 0 to 2"),
+        (torch.tensor([0, -1, 1]), r"the task ids are \[0, -1, 1\]; expected integers from 0 to 2"),
         (torch.eye(3)[:, :2], r"shape \(3, 2\); expected \[3\]"),
     ],
 )

@@ -164,17 +164,17 @@ class Draws:
         assert value.shape == rows, f"the model asks for {shape}; recorded is {value.shape}"
         return value.reshape(shape)
 
-    def two_heads(self, count: int, device: torch.device) -> Tensor:
+    def draw_two_heads(self, count: int, device: torch.device) -> Tensor:
         order = self.take("permutation", (count,))
         assert order.sort().values.tolist() == list(range(count))
         return order[:2]
 
-    def image_shifts(self, images: int, most: int, device: torch.device) -> Tensor:
+    def draw_shifts(self, images: int, most: int, device: torch.device) -> Tensor:
         shifts = self.take("shift", (images, 2)).reshape(images, 2).long()
         assert shifts.min() >= 0 and shifts.max() <= most
         return shifts
 
-    def exponential(self, like: Tensor) -> Tensor:
+    def draw_exponential(self, like: Tensor) -> Tensor:
         return self.take("exponential", tuple(like.shape)).reshape(like.shape)
 
 
@@ -183,7 +183,7 @@ def drawing(recording: Recording) -> Iterator[Draws]:
     """Replace the model's randomness by recorded draws, of which none may be left at the end."""
     feed = Draws(recording)
     places = [(distributions, "standard_normal")]
-    places += [(draws, name) for name in ("two_heads", "image_shifts", "exponential")]
+    places += [(draws, name) for name in ("draw_two_heads", "draw_shifts", "draw_exponential")]
     with ExitStack() as stack:
         for module, name in places:
             stack.enter_context(mock.patch.object(module, name, getattr(feed, name)))

@@ -11,11 +11,12 @@ from torch import Tensor
 from tests.reference.reference_format import ROOT, Recording, below, tensor
 from tests.reference.tdmpc2_format import FAMILY, drawing
 from worldloom.models.tdmpc2 import draws
+from worldloom.models.tdmpc2.encoder import SHIFT, shift_images
+from worldloom.models.tdmpc2.hyperparameters import compute_discount
+from worldloom.models.tdmpc2.layers import NormedLinear
 from worldloom.models.tdmpc2.losses import termination_stats
-from worldloom.models.tdmpc2.networks import SHIFT, NormedLinear, random_shift
 from worldloom.models.tdmpc2.planner import LatentMPPI
 from worldloom.models.tdmpc2.policy import RunningScale, SquashedNormal, squash
-from worldloom.models.tdmpc2.tasks import discount_from
 from worldloom.nn.mish import mish
 from worldloom.nn.simnorm import simnorm
 from worldloom.nn.symlog import symexp, symlog
@@ -53,13 +54,13 @@ def test_tdmpc2_common(precision: str) -> None:
 def discounts(x: Inputs, recording: Recording) -> Inputs:
     options = load_preset("tdmpc2:5m")
     limits = [options[f"discount_{name}"] for name in ("denom", "min", "max")]
-    values = [discount_from(int(length), *limits) for length in x["episode_length"]]
+    values = [compute_discount(int(length), *limits) for length in x["episode_length"]]
     return {"value": torch.tensor(values, dtype=recording.dtype)}
 
 
 def gumbel(x: Inputs, recording: Recording) -> Inputs:
     planner: Any = None  # the choice needs none
-    return {"choice": LatentMPPI.pick(planner, x["p"].unsqueeze(0))[0]}
+    return {"choice": LatentMPPI.sample_elite(planner, x["p"].unsqueeze(0))[0]}
 
 
 def normed(x: Inputs, recording: Recording) -> Inputs:
@@ -81,8 +82,8 @@ def scale(x: Inputs, recording: Recording) -> Inputs:
 
 
 def shift(x: Inputs, recording: Recording) -> Inputs:
-    shifts = draws.image_shifts(len(x["x"]), 2 * SHIFT, torch.device("cpu"))
-    return {"y": random_shift(x["x"], shifts)}
+    shifts = draws.draw_shifts(len(x["x"]), 2 * SHIFT, torch.device("cpu"))
+    return {"y": shift_images(x["x"], shifts)}
 
 
 def simnormed(x: Inputs, recording: Recording) -> Inputs:
@@ -92,7 +93,7 @@ def simnormed(x: Inputs, recording: Recording) -> Inputs:
 def squashed(x: Inputs, recording: Recording) -> Inputs:
     # The bounds of the recorded log deviations, as the README says.
     actor = SquashedNormal(1, 1, 1, log_std_min=-10, log_std_max=2)
-    log_std, eps = actor.bounded(x["raw_log_std"]), x["eps"]
+    log_std, eps = actor.bound(x["raw_log_std"]), x["eps"]
     choice = squash(x["mean"], log_std, eps, eps.shape[-1])
     logprob = -choice.entropy.unsqueeze(-1)
     # The bonus is -logprob * (dims * gaussian / (logprob + 1e-8)).

@@ -44,7 +44,7 @@ def test_tdmpc2_functions(folder: str, precision: str) -> None:
         state = model.encode(agent.observation(arrays["obs"], recording.dtype), task)
         ours: dict[str, Any] = {
             "encode/z": state.deterministic,
-            "next/z": model.next(x["z"], x["action"], task),
+            "next/z": model.predict_latent(x["z"], x["action"], task),
             "discount": torch.tensor(
                 model.discounts if task is not None else model.discounts[0], dtype=recording.dtype
             ),
@@ -52,7 +52,9 @@ def test_tdmpc2_functions(folder: str, precision: str) -> None:
             **parts(model, x["zs"], x["actions"], task, "seq"),
         }
         rewards, terminated = x["reward"].squeeze(-1), x["terminated"].squeeze(-1)
-        ours["td_target"] = model.td_target(x["zs"], rewards, terminated, task).unsqueeze(-1)
+        ours["td_target"] = model.compute_td_target(x["zs"], rewards, terminated, task).unsqueeze(
+            -1
+        )
         ours["estimate_value"] = plan_values(
             model, x["value_z"], x["value_actions"], task_of(arrays, "value_task")
         )
@@ -70,7 +72,7 @@ def parts(
     model: TDMPC2, z: Tensor, action: Tensor, task: Tensor | None, case: str
 ) -> dict[str, Tensor]:
     """Return what all heads say of z [..., L] and action [..., A]; draws as officially ordered."""
-    joint = model._join(z, task, action)
+    joint = joined(model, z, task, action)
     logits = {"reward": model.reward(joint), "q": model.critic(joint)}
     logits["qtarget"] = model.target_critic(joint)
     value = {k: symlog_twohot_mean(v, **model.value_range) for k, v in logits.items()}
@@ -78,15 +80,15 @@ def parts(
     ours |= {
         f"{name}_{case}/{what}": each.unsqueeze(-1)
         for name, what, each in (
-            ("reward", "value", model.reward_of(z, action, task)),
+            ("reward", "value", model.predict_reward(z, action, task)),
             ("q", "values", value["q"]),
             ("qtarget", "values", value["qtarget"]),
-            ("q", "min", model.value(z, action, task).amin(0)),
-            ("q", "avg", model.value(z, action, task).mean(0)),
-            ("qtarget", "min", model.value(z, action, task, target=True).amin(0)),
+            ("q", "min", model.estimate_values(z, action, task).amin(0)),
+            ("q", "avg", model.estimate_values(z, action, task).mean(0)),
+            ("qtarget", "min", model.estimate_values(z, action, task, target=True).amin(0)),
         )
     }
-    choice = model.prior(z, task)
+    choice = model.sample_prior(z, task)
     assert choice.log_std is not None
     ours |= {
         f"pi_{case}/action": choice.action,
@@ -96,15 +98,23 @@ def parts(
         f"pi_{case}/scaled_entropy": choice.scaled_entropy.unsqueeze(-1),
     }
     if model.termination is not None:
-        logit = model.termination(model._join(z, task))
+        logit = model.termination(joined(model, z, task))
         assert model.is_terminal(z, task).equal((logit.squeeze(-1) > 0).to(z.dtype))
         ours[f"termination_{case}/logit"] = logit
-        ours[f"termination_{case}/prob"] = 1 - model._continue(z, task)
+        ours[f"termination_{case}/prob"] = 1 - model.predict_continue(z, task)
     return ours
+
+
+def joined(model: TDMPC2, z: Tensor, task: Tensor | None, action: Tensor | None = None) -> Tensor:
+    """Concatenate the parts of a network's input, [..., width]."""
+    parts = model.join(z, task, action)
+    return torch.cat([part.expand(*z.shape[:-1], -1) for part in parts], -1)
 
 
 def plan_values(model: TDMPC2, z: Tensor, actions: Tensor, task: Tensor | None) -> Tensor:
     """Return the value [N, 1] of one plan [H, N, A] for each of N states."""
-    planner: LatentMPPI = model.planner()
+    planner: LatentMPPI = model.make_planner()
     extras = {} if task is None else {"task": task.expand(len(z))}
-    return planner.returns(LatentState(z, None, z, extras), actions.transpose(0, 1).unsqueeze(1))
+    return planner.compute_returns(
+        LatentState(z, None, z, extras), actions.transpose(0, 1).unsqueeze(1)
+    )

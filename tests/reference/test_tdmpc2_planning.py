@@ -48,15 +48,15 @@ def planned(
     state = model.encode(obs, task)
     if plan is not None:
         state.extras["plan"] = plan
-    with watching(LatentMPPI, "returns", "weights", "pick") as calls:
+    with watching(LatentMPPI, "compute_returns", "compute_weights", "sample_elite") as calls:
         action, state = model.policy(state, deterministic=evaluate)
-    candidates = [args[1][0].transpose(0, 1) for args, _ in calls["returns"]]
+    candidates = [args[1][0].transpose(0, 1) for args, _ in calls["compute_returns"]]
     return {
         "action": action[0],
         "prev_mean": state.extras["plan"][0],
-        "values": torch.stack([values[0].unsqueeze(-1) for _, values in calls["returns"]]),
+        "values": torch.stack([values[0].unsqueeze(-1) for _, values in calls["compute_returns"]]),
         "actions_first": candidates[0],
         "actions_last": candidates[-1],
-        "score": calls["weights"][-1][1][0],
-        "choice": calls["pick"][0][1][0],
+        "score": calls["compute_weights"][-1][1][0],
+        "choice": calls["sample_elite"][0][1][0],
     }, state.extras["plan"]

@@ -93,14 +93,14 @@ def update(
     The policy's loss leaves a gradient on the embedding of the tasks. As officially it stays there,
     and the next update adds to it.
     """
-    with watching(TDMPC2, "value", "policy_value") as calls:
-        terms, stats, rollout = model.model_terms(data)
+    with watching(TDMPC2, "estimate_values", "estimate_policy_value") as calls:
+        terms, stats, rollout = model.compute_model_losses(data)
         total = weighted(model, terms)
         total.backward()
         grads = gradients(model)
         model_adam.step()
         model_adam.zero_grad()
-        policy_loss, policy_stats = model.policy_terms(rollout.z.detach(), data)
+        policy_loss, policy_stats = model.compute_policy_loss(rollout.z.detach(), data)
     policy_loss.backward()
     policy_grads = {k: g for k, g in gradients(model).items() if k.startswith("_pi.")}
     policy_adam.step()
@@ -112,7 +112,7 @@ def update(
     info |= {"total_loss": total, "pi_loss": policy_loss}
     info |= {"grad_norm": norm(grads), "pi_grad_norm": norm(policy_grads)}
     info.setdefault("termination_loss", torch.zeros(()))
-    (_, td_q), (_, pi_q) = calls["value"][0], calls["policy_value"][0]
+    (_, td_q), (_, pi_q) = calls["estimate_values"][0], calls["estimate_policy_value"][0]
     return {
         **{f"info/{name}": value for name, value in info.items()},
         **{f"grad/{name}": value for name, value in grads.items()},
@@ -128,10 +128,11 @@ def update(
 
 def weighted(model: TDMPC2, terms: Mapping[str, Tensor]) -> Tensor:
     """Return the loss of all but the policy."""
-    return torch.stack([model.coefs[name] * term for name, term in terms.items()]).sum()
+    weights = model.options.loss_weights()
+    return torch.stack([weights[name] * term for name, term in terms.items()]).sum()
 
 
-@pytest.mark.filterwarnings("ignore:a batch holds terminations")
+@pytest.mark.filterwarnings("ignore:a batch contains terminations")
 @pytest.mark.parametrize("precision", ["float64", "float32"])
 @pytest.mark.parametrize("folder", agent_folders(FAMILY))
 def test_tdmpc2_compute_loss(folder: str, precision: str) -> None:
@@ -151,8 +152,8 @@ def test_tdmpc2_compute_loss(folder: str, precision: str) -> None:
     model = agent.build(precision).train()
     with drawing(recording):
         data = agent.transitions(arrays, recording.dtype)
-        _, _, rollout = model.model_terms(data)
-        policy_loss, stats = model.policy_terms(rollout.z.detach(), data)
+        _, _, rollout = model.compute_model_losses(data)
+        policy_loss, stats = model.compute_policy_loss(rollout.z.detach(), data)
     policy_loss.backward()
     policy = gradients(model)  # the model's losses were not differentiated
     compare_own({"policy_loss": policy_loss} | stats, out, "forward", precision)

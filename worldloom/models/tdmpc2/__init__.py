@@ -1,4 +1,4 @@
-"""TD-MPC2 (Hansen et al. 2024): an implicit world model that is planned with."""
+"""TD-MPC2 (Hansen et al. 2024): planning with an implicit world model."""
 
 from worldloom.models.tdmpc2.model import TDMPC2
 

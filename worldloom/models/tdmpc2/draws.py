@@ -1,39 +1,39 @@
-"""The random numbers that only TD-MPC2 draws; its normal noise is `nn.distributions`'.
+"""Random numbers of TD-MPC2, except normal noise, which comes from `nn.distributions`.
 
-In one place, so that tests can put the draws in that were recorded from the official code.
+They are drawn in one place so that tests can replace them by those recorded from the official code.
 """
 
 import torch
 from torch import Tensor
 
 
-def two_heads(count: int, device: torch.device) -> Tensor:
-    """Draw two of `count` Q-functions, [2] int64."""
+def draw_two_heads(count: int, device: torch.device) -> Tensor:
+    """Draw the indices of two of `count` Q-functions, [2] int64."""
     return torch.randperm(count, device=device)[:2]
 
 
-def image_shifts(images: int, most: int, device: torch.device) -> Tensor:
-    """Draw how far each image is shifted, x and then y, [images, 2] int64 from 0 to `most`."""
+def draw_shifts(images: int, most: int, device: torch.device) -> Tensor:
+    """Draw the shift of each image, x and then y, [images, 2] int64 from 0 to `most`."""
     return torch.randint(most + 1, (images, 2), device=device)
 
 
-def dropped(count: int, probability: float) -> Tensor:
-    """Draw which of `count` numbers a dropout on the CPU drops, ascending indices, int64.
+def draw_dropped(count: int, probability: float) -> Tensor:
+    """Draw the entries, out of `count`, that dropout on a CPU sets to zero: ascending indices.
 
-    Each is dropped with the same probability, whatever happens to the others: so the gaps between
-    those that are have a geometric distribution. Drawing the few gaps takes a tenth of the time of
-    drawing for each number.
+    Each entry is dropped independently with the same probability, so the gaps between dropped
+    entries have a geometric distribution. Drawing only the gaps takes a tenth of the time of one
+    random number per entry.
     """
     expected = count * probability
-    some = int(expected + 6 * expected**0.5) + 1  # seldom too few
+    chunk = int(expected + 6 * expected**0.5) + 1  # rarely too few: six standard deviations
     indices = torch.empty(0, dtype=torch.int64)
     while not len(indices) or indices[-1] < count:
-        before = indices[-1] if len(indices) else -1
-        gaps = torch.empty(some, dtype=torch.int64).geometric_(probability)
-        indices = torch.cat([indices, before + gaps.cumsum(0)])
+        last = indices[-1] if len(indices) else -1
+        gaps = torch.empty(chunk, dtype=torch.int64).geometric_(probability)
+        indices = torch.cat([indices, last + gaps.cumsum(0)])
     return indices[indices < count]
 
 
-def exponential(like: Tensor) -> Tensor:
-    """Draw exponentially distributed numbers in the shape of another tensor."""
+def draw_exponential(like: Tensor) -> Tensor:
+    """Draw exponentially distributed numbers with the shape, dtype and device of `like`."""
     return torch.empty_like(like).exponential_()

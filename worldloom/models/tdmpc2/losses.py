@@ -1,6 +1,6 @@
-"""What TD-MPC2 learns from: transitions cut out of a batch, and the losses over them.
+"""Transitions of a batch, and the losses of TD-MPC2 over them.
 
-Axes: B rows, H transitions, time first: [H, B, ...].
+Axes: B rows, H transitions, A = width of an action. Time comes first: [H, B, ...].
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,14 @@ from worldloom.protocol import Batch
 
 @dataclass
 class Transitions:
-    """A batch as the model reads it: actions[t] at obs[t] earned rewards[t] and led to obs[t + 1].
+    """A batch with time first: actions[t] at obs[t] earned rewards[t] and led to obs[t + 1].
 
     obs: {key: [H + 1, B, *shape]}; actions: [H, B, A]; rewards, terminated: [H, B] float.
     alive: [H, B] float, 0 from the first transition on that would leave the row's episode.
     task: [B] int64, or None for a single task.
-    acts: [B] float, 0 where the row begins in a terminal state, in which nobody acts; None if no
-        row does. (Terminal states that a transition leads to count for the policy, as officially.)
+    acts: [B] float, 0 where the row starts in a terminal state, in which no action is taken; None
+        if no row does. (As in the official code, the policy loss includes terminal states that a
+        transition leads to.)
     """
 
     obs: dict[str, Tensor]
@@ -34,7 +35,7 @@ class Transitions:
 
     @property
     def states_alive(self) -> Tensor:
-        """Which states [H + 1, B] the policy learns in: the first, and where one arrives alive."""
+        """States [H + 1, B] in the policy loss: the first, and those reached within the episode."""
         first = torch.ones_like(self.alive[0]) if self.acts is None else self.acts
         return torch.cat([first.unsqueeze(0), self.alive])
 
@@ -47,11 +48,17 @@ class Transitions:
         task: Tensor | None,
         dtype: torch.dtype,
     ) -> "Transitions":
-        """Check a batch [B, T, ...] and take its T - 1 transitions; a truncation ends nothing."""
+        """Check a batch [B, T, ...] and return its T - 1 transitions.
+
+        Truncated episodes are not terminated.
+        """
         steps = check_rows(batch, obs, spaces)[1]
         if steps < 2:
-            raise ValueError(f"sequences have {steps} rows; a transition needs at least 2")
-        leaves = batch["is_last"][:, :-1] | batch["is_first"][:, 1:]
+            raise ValueError(
+                f"sequences have {steps} row; a transition needs 2. Use training.sequence_length "
+                "of at least 2"
+            )
+        leaves = batch["is_last"][:, :-1] | batch["is_first"][:, 1:]  # [B, H]
         return cls(
             {key: value.transpose(0, 1) for key, value in obs.items()},
             batch["actions"][:, :-1].transpose(0, 1).to(dtype),
@@ -64,7 +71,7 @@ class Transitions:
 
 
 def mean_over(x: Tensor, alive: Tensor) -> Tensor:
-    """Return the means [T] of x [T, B] over the rows that are alive [T, B]; 0 where none is."""
+    """Return the means [T] of x [T, B] over the rows with alive [T, B]; 0 if there are none."""
     return (x * alive).sum(1) / alive.sum(1).clamp(min=1)
 
 
@@ -75,17 +82,17 @@ def discounted_mean(per_step: Tensor, rho: float) -> Tensor:
 
 
 def termination_loss(logits: Tensor, terminated: Tensor, alive: Tensor) -> Tensor:
-    """Return the mean binary cross entropy of logits [H, B], without the weights rho^t."""
+    """Return the mean binary cross entropy of logits [H, B], not weighted by rho^t."""
     each = F.binary_cross_entropy_with_logits(logits, terminated, reduction="none")
     return (each * alive).sum() / alive.sum().clamp(min=1)
 
 
 def termination_stats(prob: Tensor, terminated: Tensor, alive: Tensor) -> dict[str, Tensor]:
-    """Return how many rows [B] are terminal, and the F1 score of their prediction at 0.5."""
-    said, true = (prob > 0.5) * alive, terminated * alive
-    hits = (said * true).sum()
+    """Return the rate of terminal rows [B], and the F1 score of predictions with prob > 0.5."""
+    predicted, true = (prob > 0.5) * alive, terminated * alive
+    hits = (predicted * true).sum()
     recall = hits / (true.sum() + 1e-9)
-    precision = hits / (said.sum() + 1e-9)
+    precision = hits / (predicted.sum() + 1e-9)
     f1 = 2 * (precision * recall) / (recall + precision + 1e-9)
     return {
         "termination_rate": true.sum() / alive.sum().clamp(min=1),
