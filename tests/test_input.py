@@ -77,7 +77,7 @@ CASES = {
     "run name=null": "name is null; expected a name",
     "run init_from=3": "init_from is 3; expected a path",
     # numbers and ranges
-    "run training.learning_rate=nan": "training.learning_rate is nan; expected above 0",
+    "run training.learning_rate=nan": "training.learning_rate is nan; expected a finite number",
     "run training.train_ratio=inf": "training.train_ratio is inf; expected a finite number",
     "run model.free_nats=inf": "hyperparameter 'free_nats' is inf; expected a finite number such a",
     "run optimizer.eps=nan": "optimizer.eps is nan; expected a finite number such as 1e-20",

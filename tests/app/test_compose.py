@@ -93,9 +93,9 @@ MISTAKES = {
     "seed=null": "seed is null; expected an integer",
     "threads=abc": "threads is 'abc'; expected at least 1, or null for all cores",
     # impossible values
-    "training.batch_size=0": "training.batch_size is 0; expected above 0",
+    "training.batch_size=0": "training.batch_size is 0; expected at least 1",
     "training.sequence_length=1": "training.sequence_length is 1; expected at least 2",
-    "training.learning_rate=-1": "training.learning_rate is -1.0; expected above 0",
+    "training.learning_rate=-1": "training.learning_rate is -1.0; expected a finite number above 0",
     "evaluation.episodes=0": "evaluation.episodes is 0; expected at least 1",
     "model.stoch=0": "hyperparameter 'stoch' is 0; expected at least 1",
     "threads=0": "threads is 0; expected at least 1, or null for all cores",
@@ -316,7 +316,7 @@ def test_a_mistake_in_a_sweep_ends_one_job_only(command):
     code, trained, _, err = command("-m", "training.batch_size=4,0,8")
     assert code == 1
     assert [cfg.training.batch_size for cfg in trained] == [4, 8]
-    assert err.splitlines()[-1] == "error: training.batch_size is 0; expected above 0"
+    assert err.splitlines()[-1] == "error: training.batch_size is 0; expected at least 1"
     assert "training.batch_size=0" in err.splitlines()[-2]  # which job it was
     code, trained, _, err = command("-m", "model=dreamer,dreemer")
     assert code == 1 and trained == []  # a choice that does not exist is seen beforehand
@@ -339,9 +339,9 @@ def test_hydra_full_error_shows_the_traceback(tmp_path):
     done = in_a_process(*arguments, HYDRA_FULL_ERROR="1")
     assert done.returncode == 1
     assert "Traceback (most recent call last)" in done.stderr
-    assert "ValueError: training.batch_size is 0; expected above 0" in done.stderr
+    assert "ValueError: training.batch_size is 0; expected at least 1" in done.stderr
     quiet = in_a_process(*arguments, HYDRA_FULL_ERROR="0")
-    assert quiet.stderr == "error: training.batch_size is 0; expected above 0\n"
+    assert quiet.stderr == "error: training.batch_size is 0; expected at least 1\n"
 
 
 def test_looking_at_the_configuration_needs_no_torch():

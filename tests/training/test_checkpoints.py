@@ -16,7 +16,6 @@ from worldloom.training.checkpoints import (
     Checkpoints,
     Damaged,
     has_checkpoint,
-    interval,
     read_checkpoint,
     usable,
 )
@@ -95,26 +94,6 @@ def test_or_every_so_many_updates(tmp_path):
     spy = Spy(tmp_path, "4 updates")
     fit(online(), spy)
     assert spy.seen == [0, 4, 8, 12, 13]
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("10min", (10.0, 0)),
-        ("0.5 minutes", (0.5, 0)),
-        ("1 minute", (1.0, 0)),
-        ("500updates", (float("inf"), 500)),
-        (" 1 update ", (float("inf"), 1)),
-    ],
-)
-def test_an_interval_is_a_time_or_a_number_of_updates(text, expected):
-    assert interval(text) == expected
-
-
-@pytest.mark.parametrize("text", ["10", 10, "ten minutes", "0min", "0 updates", "1.5updates", ""])
-def test_another_interval_is_refused_with_an_example(text):
-    with pytest.raises(ValueError, match=r"checkpoint.every is .*checkpoint.every=10min"):
-        interval(text)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("the disk is on fire"), Interrupted(15)])

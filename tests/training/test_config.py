@@ -5,7 +5,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import ValidationError
 
 from worldloom.training import TrainingConfig
-from worldloom.training.config import EvaluationConfig, field_names
+from worldloom.training.config import (
+    CheckpointConfig,
+    EvaluationConfig,
+    field_names,
+    parse_interval,
+)
 
 
 def test_as_the_documentation_makes_it():
@@ -23,17 +28,17 @@ def test_as_the_documentation_makes_it():
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("total_steps", 0, "total_steps is 0; expected above 0"),
-        ("batch_size", -1, "batch_size is -1; expected above 0"),
+        ("total_steps", 0, "total_steps is 0; expected at least 1"),
+        ("batch_size", -1, "batch_size is -1; expected at least 1"),
         ("sequence_length", 1, "sequence_length is 1; expected at least 2"),
-        ("learning_rate", 0.0, "learning_rate is 0.0; expected above 0"),
-        ("learning_rate", float("nan"), "learning_rate is nan; expected above 0"),
-        ("grad_clip", 0.0, "grad_clip is 0.0; expected above 0, or null for none"),
-        ("train_ratio", -1.0, "train_ratio is -1.0; expected above 0, or null"),
+        ("learning_rate", 0.0, "learning_rate is 0.0; expected a finite number above 0"),
+        ("learning_rate", float("nan"), "learning_rate is nan; expected a finite number above 0"),
+        ("grad_clip", 0.0, "grad_clip is 0.0; expected a finite number above 0, or null"),
+        ("train_ratio", -1.0, "train_ratio is -1.0; expected a finite number above 0, or null"),
         ("seed_episodes", -1, "seed_episodes is -1; expected at least 0"),
         ("prefill", 0, "prefill is 0; expected at least 1, or null for a batch"),
         ("random_steps", -1, "random_steps is -1; expected at least 0"),
-        ("log_every", 0, "log_every is 0; expected above 0"),
+        ("log_every", 0, "log_every is 0; expected at least 1"),
     ],
 )
 def test_impossible_training(setting, value, message):
@@ -66,7 +71,27 @@ def test_as_a_schema_it_refuses_wrong_types(setting, value):
     assert schema.train_ratio == 3.0
 
 
-@pytest.mark.parametrize("cls", [TrainingConfig, EvaluationConfig])
+@pytest.mark.parametrize("cls", [TrainingConfig, EvaluationConfig, CheckpointConfig])
 def test_every_setting_is_explained(cls):
     for name in field_names(cls):
         assert re.search(rf"^ *{name}: ", cls.__doc__ or "", re.MULTILINE), name
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("10min", (10.0, 0)),
+        ("0.5 minutes", (0.5, 0)),
+        ("1 minute", (1.0, 0)),
+        ("500updates", (float("inf"), 500)),
+        (" 1 update ", (float("inf"), 1)),
+    ],
+)
+def test_an_interval_is_a_time_or_a_number_of_updates(text, expected):
+    assert parse_interval(text) == expected
+
+
+@pytest.mark.parametrize("text", ["10", 10, "ten minutes", "0min", "0 updates", "1.5updates", ""])
+def test_another_interval_is_refused_with_an_example(text):
+    with pytest.raises(ValueError, match=r"every is .*checkpoint.every=10min"):
+        parse_interval(text)

@@ -8,7 +8,6 @@ them, with theirs.
 import errno
 import logging
 import os
-import re
 import time
 import zipfile
 from collections.abc import Callable, Mapping
@@ -23,6 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from worldloom.replay.chunks import flush_to_disk
 from worldloom.timing import phase
+from worldloom.training.config import parse_interval
 from worldloom.training.interruption import Interrupted
 from worldloom.training.module import WorldModelModule
 from worldloom.training.randomness import random_state, set_random_state
@@ -205,7 +205,7 @@ class Checkpoints(Callback):
 
     def __init__(self, folder: str | Path, every: str = "10 minutes") -> None:
         self.file = Path(folder) / LAST
-        self.minutes, self.updates = interval(every)
+        self.minutes, self.updates = parse_interval(every)
         self.random: dict[str, Any] | None = None
         self._due = 0.0
         self._failed = False
@@ -298,22 +298,6 @@ class Checkpoints(Callback):
                 )
             self._failed = True
             self._due = time.monotonic() + RETRY_SECONDS
-
-
-def interval(every: str) -> tuple[float, int]:
-    """Return (minutes, updates) of a text such as "10 minutes" or "500 updates".
-
-    The other one is infinite minutes, or 0 updates.
-    """
-    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(minutes?|min|updates?)\s*", str(every))
-    if match is None or not float(match[1]) or (match[2][0] == "u" and "." in match[1]):
-        raise ValueError(
-            f"checkpoint.every is {every!r}; expected a time or a whole number of updates, such as "
-            "checkpoint.every=10min or checkpoint.every=500updates"
-        )
-    if match[2][0] == "u":
-        return float("inf"), int(match[1])
-    return float(match[1]), 0
 
 
 class _Sink:

@@ -1,29 +1,33 @@
-"""Settings of a run that belong to no model and no environment, checked when they are made."""
+"""Settings classes of the configuration's sections; each checks its values when it is created."""
 
 import math
+import re
 from dataclasses import dataclass, fields
+
+from worldloom.errors import require_positive
 
 
 @dataclass
 class TrainingConfig:
-    """How long and how hard to train; the `training` section of the configuration.
+    """Length and intensity of training: the `training` section.
 
     Attributes:
-        total_steps: environment steps of the whole run (optimiser updates if offline).
+        total_steps: environment steps of the whole run (updates if offline).
         batch_size: sequences per update.
-        sequence_length: steps per sequence that are trained on.
-        learning_rate: of the optimiser.
+        sequence_length: rows per sequence that are trained on.
+        learning_rate: learning rate of the optimiser.
         warmup: updates over which the learning rate rises from 0 (optimizer=laprop).
-        anneal: update at which it has fallen to a tenth; 0 to keep it (optimizer=laprop).
-        grad_clip: global gradient norm to clip to; None for no such clipping.
-        train_ratio: replayed steps per environment step; updates per environment step are
-            train_ratio / (batch_size * sequence_length). None for one update per step.
-        prefill: environment steps before the first update; None for one batch of them.
+        anneal: update at which the learning rate has fallen to a tenth; 0 to keep it constant
+            (optimizer=laprop).
+        grad_clip: maximum norm of all gradients together; None for no clipping.
+        train_ratio: replayed steps per environment step. One environment step is followed by
+            train_ratio / (batch_size * sequence_length) updates. None for one update per step.
+        prefill: environment steps before the first update; None for as many as one batch has.
         random_steps: environment steps with random actions at the start.
-        seed_episodes: prefill and random steps last for so many episodes at least, by the
-            environment's time limit (none if it has no limit).
-        pretrain: train for the prefill's steps too, at once when it is over.
-        log_every: updates between two points of train/… curves.
+        seed_episodes: minimum length of prefill and of the random steps, in episodes of the
+            environment's time limit (no effect without a time limit).
+        pretrain: also do the updates that belong to the steps of the prefill, right after it.
+        log_every: updates between two points of the train/… curves.
     """
 
     total_steps: int = 1_000_000
@@ -41,37 +45,34 @@ class TrainingConfig:
     log_every: int = 100
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a value that no run can have."""
-        for name in ("total_steps", "batch_size", "learning_rate", "log_every"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        if self.train_ratio is not None:
-            _require(self.train_ratio > 0, "train_ratio", self.train_ratio, "above 0, or null")
+        """Raise ValueError for a value outside its range."""
+        names = ("total_steps", "batch_size", "log_every")
+        require_positive(**{name: getattr(self, name) for name in names})
         _require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "at least 2")
         for name in ("random_steps", "seed_episodes", "warmup", "anneal"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        _require_size("learning_rate", self.learning_rate, "")
+        if self.train_ratio is not None:
+            _require_size("train_ratio", self.train_ratio, ", or null for one update per step")
         if self.grad_clip is not None:
-            _require(self.grad_clip > 0, "grad_clip", self.grad_clip, "above 0, or null for none")
+            _require_size("grad_clip", self.grad_clip, ", or null for no clipping")
         if self.prefill is not None:
             _require(self.prefill >= 1, "prefill", self.prefill, "at least 1, or null for a batch")
-        for name in ("learning_rate", "train_ratio", "grad_clip"):
-            value = getattr(self, name)
-            ok = value is None or math.isfinite(value)
-            _require(ok, name, value, "a finite number")
 
 
 @dataclass
 class EvaluationConfig:
-    """How the agent is scored, in environments of its own; the `evaluation` section.
+    """Evaluation of the agent, in separate environments: the `evaluation` section.
 
     Attributes:
         episodes: episodes of the evaluation at the end of a run.
         every: environment steps between evaluations during the run; 0 for none.
-        episodes_during: episodes of each of those, with seeds of their own.
-        keep_best: whether the run's final model is the one that scored best during the run, where
-            it was scored; otherwise it is the last.
-        num_envs: environments side by side.
-        deterministic: the policy's mode instead of samples.
-        seed: of the evaluation environments; training seeds never reach it.
+        episodes_during: episodes of each evaluation during the run, with different seeds.
+        keep_best: use the model with the best evaluation during the run as the run's final model;
+            otherwise, and without evaluations during the run, use the last one.
+        num_envs: environments that run in parallel.
+        deterministic: use the mode of the policy instead of samples.
+        seed: seed of the evaluation environments, which training never uses.
     """
 
     episodes: int = 20
@@ -83,18 +84,55 @@ class EvaluationConfig:
     seed: int = 1_000_003
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a value that no evaluation can have."""
-        for name in ("episodes", "episodes_during", "num_envs"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        """Raise ValueError for a value outside its range."""
+        names = ("episodes", "episodes_during", "num_envs")
+        require_positive(**{name: getattr(self, name) for name in names})
         _require(self.every >= 0, "every", self.every, "at least 0")
         _require(0 <= self.seed < 2**32, "seed", self.seed, f"from 0 to {2**32 - 1}")
 
 
+@dataclass
+class CheckpointConfig:
+    """When a run is saved: the `checkpoint` section.
+
+    Attributes:
+        every: time or updates between two checkpoints, for example "10min" or "500updates".
+    """
+
+    every: str = "10min"
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an interval that cannot be parsed."""
+        parse_interval(self.every)
+
+
+def parse_interval(every: str) -> tuple[float, int]:
+    """Return (minutes, updates) of an interval such as "10 minutes" or "500 updates".
+
+    The unit that is not given is infinite minutes or 0 updates.
+
+    Raises:
+        ValueError: `every` is neither.
+    """
+    match = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*(minutes?|min|updates?)\s*", str(every))
+    in_updates = match is not None and match[2][0] == "u"
+    if match is None or not float(match[1]) or (in_updates and "." in match[1]):
+        raise ValueError(
+            f"every is {every!r}; expected a time or a whole number of updates, such as "
+            "checkpoint.every=10min or checkpoint.every=500updates"
+        )
+    return (math.inf, int(match[1])) if in_updates else (float(match[1]), 0)
+
+
 def field_names(cls: type) -> list[str]:
-    """Return the names of a settings class."""
+    """Return the names of the settings of a settings class."""
     return [f.name for f in fields(cls)]
 
 
-def _require(ok: bool, name: str, value: object, wanted: str) -> None:
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
-        raise ValueError(f"{name} is {value}; expected {wanted}")
+        raise ValueError(f"{name} is {value}; expected {expected}")
+
+
+def _require_size(name: str, value: float, alternative: str) -> None:
+    _require(0 < value < math.inf, name, value, f"a finite number above 0{alternative}")
