@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from tests.forked_commands import Commands
+
 pytest_plugins = ["tests.reference.report"]
 
 # pytest-xdist starts one process per core. Set before torch is imported; the commands that tests
@@ -22,6 +24,13 @@ def pytest_configure():
     except ImportError:
         return
     logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
+
+@pytest.fixture(scope="session")
+def commands():
+    """Run commands of worldloom without starting an interpreter for each."""
+    with Commands() as commands:
+        yield commands
 
 
 @pytest.fixture

@@ -1,13 +1,10 @@
-"""Run commands of worldloom in processes of their own that need not import torch again.
+"""Run commands of worldloom in forks of one process, so that each need not import torch again.
 
-usage: python tests/forked_commands.py
-
-Reads one JSON object a line from stdin: {"module": "worldloom.run", "words": […], "folder": …};
-"kill": [seconds or path, signal] sends it a signal after so long, or once it has written that path
-again; "seconds" is what it may take at most.
-Everything is imported once; each command is then a fork, in that folder, with its own stdin, stdout
-and stderr, that calls the module's main() as `python -m MODULE WORDS…` does. Writes one JSON object
-a line to stdout: {"code": exit code, "out": …, "err": …}.
+`Commands` is the client that tests use. The server is `python tests/forked_commands.py`. It reads
+one JSON object a line from stdin, with the arguments of `fork`, and writes one a line to stdout:
+{"code": exit code, "out": ..., "err": ...}. It imports everything once; each command is a fork with
+its own working directory, stdin, stdout and stderr that calls the module's main() as
+`python -m MODULE WORDS...` does.
 """
 
 import contextlib
@@ -16,14 +13,16 @@ import importlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 # What the commands import, and what they import later, where they need it.
-COMMANDS = ("run", "eval", "collect", "bench", "envs.check")
+COMMANDS = ("run", "eval", "collect", "bench", "diagnose", "envs.check")
 LATER = (
     "app.build",
     "app.saved_config",
@@ -37,7 +36,46 @@ LATER = (
     "training.progress",
 )
 WAITS = os.WEXITED | os.WNOHANG | os.WNOWAIT
-SECONDS = 30  # that a command may take
+SECONDS = 240  # that a command may take, on a machine with other jobs
+
+
+class Commands:
+    """A server that runs commands in forks. Use it as a context manager."""
+
+    def __init__(self) -> None:
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        env.pop("HYDRA_FULL_ERROR", None)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self.process = subprocess.Popen([sys.executable, __file__], env=env, text=True, **pipes)
+
+    def __enter__(self) -> "Commands":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.__exit__(None, None, None)  # closes the pipes, and waits until it has ended
+
+    def run(
+        self,
+        words: Sequence[object],
+        cwd: Path,
+        kill: tuple[float | str, int] | None = None,
+        seconds: int = SECONDS,
+        module: str = "worldloom.run",
+        path: Path | None = None,
+    ) -> dict[str, Any]:
+        """Run a command and return its exit code, stdout and stderr; the arguments are `fork`'s."""
+        request = {"module": module, "words": list(map(str, words)), "folder": str(cwd)}
+        request |= {"kill": kill, "seconds": seconds, "path": path and str(path)}
+        json.dump(request, self.process.stdin)
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def good(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Run a command that must succeed."""
+        done = self.run(*args, **kwargs)
+        assert done["code"] == 0, done["out"] + done["err"]
+        return done
 
 
 def run(module: str, words: list[str]) -> int:
@@ -79,8 +117,15 @@ def fork(
     folder: str,
     kill: tuple[float | str, int] | None = None,
     seconds: int = SECONDS,
+    path: str | None = None,
 ) -> dict[str, object]:
-    """Run a command in a fork; return its exit code and what it printed."""
+    """Run a command in a fork; return its exit code and what it printed.
+
+    kill: (seconds, or a path that the command writes; signal): send the signal after this time, or
+        once the path was written again.
+    seconds: the command is ended after this time.
+    path: a folder to import modules from, as in PYTHONPATH.
+    """
     is_time = moment(kill[0], folder) if kill else None
     files = {1: Path(folder) / ".stdout", 2: Path(folder) / ".stderr"}
     child = os.fork()
@@ -89,6 +134,8 @@ def fork(
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, file in files.items():
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        if path is not None:
+            sys.path.insert(0, path)
         signal.alarm(seconds)
         code = run(module, words)
         sys.stdout.flush()

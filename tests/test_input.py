@@ -4,7 +4,6 @@ Every case is a command with its words in a process of its own (a fork of one th
 everything, tests/forked_commands.py); the files that it is given are those of tests/input_files.py.
 """
 
-import json
 import os
 import shlex
 import subprocess
@@ -227,22 +226,15 @@ def environment(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def call(environment):
+def call(environment, commands):
     """Run `MODULE WORDS…` in a folder: {"code", "out", "err"}."""
-    _, env = environment
-    command = [sys.executable, str(HERE / "forked_commands.py")]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=env, text=True) as server:
+    path, _ = environment
 
-        def send(line, where):
-            module, *words = shlex.split(line)
-            request = {"module": f"worldloom.{module}", "words": words, "folder": str(where)}
-            server.stdin.write(json.dumps(request) + "\n")
-            server.stdin.flush()
-            return json.loads(server.stdout.readline())
+    def send(line, where):
+        module, *words = shlex.split(line)
+        return commands.run(words, where, module=f"worldloom.{module}", path=path, seconds=30)
 
-        yield send
-        server.stdin.close()
+    return send
 
 
 @pytest.fixture(scope="module")

@@ -31,12 +31,10 @@ SHORT = [
 TINY = ["experiment=cartpole", "env=gymnasium", *TINY_MODEL, *SHORT]
 
 
-def python(module, *arguments, cwd, path=None):
-    """Run a module as a user would, from another folder."""
+def python(*words, cwd):
+    """Train as a user would, in an interpreter started from another folder."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-    if path is not None:
-        env["PYTHONPATH"] = str(path)
-    command = [sys.executable, "-m", f"worldloom.{module}", *map(str, arguments)]
+    command = [sys.executable, "-m", "worldloom.run", *map(str, words)]
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     return done
@@ -63,16 +61,16 @@ def without_clocks(folder):
 def finished(tmp_path_factory):
     """One run, from a folder that is not the checkout: (its folder, what it printed)."""
     cwd = tmp_path_factory.mktemp("elsewhere")
-    done = python("run", *TINY, cwd=cwd)
+    done = python(*TINY, cwd=cwd)
     (folder,) = (cwd / "runs" / "cartpole").iterdir()
     return folder, done
 
 
 @pytest.fixture(scope="module")
-def sweep(tmp_path_factory):
+def sweep(commands, tmp_path_factory):
     """The same run with the seeds 0 and 1, one after the other in another process."""
     cwd = tmp_path_factory.mktemp("sweep")
-    python("run", "-m", *TINY, "seed=0,1", "hydra.sweep.dir=both", cwd=cwd)
+    commands.good(["-m", *TINY, "seed=0,1", "hydra.sweep.dir=both"], cwd)
     return cwd / "both"
 
 
@@ -212,14 +210,14 @@ def test_the_same_seed_gives_the_same_metrics(finished, sweep):
     assert without_clocks(sweep / "0") == without_clocks(finished[0])
 
 
-def test_environments_in_processes_give_the_same_metrics(finished, tmp_path):
-    done = python("run", *TINY, "env.workers=2", "hydra.run.dir=r", cwd=tmp_path)
-    assert "environments: 4 in 2 processes" in done.stdout
+def test_environments_in_processes_give_the_same_metrics(finished, commands, tmp_path):
+    done = commands.good([*TINY, "env.workers=2", "hydra.run.dir=r"], tmp_path)
+    assert "environments: 4 in 2 processes" in done["out"]
     assert without_clocks(tmp_path / "r") == without_clocks(finished[0])
 
 
-def test_collecting_beside_the_updates_collects_and_trains_as_much(finished, tmp_path):
-    python("run", *TINY, "data.overlap=true", "hydra.run.dir=r", cwd=tmp_path)
+def test_collecting_beside_the_updates_collects_and_trains_as_much(finished, commands, tmp_path):
+    commands.good([*TINY, "data.overlap=true", "hydra.run.dir=r"], tmp_path)
     (_, steps), (_, updates) = (
         curve(tmp_path / "r", name)[-1] for name in ("env/frames", "train/updates")
     )
@@ -269,9 +267,10 @@ def scores(printed):
     return match
 
 
-def test_scoring_a_run_gives_its_final_score(finished, tmp_path):
+def test_scoring_a_run_gives_its_final_score(finished, commands, tmp_path):
     folder, _ = finished
-    match = scores(python("eval", f"checkpoint={folder}", "episodes=3", cwd=tmp_path).stdout)
+    words = [f"checkpoint={folder}", "episodes=3"]
+    match = scores(commands.good(words, tmp_path, module="worldloom.eval")["out"])
     final = {
         name: curve(folder, f"eval/{name}")[-1][1] for name in ("return", "return_std", "length")
     }
@@ -396,11 +395,12 @@ def package(tmp_path, monkeypatch):
     return folder
 
 
-def test_a_model_of_ones_own_is_trained_and_planned_with(package, tmp_path, score):
+def test_a_model_of_ones_own_is_trained_and_planned_with(package, commands, tmp_path, score):
     """Thirty lines outside the package; nothing else is changed."""
     own = ["model=custom", "model._target_=mypkg.MyModel", "+model.hidden=32"]
     own += ["training.warmup=0", "training.learning_rate=0.01"]  # to learn within 46 updates
-    python("run", *own, *SHORT, "env.time_limit=40", "hydra.run.dir=r", cwd=tmp_path, path=package)
+    words = [*own, *SHORT, "env.time_limit=40", "hydra.run.dir=r"]
+    commands.good(words, tmp_path, path=package)
     folder = tmp_path / "r"
     losses = [value for _, value in curve(folder, "train/loss")]
     assert losses[-1] < 0.8 * losses[0]  # it learns
@@ -422,11 +422,11 @@ def test_a_model_of_ones_own_is_trained_and_planned_with(package, tmp_path, scor
     assert action.shape == (5, 2) and (action.sum(-1) == 1).all() and plan.shape == (5, 3, 2)
 
 
-def test_an_environment_of_ones_own(package, tmp_path, score):
+def test_an_environment_of_ones_own(package, commands, tmp_path, score):
     """Images, vectors and choices in nested dicts, actions with bounds, success at the end."""
     own = ["env._target_=my_envs.make_env", "+env.level=3"]
     tiny = [*TINY_MODEL, "model.depth=2", "training.total_steps=200", "evaluation.every=100"]
-    python("run", *own, *SHORT, *tiny, "hydra.run.dir=r", cwd=tmp_path, path=package)
+    commands.good([*own, *SHORT, *tiny, "hydra.run.dir=r"], tmp_path, path=package)
     folder = tmp_path / "r"
     lengths = {value for _, value in curve(folder, "episode/length")}
     assert lengths == {10.0}

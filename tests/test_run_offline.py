@@ -3,7 +3,6 @@
 import csv
 import os
 import re
-import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -75,17 +74,13 @@ def metrics(folder, name):
 
 
 @pytest.fixture(scope="module")
-def finished(cartpole, tmp_path_factory):
+def finished(commands, cartpole, tmp_path_factory):
     """DreamerV3 on CartPole's episodes, as a user would: (the run's folder, what it printed)."""
     cwd = tmp_path_factory.mktemp("cwd")
     words = ["data=offline", f"data.path={os.path.relpath(cartpole, cwd)}", *DREAMER, *SHORT]
     words += ["evaluation.every=4", "evaluation.episodes_during=2", "callbacks.open_loop.every=3"]
     words += ["training.total_steps=10", "hydra.run.dir=r"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-    command = [sys.executable, "-m", "worldloom.run", *words]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    return cwd / "r", done.stdout
+    return cwd / "r", commands.good(words, cwd)["out"]
 
 
 def test_the_environment_comes_from_the_data(finished, cartpole):

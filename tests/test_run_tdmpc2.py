@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.test_run import curve, metrics, python, without_clocks
+from tests.test_run import curve, metrics, without_clocks
 from worldloom import create_world_model
 
 TINY = [
@@ -21,12 +21,12 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(commands, tmp_path_factory):
     """One run on CartPole, which is discrete and terminates: (its folder, what it printed)."""
     cwd = tmp_path_factory.mktemp("elsewhere")
-    done = python("run", *TINY, cwd=cwd)
+    done = commands.good(TINY, cwd)
     (folder,) = (cwd / "runs" / "td").iterdir()
-    return folder, done
+    return folder, done["out"]
 
 
 def test_one_update_follows_each_decision_and_each_of_the_prefill(finished):
@@ -58,28 +58,26 @@ def test_the_saved_model_plans(finished):
     assert action.sum(-1).tolist() == [1, 1, 1] and state.extras["plan"].shape == (3, 3, 2)
 
 
-def test_the_same_seed_gives_the_same_metrics(finished, tmp_path):
+def test_the_same_seed_gives_the_same_metrics(finished, commands, tmp_path):
     folder, _ = finished
-    python("run", *TINY, "hydra.run.dir=again", cwd=tmp_path)
+    commands.good([*TINY, "hydra.run.dir=again"], tmp_path)
     assert without_clocks(tmp_path / "again") == without_clocks(folder)
 
 
 @pytest.mark.slow
-def test_scoring_a_run_gives_its_final_score(finished, tmp_path):
-    folder, done = finished
-    final = re.search(r"final return (\S+) ± (\S+) \(2 episodes\)", done.stdout)
-    scored = python("eval", f"checkpoint={folder}", "episodes=2", "num_envs=10", cwd=tmp_path)
-    assert f"return {float(final[1]):.1f}"[:-1] in scored.stdout
+def test_scoring_a_run_gives_its_final_score(finished, commands, tmp_path):
+    folder, printed = finished
+    final = re.search(r"final return (\S+) ± (\S+) \(2 episodes\)", printed)
+    words = [f"checkpoint={folder}", "episodes=2", "num_envs=10"]
+    scored = commands.good(words, tmp_path, module="worldloom.eval")
+    assert f"return {float(final[1]):.1f}"[:-1] in scored["out"]
 
 
-def test_a_run_begins_with_what_another_has_learned(finished, tmp_path):
+def test_a_run_begins_with_what_another_has_learned(finished, commands, tmp_path):
     """Here to continuous actions and another observation: what does not fit is said."""
     folder, _ = finished
-    done = python(
-        *("run", *TINY, "env.id=Pendulum-v1", f"init_from={folder}", "hydra.run.dir=new"),
-        cwd=tmp_path,
-    )
-    lines = done.stdout.splitlines()
+    words = [*TINY, "env.id=Pendulum-v1", f"init_from={folder}", "hydra.run.dir=new"]
+    lines = commands.good(words, tmp_path)["out"].splitlines()
     (head,) = [line for line in lines if "tensors taken over" in line]
     taken, total = map(int, re.fullmatch(r"(\d+) of (\d+) tensors taken over:", head).groups())
     assert 0 < taken < total
@@ -89,10 +87,10 @@ def test_a_run_begins_with_what_another_has_learned(finished, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_decoder_lets_one_look_at_the_imagination(tmp_path):
-    done = python("run", *TINY, "model.decoder=true", "hydra.run.dir=run", cwd=tmp_path)
+def test_a_decoder_lets_one_look_at_the_imagination(commands, tmp_path):
+    done = commands.good([*TINY, "model.decoder=true", "hydra.run.dir=run"], tmp_path)
     names = {name for row in metrics(tmp_path / "run") for name, value in row.items() if value}
-    assert "train/reconstruction_loss" in names and "final return" in done.stdout
+    assert "train/reconstruction_loss" in names and "final return" in done["out"]
     events = EventAccumulator(str(tmp_path / "run"), {"images": 0}).Reload()
     # Longer than the slices that are trained on, for it is read from the replay.
     assert len(events.Images("imagination/open_loop")) == 5

@@ -1,6 +1,5 @@
 """Real runs that are killed, starved, damaged, and resumed: nothing may be lost or changed."""
 
-import json
 import os
 import random
 import signal
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 import torch
@@ -50,35 +48,9 @@ RUNS = {
 }
 
 
-class Server:
-    """Runs commands in forks of one process, which has imported everything."""
-
-    def __init__(self):
-        command = [sys.executable, str(Path(__file__).with_name("forked_commands.py"))]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen(command, env=env, text=True, **pipes)
-
-    def run(self, words, cwd, kill=None, seconds=240, module="worldloom.run"):
-        """Return {"code", "out", "err"}; kill: (seconds or a path that it writes, signal)."""
-        request = {"module": module, "words": list(map(str, words)), "folder": str(cwd)}
-        json.dump({**request, "kill": kill, "seconds": seconds}, self.process.stdin)
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-    def good(self, *args, **kwargs):
-        """Run what must succeed."""
-        done = self.run(*args, **kwargs)
-        assert done["code"] == 0, done["out"] + done["err"]
-        return done
-
-
 @pytest.fixture(scope="module")
-def server():
-    server = Server()
-    with server.process:  # which closes its pipes, so that it ends
-        yield server
+def server(commands):
+    return commands
 
 
 @pytest.fixture(scope="module")

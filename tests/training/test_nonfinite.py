@@ -4,7 +4,6 @@ import logging
 import os
 import random
 import re
-import subprocess
 import sys
 from functools import partial
 
@@ -128,7 +127,9 @@ TERMS = {"dreamerv3:size1m": "kl_loss, reconstruction_loss", "tdmpc2:1m": "consi
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_bad_batch_stops_before_it_changes_anything_and_its_command_reproduces_it(name, tmp_path):
+def test_a_bad_batch_stops_before_it_changes_anything_and_its_command_reproduces_it(
+    name, commands, tmp_path
+):
     laprop = partial(LaProp, lr=1e-2, warmup=0)
     torch.manual_seed(1)
     before = family(name)
@@ -146,15 +147,14 @@ def test_a_bad_batch_stops_before_it_changes_anything_and_its_command_reproduces
     assert [path.name for path in file.parent.iterdir()] == [FILE]  # nothing temporary is left
     command = message.splitlines()[-1].split()
     assert command == ["python", "-m", "worldloom.diagnose", str(file)]
-    run = subprocess.run([sys.executable, *command[1:]], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert f"update 3: {TERMS[name]}" in run.stdout
+    printed = commands.good(command[3:], tmp_path, module=command[2])["out"]
+    assert f"update 3: {TERMS[name]}" in printed
     assert re.search(
         r"\n  actions +\[4, \d, 2\] float32 .*<- 2 NaN, 0 infinite, first at \[1, 2, 0\]",
-        run.stdout,
+        printed,
     )
-    assert "forward:   it came with actions\n" in run.stdout
-    assert run.stdout.endswith("reproduced: the loss or a gradient is not finite again\n")
+    assert "forward:   it came with actions\n" in printed
+    assert printed.endswith("reproduced: the loss or a gradient is not finite again\n")
     # As any checkpoint, it can be loaded as a model: the one before the update.
     assert_same(create_world_model(file).state_dict(), before.state_dict())
 
