@@ -101,5 +101,7 @@ def test_overrides_exist():
     assert not [
         (page, key)
         for page, key in found
-        if not key.startswith("_") and not re.search(rf"^\s*{key}:", text, re.MULTILINE)
+        if page != "CHANGELOG.md"  # which names keys of the past
+        and not key.startswith("_")
+        and not re.search(rf"^\s*{key}:", text, re.MULTILINE)
     ]
