@@ -26,7 +26,7 @@ COMMANDS = ("run", "eval", "collect", "bench", "diagnose", "envs.check")
 LATER = (
     "app.build",
     "app.saved_config",
-    "transfer",
+    "factory",
     "models.dreamerv3.official",
     "models.tdmpc2.official",
     "training.callbacks",

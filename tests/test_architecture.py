@@ -19,7 +19,6 @@ LAYERS = [
     {"planning"},
     {"models"},
     {"factory"},
-    {"transfer"},
     {"envs"},
     {"datasets"},
     {"acting"},

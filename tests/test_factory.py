@@ -342,18 +342,27 @@ def rewrite(folder, **changes):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "config.yaml").unlink(), "holds no config.yaml; expected a folder written"),
-        (lambda f: (f / "model.safetensors").unlink(), "holds no model.safetensors"),
+        (
+            lambda f: (f / "config.yaml").unlink(),
+            "contains no config.yaml; expected a folder",
+        ),
+        (lambda f: (f / "model.safetensors").unlink(), "contains no model.safetensors"),
         (lambda f: (f / "model.safetensors").write_bytes(b"x" * 99), "cannot be read"),
         (lambda f: os.truncate(f / "model.safetensors", 5000), "cannot be read"),
-        (lambda f: (f / "config.yaml").write_text("a: [1"), "cannot be read"),
-        (lambda f: (f / "config.yaml").write_text("- 1"), "is not a saved worldloom model"),
-        (lambda f: rewrite(f, format=2), "is not a saved worldloom model of format 1"),
-        (lambda f: rewrite(f, model="DELETE"), "does not say how to build its model"),
-        (lambda f: rewrite(f, obs_shape="DELETE"), "does not say how to build its model"),
+        (lambda f: (f / "config.yaml").write_text("a: [1"), "is not valid YAML"),
+        (lambda f: (f / "config.yaml").write_text("- 1"), "is not the config of a saved model"),
+        (
+            lambda f: rewrite(f, format=3),
+            "was saved by a newer version of worldloom, with",
+        ),
+        (lambda f: rewrite(f, model="DELETE"), "does not record how to build its model"),
+        (lambda f: rewrite(f, obs_shape="DELETE"), "does not record how to build its model"),
         (lambda f: rewrite(f, unitss=3), r"no hyperparameter 'unitss' \(did you mean 'units'\?\)"),
         (lambda f: rewrite(f, units=24), r"tensor '.*' in .* has shape .*, expected"),
-        (lambda f: rewrite(f, actor_critic=False), "unknown tensors, first 'slow_count'"),
+        (
+            lambda f: rewrite(f, actor_critic=False),
+            "unknown tensors, first 'actor.mlp.0.linear",
+        ),
     ],
 )
 def test_damaged_folders_are_named(damage, message, tmp_path):
@@ -370,7 +379,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path):
     for name in ("text", "other"):
         with pytest.raises(ValueError, match=f"{name}.ckpt is not a readable worldloom checkpoint"):
             create_world_model(tmp_path / f"{name}.ckpt")
-    with pytest.raises(ValueError, match=r"none.ckpt does not say how to build its model"):
+    with pytest.raises(ValueError, match=r"none.ckpt does not record how to build its model"):
         create_world_model(tmp_path / "none.ckpt")
 
 
@@ -469,7 +478,7 @@ def test_models_outside_worldloom_load_only_where_they_are_allowed(own, tmp_path
 def test_a_model_that_nobody_can_build_again_is_not_saved(tmp_path):
     from worldloom.saving import save_model
 
-    with pytest.raises(ValueError, match="Own has no config that tells how to build it; create it"):
+    with pytest.raises(ValueError, match="Own has no config to build it again; create it"):
         save_model(Own((4,), 2, False), tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

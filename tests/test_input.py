@@ -174,7 +174,7 @@ CASES = {
     "eval checkpoint=F/run zzz": "cannot read 'zzz'; expected words such as seed=0",
     "eval checkpoint=F/run env.action_repeat=abc": "action_repeat is 'abc'; expected a whole num",
     "eval checkpoint=F/run env.id=Acrobot-v1": "has obs_shape (4,), but the environment (6,); choo",
-    "eval checkpoint=F/runs/no_model_file": "holds no model.safetensors; expected a folder written",
+    "eval checkpoint=F/runs/no_model_file": "contains no model.safetensors; expected a folder",
     "eval checkpoint=F/runs/empty": "is not the configuration of a run: it has no 'env'; expected",
     "eval checkpoint=F/runs/yaml": "config.yaml is no YAML … expected what python -m worldloom.run",
     "eval checkpoint=F/runs/no_model": "it has no 'model'; expected what python -m worldloom.run",

@@ -1,6 +1,8 @@
-"""Presets: one YAML file each under conf/model, read by the factory and by the command alike."""
+"""Presets of models: YAML files in conf/model, read by the factory and by the commands."""
 
 import functools
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,31 +10,42 @@ from omegaconf import DictConfig, OmegaConf
 
 from worldloom.errors import suggest
 
+# Ranges of hyperparameters: counts, shares, and numbers that divide or whose logarithm is taken.
+COUNTS = (
+    *("units", "depth", "deter", "hidden", "stoch", "classes", "blocks", "imag_length", "kernel"),
+    *("enc_dim", "mlp_dim", "latent_dim", "num_channels", "num_enc_layers", "num_bins"),
+    *("simnorm_dim", "horizon", "iterations", "num_samples", "num_elites"),
+)
+SHARES = ("unimix", "rate", "lam", "dropout", "rho", "tau")
+SPREADS = ("minstd", "maxstd", "min_std", "max_std")
+
 
 def config_dir() -> Path:
-    """Return the folder of configurations: in the wheel, or beside the package in a checkout."""
+    """Return the configuration folder: inside the package if installed, next to it in a clone."""
     package = Path(__file__).resolve().parent
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "config.yaml").is_file():
             return folder
-    raise FileNotFoundError(f"no conf/ in or beside {package}; the installation is incomplete")
+    raise FileNotFoundError(
+        f"no conf/ in or next to {package}; the installation is incomplete: install worldloom again"
+    )
 
 
 def preset_names() -> list[str]:
-    """Return all presets by their public names, such as "dreamerv3:size12m", by size."""
-    files = [f for f in _model_files() if f.stem not in aliases()]
-    return [_public(f.stem) for f in sorted(files, key=_size)]
+    """Return the public names of all presets, such as "dreamerv3:size12m", sorted by size."""
+    files = [f for f in _find_files() if f.stem not in aliases()]
+    return [_to_public(f.stem) for f in sorted(files, key=_parse_size)]
 
 
 @functools.cache
 def aliases() -> dict[str, str]:
-    """Return the aliases, {alias: preset}: files that hold nothing but another preset."""
+    """Return {alias: preset}; an alias is a file that only names a preset in its defaults."""
     found = {}
-    for file in _model_files():
+    for file in _find_files():
         config = OmegaConf.load(file)
         assert isinstance(config, DictConfig)
         if list(config) == ["defaults"]:
-            found[file.stem] = _public(str(config.defaults[0]))
+            found[file.stem] = _to_public(str(config.defaults[0]))
     return found
 
 
@@ -40,50 +53,102 @@ def load_preset(name: str) -> dict[str, Any]:
     """Return a preset's configuration by public name, file name or alias.
 
     Raises:
-        ValueError: no such preset; names the nearest ones.
+        ValueError: there is no such preset; the message suggests a similar name.
     """
-    known = {_public(f.stem): f for f in _model_files()}
-    key = _public(name.lower())
-    if key not in known:
+    files = {_to_public(f.stem): f for f in _find_files()}
+    key = _to_public(name.lower())
+    if key not in files:
         raise ValueError(
-            f"unknown model {name!r}{suggest(name, [*known])}; presets: "
+            f"unknown model {name!r}{suggest(name, files)}; presets: "
             f"{', '.join(preset_names())}; aliases: "
             + ", ".join(f"{a} -> {p}" for a, p in aliases().items())
             + "; or the path of a saved model"
         )
-    config = _compose(known[key])
-    result = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(result, dict)
-    return {str(k): v for k, v in result.items()}
+    config: Any = OmegaConf.to_container(_compose(files[key]), resolve=True)
+    return {str(k): v for k, v in config.items()}
+
+
+def override_preset(
+    config: dict[str, Any], overrides: Mapping[str, Any], name: str, within: str = ""
+) -> dict[str, Any]:
+    """Return a preset's configuration with overrides merged in.
+
+    within: prefix of the names of hyperparameters in messages, such as "encoder.".
+
+    Raises:
+        ValueError: an override is unknown, or has another type or range than the preset's value.
+    """
+    merged = dict(config)
+    for key, value in overrides.items():
+        if key not in config:
+            choices = [k for k in config if not k.startswith("_")]
+            raise ValueError(
+                f"{name} has no hyperparameter {within + key!r}"
+                f"{suggest(key, choices, within)}; it takes {', '.join(choices)}"
+            )
+        old = config[key]
+        if not isinstance(old, dict) or key == "obs_classes":
+            _require_fits(key, value, old, within)
+            merged[key] = value
+            continue
+        if not isinstance(value, Mapping):
+            raise ValueError(
+                f"hyperparameter {within + key!r} is {value!r}; expected a dict with some of "
+                f"{sorted(old)}"
+            )
+        # Each part may have units and depth of its own.
+        shared: dict[str, Any] = {k: config[k] for k in ("units", "depth") if k in config}
+        part = override_preset({**shared, **old}, value, name, f"{within}{key}.")
+        merged[key] = {k: v for k, v in part.items() if k in old or k in value}
+    return merged
+
+
+def _require_fits(key: str, value: Any, old: Any, within: str) -> None:
+    """Raise ValueError unless a value has the type of the preset's value and is in range."""
+    kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,), list: (list, tuple)}
+    types, problem = kinds.get(type(old)), f"hyperparameter {within + key!r} is {value!r}"
+    if types and (not isinstance(value, types) or (bool not in types and value is True)):
+        raise ValueError(f"{problem}; expected {type(old).__name__} such as {old!r}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{problem}; expected a finite number such as {old!r}")
+    if key in SHARES and not 0 <= value <= 1:
+        raise ValueError(f"{problem}; expected a number in [0, 1]")
+    if key in COUNTS and value < 1:
+        raise ValueError(f"{problem}; expected at least 1")
+    if key in SPREADS and not value > 0:
+        raise ValueError(f"{problem}; expected a number above 0")
 
 
 def read_choice(file: Path) -> dict[str, Any]:
-    """Return what a file of a group holds with its defaults, interpolations as they stand."""
-    held: Any = OmegaConf.to_container(_compose(file))
-    return held
+    """Return the contents of a file of a group, merged with its defaults but not resolved."""
+    contents: Any = OmegaConf.to_container(_compose(file))
+    return contents
 
 
 def describe_preset(name: str) -> str:
     """Return the first comment line of a preset's file."""
-    known = {_public(f.stem): f for f in _model_files()}
-    return known[name].read_text().splitlines()[0].removeprefix("# ")
+    files = {_to_public(f.stem): f for f in _find_files()}
+    return files[name].read_text().splitlines()[0].removeprefix("# ")
 
 
-def _model_files() -> list[Path]:
+def file_name(name: str) -> str:
+    """Return the name of a preset or an alias on the command line, such as "dreamerv3_size12m"."""
+    return name.lower().replace(":", "_", 1)
+
+
+def _find_files() -> list[Path]:
+    """Return the files of presets and aliases."""
     files = (config_dir() / "model").glob("*.yaml")
     return [f for f in sorted(files) if not f.stem.endswith("_base") and f.stem != "custom"]
 
 
-def file_name(name: str) -> str:
-    """Return what the command line calls a preset or an alias: "dreamerv3_size12m"."""
-    return name.lower().replace(":", "_", 1)
-
-
-def _public(stem: str) -> str:
+def _to_public(stem: str) -> str:
+    """Return the public name of a file: "dreamerv3:size12m" for dreamerv3_size12m."""
     return stem.replace("_", ":", 1)
 
 
-def _size(file: Path) -> tuple[str, float]:
+def _parse_size(file: Path) -> tuple[str, float]:
+    """Return the family and the size of a preset, to sort by."""
     family, _, size = file.stem.partition("_")
     number = "".join(c for c in size if c.isdigit() or c == ".")
     return family, float(number) if number else float("inf")
@@ -94,10 +159,9 @@ def _compose(file: Path) -> DictConfig:
     config = OmegaConf.load(file)
     assert isinstance(config, DictConfig)
     merged: Any = OmegaConf.create()
-    entries = config.pop("defaults", [])
-    for entry in entries:
-        # "override /training…: x" says how a family is trained; only the command line reads it.
-        # "default" of training and evaluation is no file but a class.
+    for entry in config.pop("defaults", []):
+        # Entries such as "override /training: x" select how a family is trained, for the commands
+        # only. "default" of training and evaluation is a class instead of a file.
         if isinstance(entry, str) and entry not in ("_self_", "default"):
             merged = OmegaConf.merge(merged, _compose(file.parent / f"{entry}.yaml"))
     merged = OmegaConf.merge(merged, config)

@@ -60,13 +60,13 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     )
     from worldloom.app.resume import require_changeable
     from worldloom.app.run_dir import CONFIG, SCORES, begin_anew, read_config, write_text
+    from worldloom.factory import transfer
     from worldloom.saving import load_tensors, read_saved, save_model
     from worldloom.training.callbacks import Evaluation, log, x_axis
     from worldloom.training.checkpoints import Checkpoints, has_checkpoint, usable
     from worldloom.training.config import parse_interval
     from worldloom.training.module import WorldModelModule
     from worldloom.training.precision import require_precision
-    from worldloom.transfer import transfer
 
     parse_interval(cfg.checkpoint.every)
     require_precision(cfg.trainer.get("precision"))

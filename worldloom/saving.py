@@ -1,27 +1,38 @@
-"""Models on disk: model.safetensors and config.yaml, and nothing that can run code."""
+"""Saved models: model.safetensors and config.yaml, which contain nothing that could be executed."""
 
-import os
+import hashlib
+import json
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
 from torch import nn
 
-FORMAT = 1
+from worldloom.files import atomic_write, read_yaml, reject_interpolations
+
+# Version of the layout and names in saved models; raised whenever older files cannot be read.
+FORMAT = 2
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+# Names of dtypes in the safetensors format.
+DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8"},
+    **{torch.uint8: "U8", torch.bool: "BOOL", torch.complex64: "C64"},
+}
+
+Tensors = dict[str, torch.Tensor]
 
 
-def config_of(model: nn.Module) -> dict[str, Any] | None:
-    """Return what tells how to build a model, {"model": name or path, **arguments}, if known.
+def get_config(model: nn.Module) -> dict[str, Any] | None:
+    """Return the arguments to build a model again, {"model": name or path, ...}, or None.
 
-    It is the model's own `config`, or `build_config`, which the factory sets where a model has none
-    or uses that name for something else.
+    They are the model's own `config`, or `build_config`, which the factory sets if a model has no
+    `config` or uses that name for something else.
     """
     for config in (getattr(model, "config", None), getattr(model, "build_config", None)):
         if isinstance(config, dict) and "model" in config:
@@ -32,41 +43,60 @@ def config_of(model: nn.Module) -> dict[str, Any] | None:
 def save_model(
     model: nn.Module, folder: str | Path, tensors: Mapping[str, torch.Tensor] | None = None
 ) -> None:
-    """Write a model's tensors, or others for it, and how to build it (see `config_of`).
+    """Write a model's config (see `get_config`) and its tensors, or other tensors for it.
 
-    Each file is written under a temporary name and then renamed, so a crash leaves no half file.
+    Each file is replaced atomically. Both contain an id of the config, so loading detects a crash
+    between them, which is possible only if the folder held a model with another config.
     """
-    config = config_of(model)
+    config = get_config(model)
     if config is None:
         raise ValueError(
-            f"{type(model).__name__} has no config that tells how to build it; create it with "
+            f"{type(model).__name__} has no config to build it again; create it with "
             "create_world_model or set model.config = {'model': 'my_pkg.MyModel', **arguments}"
         )
+    reject_interpolations(config, f"the config of {type(model).__name__}")
+    id_ = hashlib.sha256(OmegaConf.to_yaml(config).encode()).hexdigest()[:16]
+    text = OmegaConf.to_yaml({"format": FORMAT, "id": id_, **config})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = model.state_dict() if tensors is None else tensors
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    stored: set[int] = set()
-    for name, tensor in tensors.items():
-        # The format refuses tensors that share memory, such as tied weights.
-        memory = tensor.untyped_storage().data_ptr()
-        tensors[name] = tensor.clone() if memory in stored else tensor
-        stored.add(memory)
-    try:
-        save_file(tensors, folder / f".{WEIGHTS}")
-    except SafetensorError as error:  # a full disk, for example
-        raise OSError(f"{folder / WEIGHTS} could not be written: {error}") from None
-    text = OmegaConf.to_yaml(OmegaConf.create({"format": FORMAT, **_plain(config)}))
-    (folder / f".{CONFIG}").write_text(text)
-    for name in (WEIGHTS, CONFIG):
-        os.replace(folder / f".{name}", folder / name)
+    # The config's file is complete before the weights are replaced, and replaced last.
+    with atomic_write(folder / CONFIG) as file:
+        file.write(text.encode())
+        with atomic_write(folder / WEIGHTS) as weights:
+            write_tensors(weights, model.state_dict() if tensors is None else tensors, id_)
 
 
-def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return the config and the tensors of what a path means.
+def write_tensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor], id_: str) -> None:
+    """Write tensors in the safetensors format, one after another and so without a second copy.
 
-    That is a saved model's folder or a file in it, a checkpoint, or of a run's folder the final
-    model, or else its last checkpoint.
+    The format is the length of a JSON header (8 bytes), the header, padded to 8 bytes, and the
+    bytes of all tensors. Large dtypes come first, so that every tensor is aligned.
+    """
+    header: dict[str, Any] = {"__metadata__": {"id": id_}}
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    end = 0
+    for name, tensor in ordered:
+        if tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"tensor {name!r} is {tensor.dtype}, which cannot be saved; expected one of "
+                f"{', '.join(map(str, DTYPES))}"
+            )
+        start, end = end, end + tensor.numel() * tensor.itemsize
+        dtype, shape = DTYPES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for _, tensor in ordered:
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        file.write(flat.view(torch.uint8).numpy().data)
+
+
+def read_weights(path: Path) -> tuple[dict[str, Any], Tensors]:
+    """Return the config and the tensors that a path refers to.
+
+    path: a saved model's folder or a file in it, a checkpoint, or a run folder, of which the final
+        model is read, or else the last checkpoint.
     """
     if path.is_file():
         path = path if path.suffix == ".ckpt" else path.parent
@@ -75,68 +105,85 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return (read_checkpoint if path.suffix == ".ckpt" else read_saved)(path)
 
 
-def read_saved(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def read_saved(folder: Path) -> tuple[dict[str, Any], Tensors]:
     """Return the config and the tensors of a saved model.
 
     Raises:
-        ValueError: a file is missing, damaged or of a newer format.
+        ValueError: a file is missing, damaged or of another format.
     """
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).is_file():
             raise ValueError(
-                f"{folder} holds no {name}; expected a folder written by save_pretrained, a run "
+                f"{folder} contains no {name}; expected a folder written by save_pretrained, a run "
                 "folder, a .ckpt file or official weights"
             )
+    advice = "expected a model written by save_pretrained; copy it again, or save it again"
+    config = read_yaml(folder / CONFIG, advice)
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG} is not the config of a saved model; {advice}")
+    _require_format(folder, config.pop("format", None))
     try:
-        config: Any = OmegaConf.to_container(OmegaConf.load(folder / CONFIG))
-        tensors = load_file(folder / WEIGHTS)
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            id_ = (file.metadata() or {}).get("id")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except Exception as error:
         reason = " ".join(str(error).split())
+        raise ValueError(f"{folder / WEIGHTS} cannot be read: {reason}; {advice}") from None
+    if config.pop("id", None) != id_:
         raise ValueError(
-            f"the model in {folder} cannot be read: {reason}; expected what save_pretrained wrote; "
-            "copy it again"
-        ) from None
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        held = config.get("format") if isinstance(config, dict) else None
-        raise ValueError(
-            f"{folder / CONFIG} is not a saved worldloom model of format {FORMAT}: it has the "
-            f"format {held!r}; a newer worldloom may read it"
+            f"{folder / CONFIG} and {WEIGHTS} belong to different models, because saving was "
+            f"interrupted; {advice}"
         )
-    del config["format"]
     return config, tensors
 
 
-def read_checkpoint(file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """Return the model's config and tensors out of a run's checkpoint, without running code."""
+def _require_format(folder: Path, found: Any) -> None:
+    """Raise ValueError for a saved model of another format."""
+    if found == FORMAT:
+        return
+    newer = isinstance(found, int) and found > FORMAT
+    raise ValueError(
+        f"the model in {folder} was saved by {'a newer' if newer else 'an earlier'} version of "
+        f"worldloom, with format {found!r}; this version reads format {FORMAT}. "
+        + ("Update worldloom" if newer else "Load it with that version, or train it again")
+    )
+
+
+def read_checkpoint(file: Path) -> tuple[dict[str, Any], Tensors]:
+    """Return the model's config and tensors from a run's checkpoint, without executing code."""
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         config = checkpoint["hyper_parameters"]["model"]
         state = checkpoint["state_dict"]
     except Exception as error:
         raise ValueError(
-            f"{file} is not a readable worldloom checkpoint: {damage(file, error)}; nothing in it "
-            "was run. Expected one that python -m worldloom.run wrote; copy it again, or take "
-            "another"
+            f"{file} is not a readable worldloom checkpoint: {describe_damage(file, error)}; "
+            "nothing in it was executed. Expected a checkpoint written by python -m worldloom.run; "
+            "copy it again, or use another one"
         ) from None
     prefix = "model."
     return config, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 
 
-def damage(file: Path, error: Exception) -> str:
-    """Say in a few words why torch could not read a file."""
+def describe_damage(file: Path, error: Exception) -> str:
+    """Return a short reason why torch could not read a file."""
     if not zipfile.is_zipfile(file):
         start = file.read_bytes()[:2] if file.is_file() else b""
-        kinds = {b"PK": "it was cut off", b"": "it is empty"}
-        return kinds.get(start, "it holds something else")
+        reasons = {b"PK": "it is truncated", b"": "it is empty"}
+        return reasons.get(start, "it is a file of another kind")
     if found := re.search(r"GLOBAL (\S+)", str(error)):
-        return f"it wants to load {found[1]}"
+        return f"it would load {found[1]}"
     if isinstance(error, KeyError | TypeError):
-        return f"it has no {error}" if isinstance(error, KeyError) else "it holds no dict"
+        return f"it has no {error}" if isinstance(error, KeyError) else "it contains no dict"
     return " ".join(str(error).split())[:300]
 
 
-def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], source: Path) -> None:
-    """Copy tensors into the model; name the first that is missing, unknown or misshapen."""
+def load_tensors(model: nn.Module, tensors: Tensors, source: Path) -> None:
+    """Copy tensors into the model.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape; nothing was copied.
+    """
     state = model.state_dict()
     if missing := [name for name in state if name not in tensors]:
         raise ValueError(
@@ -151,14 +198,5 @@ def load_tensors(model: nn.Module, tensors: dict[str, torch.Tensor], source: Pat
                 f"{tuple(state[name].shape)}"
             )
     same = all(value.dtype == state[name].dtype for name, value in tensors.items())
-    # A model saved in another precision comes back in it, bit for bit.
+    # A model saved with another dtype is restored with it, bit for bit.
     model.load_state_dict(tensors, assign=not same)
-
-
-def _plain(value: Any) -> Any:
-    """Turn tuples into lists and mappings into dicts, as YAML knows them."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(v) for v in value]
-    return value

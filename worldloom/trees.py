@@ -4,15 +4,18 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def map_tree(fn: Callable[[Any], Any], tree: Any) -> Any:
+def map_tree(fn: Callable[[Any], Any], tree: Any, sequence: type | None = None) -> Any:
     """Apply `fn` to every leaf of nested mappings, lists and tuples; return new containers.
 
     Mappings become dicts with the same order of keys.
+
+    sequence: type of the new lists and tuples; by default they keep theirs.
     """
     if isinstance(tree, Mapping):
-        return {key: map_tree(fn, value) for key, value in tree.items()}
+        return {key: map_tree(fn, value, sequence) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(map_tree(fn, value) for value in tree)
+        make = sequence or type(tree)
+        return make(map_tree(fn, value, sequence) for value in tree)
     return fn(tree)
 
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from tests.test_transfer import as_official, same, small
+from tests.test_factory_transfer import as_official, same, small
 from worldloom import create_world_model
 
 
@@ -99,7 +99,7 @@ class Hostile:
 
 def test_a_hostile_file_runs_nothing(tmp_path):
     torch.save({"model": {"_dynamics.0.weight": Hostile()}}, tmp_path / "agent.pt")
-    with pytest.raises(ValueError, match="nothing in it was run"):
+    with pytest.raises(ValueError, match="nothing in it was executed"):
         read(tmp_path / "agent.pt")
     assert not os.path.exists("/tmp/worldloom_was_here")
 

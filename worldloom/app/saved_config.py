@@ -18,7 +18,7 @@ from worldloom.app.validation import check_env_section, checked_section
 from worldloom.errors import suggest
 from worldloom.factory import create_world_model
 from worldloom.presets import config_dir
-from worldloom.saving import config_of
+from worldloom.saving import get_config
 
 
 def read_run(path: Path) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def load_actor(path: Path, config: Mapping[str, Any], task: Task) -> Actor:
     config: of the run, as `opened_run` returns it.
     """
     model: Any = create_world_model(path, allow=(config["model"]["_target_"],)).eval()
-    made = config_of(model) or {}
+    made = get_config(model) or {}
     known = {"obs_shape": task.obs.shape, "action_dim": task.actions.action_dim}
     for name, value in known.items():
         if made.get(name, value) != value:

@@ -10,7 +10,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from worldloom.errors import suggest
-from worldloom.presets import aliases, config_dir, file_name, load_preset, preset_names, read_choice
+from worldloom.presets import (
+    aliases,
+    config_dir,
+    file_name,
+    load_preset,
+    override_preset,
+    preset_names,
+    read_choice,
+)
 from worldloom.training.config import EvaluationConfig, TrainingConfig, field_names
 
 SECTIONS = {"training": TrainingConfig, "evaluation": EvaluationConfig}
@@ -268,8 +276,6 @@ def _reference(group: str, section: Mapping[str, Any], chosen: Any = None) -> di
 
 def _check_model(section: Mapping[str, Any], choice: Any) -> None:
     """Hold the model section to its preset, whose types Hydra does not know."""
-    from worldloom.factory import override_preset
-
     names = [file_name(str(name)) for name in (*preset_names(), *aliases())]
     if choice in names:
         override_preset(load_preset(choice), section, choice)

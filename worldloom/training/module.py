@@ -9,7 +9,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from worldloom.protocol import split_result
-from worldloom.saving import config_of
+from worldloom.saving import get_config
 from worldloom.timing import phase
 from worldloom.training.nonfinite import Guard
 
@@ -51,7 +51,7 @@ class WorldModelModule(LightningModule):
         self._losses: dict[str, Tensor] = {}
         self._replay: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         # Read by create_world_model("….ckpt"); plain data, so that loading it runs no code.
-        settings = {"model": config_of(model), "run": config or {}}
+        settings = {"model": get_config(model), "run": config or {}}
         self.save_hyperparameters(settings, logger=False)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:

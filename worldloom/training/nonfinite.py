@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from worldloom.factory import REGISTERED
-from worldloom.saving import config_of
+from worldloom.saving import get_config
 from worldloom.training.randomness import random_state
 
 log = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ class Guard:
             self._save(self.file, what, losses, update, precision)
         except OSError as error:
             return f"; the batch could not be saved in {self.file} ({error.strerror or error})"
-        config = config_of(self.model)
+        config = get_config(self.model)
         if config is None:
             return (
                 "; to see where it begins, in Python: from worldloom.diagnose import diagnose; "
@@ -240,7 +240,7 @@ class Guard:
         assert self._start is not None
         weights = self.model.state_dict()
         saved = {
-            "hyper_parameters": {"model": config_of(self.model), "run": self.run},
+            "hyper_parameters": {"model": get_config(self.model), "run": self.run},
             "state_dict": {f"model.{name}": value.cpu() for name, value in weights.items()},
             "updates": update - 1,
             "nonfinite": {

@@ -6,8 +6,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from worldloom import create_world_model
+from worldloom.factory import transfer
 from worldloom.models.tdmpc2.official import official_names
-from worldloom.transfer import transfer
 
 SMALL = dict(enc_dim=8, mlp_dim=8, latent_dim=16, num_channels=1, num_bins=11, num_q=3)
 
@@ -84,7 +84,7 @@ def test_nothing_in_common_is_a_mistake(tmp_path):
         transfer(Own(), tmp_path / "saved")
     as_official(small(), tmp_path / "td.pt")
     with pytest.raises(
-        ValueError, match="holds official weights of tdmpc2, but the model is a Own"
+        ValueError, match="contains official weights of tdmpc2, but the model is a Own"
     ):
         transfer(Own(), tmp_path / "td.pt")
 
@@ -92,9 +92,9 @@ def test_nothing_in_common_is_a_mistake(tmp_path):
 def test_paths_that_hold_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"init_from: no file or folder '.*gone.pt'"):
         transfer(small(), tmp_path / "gone.pt")
-    with pytest.raises(ValueError, match=r"holds no model\.safetensors"):
+    with pytest.raises(ValueError, match=r"contains no model\.safetensors"):
         transfer(small(), tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
     save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"holds no config.yaml"):
+    with pytest.raises(ValueError, match=r"contains no config.yaml"):
         transfer(small(), tmp_path)
