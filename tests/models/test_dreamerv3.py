@@ -135,7 +135,7 @@ def test_acting_follows_the_same_filter_as_training():
     first = batch["is_first"].clone()
     first[:, 0] = True
     torch.manual_seed(1)
-    sequences = model.sequences(batch)
+    sequences = model.prepare_batch(batch)
     _, _, deter, stoch = model.world_model_terms(sequences)
     torch.manual_seed(1)
     state = model.encode(batch["obs"][:, 0])
@@ -242,7 +242,7 @@ def test_the_actor_and_critic_do_not_shape_the_world_model_unless_asked():
 def test_context_gives_row_zero_and_the_new_latents_come_back():
     model = build()
     batch = batch_for(model, context=True)
-    sequences = model.sequences(batch)
+    sequences = model.prepare_batch(batch)
     assert torch.equal(sequences.deter, batch["context"]["deter"])
     assert torch.equal(sequences.prev_actions, batch["actions"][:, :-1])
     assert torch.equal(sequences.rewards, batch["rewards"][:, 1:])
@@ -263,7 +263,7 @@ def test_context_matters_only_where_the_episode_goes_on():
     def latents(shift):
         batch["context"]["deter"] = batch["context"]["deter"] + shift
         torch.manual_seed(0)
-        return model.world_model_terms(model.sequences(batch))[2][:, 0]
+        return model.world_model_terms(model.prepare_batch(batch))[2][:, 0]
 
     same, other = latents(0.0), latents(0.3)
     assert torch.equal(same[0], other[0])
@@ -290,7 +290,7 @@ def test_rows_of_a_batch_are_independent():
     model = build("vector, discrete")
     batch = batch_for(model)
     batch["obs"].requires_grad_()
-    terms, _, deter, _ = model.world_model_terms(model.sequences(batch))
+    terms, _, deter, _ = model.world_model_terms(model.prepare_batch(batch))
     total = sum(term[0].sum() for term in terms.values()) + deter[0].sum()
     (grad,) = torch.autograd.grad(total, batch["obs"])
     assert grad[0].any() and not grad[1:].any()
@@ -303,7 +303,7 @@ def test_episodes_in_one_row_are_independent():
     batch["is_first"][:, 3] = True
     batch["obs"].requires_grad_()
     batch["actions"].requires_grad_()
-    _, _, deter, stoch = model.world_model_terms(model.sequences(batch))
+    _, _, deter, stoch = model.world_model_terms(model.prepare_batch(batch))
     later = deter[:, 3:].square().sum() + (stoch[:, 3:] * torch.randn(16)).sum()
     obs, actions = torch.autograd.grad(later, (batch["obs"], batch["actions"]))
     assert not obs[:, :3].any() and obs[:, 3:4].any()
@@ -315,7 +315,7 @@ def test_terms_do_not_look_ahead():
     batch = batch_for(model)
     batch["obs"].requires_grad_()
     batch["actions"].requires_grad_()
-    terms, _, deter, _ = model.world_model_terms(model.sequences(batch))
+    terms, _, deter, _ = model.world_model_terms(model.prepare_batch(batch))
     early = sum(term[:, :3].sum() for term in terms.values()) + deter[:, :3].sum()
     obs, actions = torch.autograd.grad(early, (batch["obs"], batch["actions"]))
     assert obs[:, 2].any() and not obs[:, 3:].any()

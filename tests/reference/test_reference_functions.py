@@ -16,7 +16,7 @@ from tests.reference.reference_format import (
     tensor,
 )
 from worldloom.models.dreamerv3 import DreamerV3
-from worldloom.models.dreamerv3.networks import Head
+from worldloom.models.dreamerv3.heads import Head
 from worldloom.nn.distributions import (
     Classes,
     binary_cross_entropy,
@@ -80,7 +80,7 @@ def steps(agent: Agent, model: DreamerV3, recording: Recording) -> dict[str, Ten
     ours = {
         "core/actemb": action,  # the vector before the first layer
         "core/deter": rssm.core(deter, stoch, rssm.embed_action(action), rssm.kernels()),
-        "prior/logit": rssm.prior_of(tensor(recording.arrays["in/feat/deter"], dtype)),
+        "prior/logit": rssm.predict_prior(tensor(recording.arrays["in/feat/deter"], dtype)),
     }
     deter, stoch = tensor(rollout["deter"], dtype), agent.flat(rollout["stoch"], dtype)
     states = []

@@ -108,12 +108,12 @@ def stepwise_losses(agent: Agent, model: DreamerV3, batch: Batch) -> dict[str, T
     """Every term per step, and all that leads to it."""
     ours: dict[str, Any] = {}
     with torch.no_grad():
-        seq = model.sequences(batch)
+        seq = model.prepare_batch(batch)
         tokens = model.encoder(seq.obs)
         deter, stoch, logit = model.rssm.observe(
             seq.deter, seq.stoch, tokens, seq.prev_actions, seq.is_first
         )
-        ours |= {"tokens": tokens, "prior/logit": model.rssm.prior_of(deter)}
+        ours |= {"tokens": tokens, "prior/logit": model.rssm.predict_prior(deter)}
         ours |= {"post/deter": deter, "post/stoch": agent.grouped(stoch), "post/logit": logit}
 
         # Imagination; behavior_terms updates the running scales, so it works on a copy.
@@ -130,7 +130,7 @@ def stepwise_losses(agent: Agent, model: DreamerV3, batch: Batch) -> dict[str, T
         ours |= {
             "img/feat/deter": img_deter[:, 1:],
             "img/feat/stoch": agent.grouped(img_stoch[:, 1:]),
-            "img/feat/logit": model.rssm.prior_of(img_deter[:, 1:]),
+            "img/feat/logit": model.rssm.predict_prior(img_deter[:, 1:]),
             "img/rew": imagined.reward,
             "img/con": imagined.cont,
             "img/val": twohot_mean(imagined.value_logits),
@@ -172,7 +172,7 @@ def stepwise_losses(agent: Agent, model: DreamerV3, batch: Batch) -> dict[str, T
 
 def term_gradients(agent: Agent, model: DreamerV3, batch: Batch) -> dict[str, Tensor]:
     """The norm of the gradient of each unweighted mean loss on each module."""
-    seq = model.sequences(batch)
+    seq = model.prepare_batch(batch)
     terms, _, deter, stoch = model.world_model_terms(seq)
     terms |= model.behavior_terms(seq, deter, stoch)[0]
     params = official_params(model)

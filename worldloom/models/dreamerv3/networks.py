@@ -1,19 +1,18 @@
-"""Encoder, decoder and heads of DreamerV3 (paper, appendix "Networks"; official rssm.py, heads.py).
+"""Encoder and decoder of DreamerV3 (official rssm.py).
 
-Axes: N stands for all leading axes flattened; features are concat(deter, stoch).
+Axes: N stands for all leading axes flattened; images are [N, H, W, C] inside the networks.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from worldloom.models.spaces import ActSpaces, ObsSpace, ObsSpaces
-from worldloom.nn.distributions import BoundedNormal, Classes, one_hot
+from worldloom.models.spaces import ObsSpace, ObsSpaces
+from worldloom.nn.distributions import one_hot
 from worldloom.nn.layers import (
     MLP,
     BlockLinear,
@@ -29,7 +28,7 @@ from worldloom.nn.symlog import symexp, symlog
 
 
 class ImageStage(nn.Module):
-    """Convolution, 2x2 max pool where it shrinks, RMS norm over channels, SiLU."""
+    """Convolution, optional 2x2 max pooling, RMS norm over channels, SiLU."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, pool: bool) -> None:
         super().__init__()
@@ -45,7 +44,7 @@ class ImageStage(nn.Module):
 
 
 def _image_size(images: dict[str, ObsSpace], stages: int) -> tuple[int, int, int]:
-    """Return total channels, height and width; all images must have one size."""
+    """Return total channels, height and width; raise ValueError if image sizes are unsuitable."""
     sizes = {k: s.shape[1:] for k, s in images.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"image observations differ in size: {sizes}; resize them to one size")
@@ -54,14 +53,14 @@ def _image_size(images: dict[str, ObsSpace], stages: int) -> tuple[int, int, int
     if height % factor or width % factor:
         nearest = [max(factor, round(n / factor) * factor) for n in (height, width)]
         raise ValueError(
-            f"no encoder takes images of {height}x{width}; both sides must be divisible by "
+            f"images are {height}x{width}; both sides must be divisible by "
             f"{factor}: resize to {nearest[0]}x{nearest[1]} (env.image_size) or give channels first"
         )
     return sum(s.shape[0] for s in images.values()), height, width
 
 
 class Encoder(nn.Module):
-    """Turn observations into tokens: an MLP over all vectors, a CNN over all images."""
+    """Encode observations into tokens: an MLP over all vectors, a CNN over all images."""
 
     def __init__(
         self,
@@ -92,7 +91,7 @@ class Encoder(nn.Module):
             self.width += depths[-1] * (height >> len(mults)) * (width >> len(mults))
 
     def forward(self, obs: dict[str, Tensor]) -> Tensor:
-        """Encode observations {key: [..., *shape]} into tokens [..., width]."""
+        """Map observations {key: [..., *shape]} to tokens [..., width]."""
         key, value = next(iter(obs.items()))
         rank = 3 if key in self.images else len(self.vectors[key].shape)
         lead = value.shape[: value.ndim - rank]
@@ -107,7 +106,7 @@ class Encoder(nn.Module):
         return torch.cat(tokens, -1)
 
     def vector_input(self, obs: dict[str, Tensor], lead: int) -> Tensor:
-        """Concatenate all vectors, sorted by key: symlog of numbers, one-hot of classes."""
+        """Concatenate all vectors, sorted by key: numbers in symlog space, classes one-hot."""
         dtype = self.mlp.first.linear.weight.dtype
         parts = []
         for key, space in self.vectors.items():
@@ -121,7 +120,7 @@ class Encoder(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """Turn a latent state into all images at once."""
+    """Decode a latent state into all images, stacked along the channels."""
 
     def __init__(
         self,
@@ -155,7 +154,8 @@ class ImageDecoder(nn.Module):
         """Map [N, deter] and [N, stoch] to images in [0, 1], {key: [N, C, H, W]}."""
         (h, w, c), g = self.shape, self.blocks
         n = len(deter)
-        x = self.sp0(deter.view(n, g, -1).transpose(0, 1))
+        # Both parts of the state give a small image; each block of sp0 gives c / g channels.
+        x = self.sp0(deter.view(n, g, -1).transpose(0, 1))  # [g, n, h * w * c / g]
         x = x.view(g, n, h, w, c // g).permute(1, 2, 3, 0, 4).reshape(n, h, w, c)
         x = x + self.sp2(self.sp1(stoch)).view(n, h, w, c)
         x = norm_silu(x, self.spnorm.scale)
@@ -166,7 +166,7 @@ class ImageDecoder(nn.Module):
 
 
 def _upsample(x: Tensor) -> Tensor:
-    """Repeat every pixel of [N, H, W, C] twice in both directions."""
+    """Double the size of images [N, H, W, C] by nearest-neighbour interpolation."""
     return F.interpolate(x.permute(0, 3, 1, 2), scale_factor=2).permute(0, 2, 3, 1)
 
 
@@ -198,10 +198,10 @@ class Decoder(nn.Module):
         self.image = ImageDecoder(images, deter, stoch, **kw) if images else None  # type: ignore[arg-type]
 
     def forward(self, deter: Tensor, stoch: Tensor) -> dict[str, Tensor]:
-        """Predict from [..., deter] and [..., stoch] flattened.
+        """Map deter [..., D] and stoch [..., S * C] to one prediction per observation.
 
-        Images in [0, 1] [..., C, H, W]; numbers in symlog space [..., *shape]; classes as logits
-        [..., *shape, classes].
+        Images are [..., C, H, W] in [0, 1], numbers [..., *shape] in symlog space, and classes
+        logits [..., *shape, classes].
         """
         lead = deter.shape[:-1]
         outs = {}
@@ -229,7 +229,7 @@ class Decoder(nn.Module):
         return error.reshape(*lead, -1).sum(-1)
 
     def observation(self, key: str, out: Tensor) -> Tensor:
-        """Turn an output into the observation's own units: pixels from 0 to 255, raw numbers."""
+        """Convert an output to units of the observation: pixels from 0 to 255, raw numbers."""
         space = self.spaces[key]
         if space.classes:
             return out.argmax(-1)
@@ -240,108 +240,6 @@ _RESERVED = frozenset(dir(nn.ModuleDict()))
 
 
 def module_name(key: str) -> str:
-    """Make any key a legal module name: torch forbids dots and names such as "keys" or "type"."""
+    """Return a valid module name for any key; torch rejects dots and names such as "keys"."""
     name = key.replace(".", "\N{MIDDLE DOT}")
     return name + "\N{MIDDLE DOT}" if name in _RESERVED else name
-
-
-class Head(nn.Module):
-    """An MLP and a linear output: two-hot logits for numbers, one logit for the continuation."""
-
-    def __init__(
-        self, inputs: int, *, units: int, layers: int, outputs: int, outscale: float
-    ) -> None:
-        super().__init__()
-        self.mlp = MLP(inputs, units, layers)
-        self.out = Linear(units, outputs, outscale)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Map features [..., inputs] to logits [..., outputs]."""
-        return to_float32(self.out(self.mlp(features)))
-
-
-class ActionOutput(nn.Module):
-    """The last layers of the policy for one action."""
-
-    def __init__(self, units: int, shape: tuple[int, ...], classes: int, outscale: float) -> None:
-        super().__init__()
-        self.event = (*shape, classes) if classes else shape
-        names = ["logits"] if classes else ["mean", "stddev"]
-        size = math.prod(self.event)
-        self.layers = nn.ModuleDict({name: Linear(units, size, outscale) for name in names})
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Map [..., units] to raw outputs, each [..., *event]."""
-        return [to_float32(layer(x)).unflatten(-1, self.event) for layer in self.layers.values()]
-
-
-class Policy:
-    """The distributions of all actions; an event is the whole action vector [..., A]."""
-
-    def __init__(self, spaces: ActSpaces, dists: dict[str, Classes | BoundedNormal]) -> None:
-        self.spaces, self.dists = spaces, dists
-
-    @classmethod
-    def stack(cls, policies: Sequence["Policy"]) -> "Policy":
-        """Put policies of the same actions together along a new second axis."""
-        dists: dict[str, Any] = {}
-        for key, dist in policies[0].dists.items():
-            same: list[Any] = [policy.dists[key] for policy in policies]
-            dists[key] = dist.stack(same)
-        return cls(policies[0].spaces, dists)
-
-    def sample(self, deterministic: bool = False) -> Tensor:
-        """Draw an action vector [..., A], or return the likeliest."""
-        events = []
-        for key, dist in self.dists.items():
-            event = dist.mode() if deterministic else dist.sample()
-            events.append(event.flatten(-len(self.spaces[key].event)))
-        return torch.cat(events, -1)
-
-    def log_prob(self, action: Tensor) -> Tensor:
-        """Return the log-probability [...] of an action vector."""
-        logps = [self.dists[key].log_prob(event) for key, event in self.spaces.split(action)]
-        return torch.stack(logps).sum(0)
-
-    def entropy(self) -> dict[str, Tensor]:
-        """Return the entropy [...] of each action."""
-        return {key: dist.entropy() for key, dist in self.dists.items()}
-
-
-class Actor(nn.Module):
-    """The policy network."""
-
-    def __init__(
-        self,
-        inputs: int,
-        spaces: ActSpaces,
-        *,
-        units: int,
-        layers: int,
-        minstd: float,
-        maxstd: float,
-        outscale: float,
-    ) -> None:
-        super().__init__()
-        self.spaces = spaces
-        self.bounds = (minstd, maxstd)
-        self.mlp = MLP(inputs, units, layers)
-        self.out = nn.ModuleDict(
-            {
-                module_name(k): ActionOutput(units, s.shape, s.classes, outscale)
-                for k, s in spaces.items()
-            }
-        )
-
-    def forward(self, features: Tensor) -> Policy:
-        """Map features [..., inputs] to the policy."""
-        x = self.mlp(features)
-        dists: dict[str, Classes | BoundedNormal] = {}
-        for key, space in self.spaces.items():
-            raw = self.out[module_name(key)](x)
-            dims = len(space.event)
-            if space.classes:
-                dists[key] = Classes(raw[0], dims)
-            else:
-                dists[key] = BoundedNormal.from_raw(raw[0], raw[1], dims, *self.bounds)
-        return Policy(self.spaces, dists)

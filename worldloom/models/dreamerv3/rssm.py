@@ -1,7 +1,7 @@
-"""The recurrent state-space model of DreamerV3, with a block-diagonal GRU.
+"""Recurrent state-space model (RSSM) of DreamerV3, with a block-diagonal GRU (eq. 1).
 
-Axes: N batch rows, G blocks, D deter, S stoch, C classes, H hidden. Inside the core the
-deterministic state is laid out by block, [G, N, D/G].
+Axes: N batch rows, G blocks, D deter, S stoch, C classes, H hidden, E tokens, A actions. Inside
+`core` the deterministic state is laid out by block, [G, N, D / G].
 """
 
 from typing import NamedTuple
@@ -25,7 +25,11 @@ from worldloom.nn.layers import (
 
 
 class Kernels(NamedTuple):
-    """Parts of kernels, taken once per loop over time."""
+    """Slices of kernels that read two inputs, taken once per loop over time.
+
+    hidden: for each hidden layer the slices for deter and for the shared input.
+    posterior: [D, H], deter's slice of the first posterior layer; tokens: [H, E], the rest.
+    """
 
     hidden: list[tuple[Tensor, Tensor]]
     posterior: Tensor
@@ -33,7 +37,7 @@ class Kernels(NamedTuple):
 
 
 class RSSM(nn.Module):
-    """Latent dynamics: deter [N, D] follows a GRU, stoch [N, S * C] holds S one-hot variables."""
+    """Latent dynamics with a GRU state deter [N, D] and S one-hot variables stoch [N, S * C]."""
 
     def __init__(
         self,
@@ -70,92 +74,93 @@ class RSSM(nn.Module):
         self.posterior_logits = Linear(hidden, stoch * classes)
 
     def initial(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Return deter [N, D] and stoch [N, S * C] of zeros."""
+        """Return an all-zero deter [N, D] and stoch [N, S * C]."""
         zeros = self.gru.bias.new_zeros
         return zeros(rows, self.deter), zeros(rows, self.stoch * self.classes)
 
     def embed_action(self, action: Tensor) -> Tensor:
-        """Map action vectors [..., A] to [..., H]; large ones are scaled back to [-1, 1]."""
+        """Map actions [..., A] to [..., H]; entries outside [-1, 1] are scaled back first."""
         return self.action_in(action / action.abs().clamp(min=1).detach())
 
     def kernels(self) -> Kernels:
-        """Cut the kernels that read two inputs into their parts."""
+        """Slice the kernels that read two inputs."""
         weight = self.posterior.first.linear.weight
         skip = 0 if self.absolute else self.deter
         parts = [layer.kernels() for layer in self.hidden_layers()]
         return Kernels(parts, weight[:, :skip].t(), weight[:, skip:])
 
     def core(self, deter: Tensor, stoch: Tensor, action_emb: Tensor, kernels: Kernels) -> Tensor:
-        """Advance the deterministic state one step: [N, D], [N, S * C], [N, H] -> [N, D]."""
+        """Return the next deter [N, D] for deter [N, D], stoch [N, S * C], action_emb [N, H]."""
         rows = len(deter)
-        shared = torch.cat([self.deter_in(deter), self.stoch_in(stoch), action_emb], -1)
-        old = deter.view(rows, self.blocks, -1).transpose(0, 1)
+        shared = torch.cat([self.deter_in(deter), self.stoch_in(stoch), action_emb], -1)  # [N, 3 H]
+        old = deter.view(rows, self.blocks, -1).transpose(0, 1)  # [G, N, D / G]
         x = old
         for layer, parts in zip(self.hidden_layers(), kernels.hidden, strict=True):
             x = layer(x, shared, parts)
             shared = shared[:, :0]  # only the first layer reads it
-        new = _gru(old, self.gru(x))
+        new = _update_gru(old, self.gru(x))  # gates [G, N, 3 D / G]
         return new.transpose(0, 1).reshape(rows, self.deter)
 
-    def prior_of(self, deter: Tensor) -> Tensor:
-        """Return prior logits [..., S, C] of deter [..., D]."""
-        return self._groups(self.prior_logits(self.prior(deter)))
+    def predict_prior(self, deter: Tensor) -> Tensor:
+        """Return prior logits [..., S, C] for deter [..., D]."""
+        return self._group(self.prior_logits(self.prior(deter)))
 
     def project_tokens(self, tokens: Tensor, kernels: Kernels) -> Tensor:
-        """Return the share [..., H] of the tokens in the posterior's first layer."""
+        """Return the contribution [..., H] of tokens [..., E] to the first posterior layer."""
         return F.linear(tokens, kernels.tokens, self.posterior.first.linear.bias)
 
-    def posterior_of(self, deter: Tensor, projected: Tensor, kernels: Kernels) -> Tensor:
-        """Return posterior logits [N, S, C] of deter [N, D] and `project_tokens` [N, H]."""
+    def predict_posterior(self, deter: Tensor, projected: Tensor, kernels: Kernels) -> Tensor:
+        """Return posterior logits [N, S, C] for deter [N, D] and projected tokens [N, H]."""
         x = projected
         if not self.absolute:
             x = torch.addmm(projected, deter, kernels.posterior)
         x = F.silu(self.posterior.first.norm(x))
         for layer in list(self.posterior)[1:]:
             x = layer(x)
-        return self._groups(self.posterior_logits(x))
+        return self._group(self.posterior_logits(x))
 
     def sample(self, logits: Tensor) -> Tensor:
-        """Draw stoch [..., S * C] from logits [..., S, C], straight-through."""
+        """Draw stoch [..., S * C] from logits [..., S, C] with straight-through gradient."""
         return sample_straight_through(unimix_probs(logits, self.unimix)).flatten(-2)
 
     def imagine_step(
         self, deter: Tensor, stoch: Tensor, action: Tensor, kernels: Kernels | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Predict one step without an observation; return deter, stoch and prior logits."""
+        """Advance one step without observation; return deter, stoch and prior logits."""
         deter = self.core(deter, stoch, self.embed_action(action), kernels or self.kernels())
-        logits = self.prior_of(deter)
+        logits = self.predict_prior(deter)
         return deter, self.sample(logits), logits
 
     def observe_step(
         self, deter: Tensor, stoch: Tensor, action: Tensor, tokens: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Advance one step and correct it by tokens [N, token_width]; return also the logits."""
+        """Advance one step with tokens [N, E]; return deter, stoch and posterior logits."""
         kernels = self.kernels()
         deter = self.core(deter, stoch, self.embed_action(action), kernels)
-        logits = self.posterior_of(deter, self.project_tokens(tokens, kernels), kernels)
+        logits = self.predict_posterior(deter, self.project_tokens(tokens, kernels), kernels)
         return deter, self.sample(logits), logits
 
     def observe(
         self, deter: Tensor, stoch: Tensor, tokens: Tensor, actions: Tensor, is_first: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Filter a sequence, starting from deter [B, D] and stoch [B, S * C].
+        """Infer the latent states of a sequence, starting from deter [B, D] and stoch [B, S * C].
 
-        tokens [B, T, E]; actions [B, T, A], each the one that led to the row; is_first [B, T]
-        resets state and action to zero. Returns deter [B, T, D], stoch [B, T, S * C] and
-        posterior logits [B, T, S, C]. Only the recurrence itself runs step by step.
+        tokens are [B, T, E]. actions [B, T, A] led to their rows. is_first [B, T] resets state and
+        action to zero. Returns deter [B, T, D], stoch [B, T, S * C] and posterior logits
+        [B, T, S, C].
         """
-        keep = (~is_first).to(deter.dtype).unsqueeze(-1)
-        embedded = self.embed_action(actions * keep)
+        # Everything that does not depend on the recurrent state is computed for all steps at once.
+        keep = (~is_first).to(deter.dtype).unsqueeze(-1)  # [B, T, 1]
+        embedded = self.embed_action(actions * keep)  # [B, T, H]
         kernels = self.kernels()
-        projected = self.project_tokens(tokens, kernels)
-        if self._unrolls(embedded):
+        projected = self.project_tokens(tokens, kernels)  # [B, T, H]
+        if self._can_unroll(embedded):
             return unroll(self, deter, stoch, embedded, projected, keep)
         deters, stochs, logits = [], [], []
         steps = (x.unbind(1) for x in (keep, embedded, projected))
         for mask, action, token in zip(*steps, strict=True):
             deter = self.core(deter * mask, stoch * mask, action, kernels)
-            logit = self.posterior_of(deter, token, kernels)
+            logit = self.predict_posterior(deter, token, kernels)
             stoch = self.sample(logit)
             deters.append(deter)
             stochs.append(stoch)
@@ -166,29 +171,31 @@ class RSSM(nn.Module):
         """Return the layers between the inputs and the GRU."""
         return [layer for layer in self.hidden if isinstance(layer, BlockDense)]
 
-    def _unrolls(self, embedded: Tensor) -> bool:
-        """Whether the backward pass by hand serves.
+    def _can_unroll(self, embedded: Tensor) -> bool:
+        """Return whether the hand-written backward pass applies.
 
-        It does not in mixed precision, under torch.compile or torch.func, or where something was
-        put into the layers: a hook, another kind of layer, a method of a subclass.
+        It does not apply in mixed precision, under torch.compile or torch.func, or if the user
+        changed a layer by a hook, another layer class or a subclass.
         """
         if not embedded.requires_grad or self.absolute or is_tracing():
             return False
         if torch.is_autocast_enabled(embedded.device.type) or to_float32(embedded) is not embedded:
             return False
         return all(
-            type(m) in KNOWN and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)
+            type(m) in UNROLLABLE
+            and not (m._forward_hooks or m._forward_pre_hooks or m._backward_hooks)
             for m in self.modules()
         )
 
-    def _groups(self, logits: Tensor) -> Tensor:
+    def _group(self, logits: Tensor) -> Tensor:
         return logits.unflatten(-1, (self.stoch, self.classes))
 
 
-def _gru(old: Tensor, gates: Tensor) -> Tensor:
-    """Return the next state of the old one [G, N, D/G] and gates [G, N, 3 D/G], which are used up.
+def _update_gru(old: Tensor, gates: Tensor) -> Tensor:
+    """Return the next state for `old` [G, N, D / G]; gates [G, N, 3 D / G] may be overwritten.
 
-    The reset gate acts on the candidate inside the tanh; -1 keeps the state by default.
+    The reset gate multiplies the candidate inside the tanh. The update gate is biased by -1, so
+    that an untrained GRU mostly keeps its state.
     """
     reset, cand, update = gates.chunk(3, -1)
     if (
@@ -198,12 +205,12 @@ def _gru(old: Tensor, gates: Tensor) -> Tensor:
         or gates.device.type != "cpu"
     ):
         cand = torch.tanh(torch.sigmoid(reset) * cand)
-        # In mixed precision the state itself stays in float32.
+        # In mixed precision the state stays in float32.
         return torch.lerp(old, cand.to(old), torch.sigmoid(update - 1).to(old))
-    # tanh(x) = 2 sigmoid(2 x) - 1, in a third of the time on a CPU.
+    # tanh(x) = 2 sigmoid(2 x) - 1 takes a third of the time of torch.tanh on a CPU.
     cand = cand.mul_(reset.sigmoid_()).mul_(2).sigmoid_().mul_(2).sub_(1)
     return torch.lerp(old, cand, update.sub_(1).sigmoid_())
 
 
-# The layers that `unroll` knows.
-KNOWN = (RSSM, MLP, Dense, Linear, RMSNorm, BlockDense, BlockLinear, nn.ModuleList)
+# The layers that `unroll` implements.
+UNROLLABLE = (RSSM, MLP, Dense, Linear, RMSNorm, BlockDense, BlockLinear, nn.ModuleList)

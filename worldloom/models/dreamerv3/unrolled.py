@@ -1,11 +1,11 @@
-"""`RSSM.observe` over a whole sequence, with its backward pass written out.
+"""`RSSM.observe` over a whole sequence with a hand-written backward pass.
 
-Autograd would make the gradient of every weight anew at each of T steps of B rows and add them up,
-which reads and writes far more memory than the products need, and it takes longer over finding out
-what to do than over doing it. Here the backward pass through time notes what each product saw; when
-it has passed the first step, one product over all T * B rows makes each gradient.
+Autograd computes the gradient of each weight at each of T steps of B rows and sums the results,
+which reads and writes far more memory than necessary, and its overhead exceeds the arithmetic. Here
+the backward pass through time only propagates the gradients of activations. It collects the
+gradients at each product; one product over all T * B rows then gives each weight gradient.
 
-The layers below keep what they were given at each step t. Axes as in `RSSM`: N rows, G blocks.
+Axes as in `RSSM`: N batch rows, G blocks, D deter, S stoch, C classes, H hidden. d = D / G.
 """
 
 from collections.abc import Iterator
@@ -25,28 +25,32 @@ if TYPE_CHECKING:
 
 
 class Layer:
-    """One layer at all steps.
+    """One layer at all time steps.
 
-    saved: what the backward pass of each step needs, `width` tensors.
+    saved: for each step the `saved_per_step` tensors that the backward pass needs.
     """
 
-    width = 1
+    saved_per_step = 1
 
     def __init__(self) -> None:
         self.saved: list[tuple[Tensor, ...]] = []
 
-    def hand_over(self) -> list[Tensor]:
-        """Return what was saved, and forget it."""
+    def pop_saved(self) -> list[Tensor]:
+        """Return the saved tensors of all steps in order, and drop them."""
         saved, self.saved = self.saved, []
         return [tensor for step in saved for tensor in step]
 
-    def take_back(self, tensors: Iterator[Tensor], steps: int) -> None:
-        """Take what `hand_over` returned from the front of `tensors`."""
-        self.saved = [tuple(islice(tensors, self.width)) for _ in range(steps)]
+    def restore_saved(self, tensors: Iterator[Tensor], steps: int) -> None:
+        """Consume from `tensors` what `pop_saved` returned."""
+        self.saved = [tuple(islice(tensors, self.saved_per_step)) for _ in range(steps)]
 
 
 class Product(Layer):
-    """x @ kernel + bias; kernel [inputs, outputs] and bias [outputs], or both with blocks first."""
+    """x @ kernel + bias.
+
+    kernel [inputs, outputs] and bias [outputs], or kernel [G, inputs, outputs] and bias
+    [G, 1, outputs].
+    """
 
     def __init__(self, kernel: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -54,7 +58,7 @@ class Product(Layer):
         self.grads: list[Tensor] = []
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Multiply, and add to `onto` or to the bias; all blocks may share one x [N, inputs]."""
+        """Return x @ kernel + `onto` (by default the bias); blocks may share one x [N, inputs]."""
         self.saved.append((x,))
         base = self.bias if onto is None else onto
         assert base is not None
@@ -63,21 +67,21 @@ class Product(Layer):
         return torch.baddbmm(base, x.expand(len(self.kernel), *x.shape[-2:]), self.kernel)
 
     def backward(self, grad: Tensor) -> Tensor:
-        """Return the gradient of x; the last step comes first."""
+        """Return the gradient of x; steps are processed from last to first."""
         self.grads.append(grad)
-        by_x = grad @ self.kernel.mT
-        return by_x.sum(0) if by_x.ndim > self.saved[0][0].ndim else by_x
+        grad_x = grad @ self.kernel.mT
+        return grad_x.sum(0) if grad_x.ndim > self.saved[0][0].ndim else grad_x
 
-    def tensors(self) -> list[Tensor]:
-        """Return what the layer learns."""
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters."""
         return [self.kernel] if self.bias is None else [self.kernel, self.bias]
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients of `tensors`, over all steps."""
-        x = torch.cat([x for (x,) in self.saved], -2)
-        grad = torch.cat(self.grads[::-1], -2)
+        """Return the gradients of `parameters`, summed over all steps."""
+        x = torch.cat([x for (x,) in self.saved], -2)  # [T * N, inputs]
+        grad = torch.cat(self.grads[::-1], -2)  # [T * N, outputs]
         self.grads = []
-        # Laid out as torch.nn.Linear has its weight, which is the kernel transposed.
+        # For nn.Linear the result is contiguous as its weight, the transposed kernel.
         kernel = x.mT @ grad if grad.ndim == 3 else (grad.mT @ x).mT
         return [kernel] if self.bias is None else [kernel, grad.sum(-2, keepdim=grad.ndim == 3)]
 
@@ -85,7 +89,7 @@ class Product(Layer):
 class NormSiLU(Layer):
     """`nn.layers.norm_silu`."""
 
-    width = 2
+    saved_per_step = 2
 
     def __init__(self, scale: Tensor) -> None:
         super().__init__()
@@ -93,35 +97,35 @@ class NormSiLU(Layer):
         self.grad: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise; x is used up."""
+        """Return silu(rms_norm(x) * scale); x is overwritten."""
         self.saved.append(normalize_(x, self.scale))
         return F.silu(self.saved[-1][0] * self.scale, inplace=True)
 
     def backward(self, t: int, grad: Tensor) -> Tensor:
         """Return the gradient of x at step t."""
         normed, inverse = self.saved[t]
-        grad, by_scale = norm_silu_backward(grad, normed, inverse, self.scale)
-        self.grad = by_scale if self.grad is None else self.grad.add_(by_scale)
+        grad, grad_scale = norm_silu_backward(grad, normed, inverse, self.scale)
+        self.grad = grad_scale if self.grad is None else self.grad.add_(grad_scale)
         return grad
 
-    def tensors(self) -> list[Tensor]:
-        """Return what the layer learns."""
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters."""
         return [self.scale]
 
     def gradients(self) -> list[Tensor]:
-        """Return the gradients of `tensors`, over all steps."""
+        """Return the gradients of `parameters`, summed over all steps."""
         assert self.grad is not None
         total, self.grad = self.grad.sum_to_size(self.scale.shape), None
         return [total]
 
 
 class GRU(Layer):
-    """The gates of `RSSM.core`."""
+    """The gated state update of `RSSM.core`."""
 
-    width = 3
+    saved_per_step = 3
 
     def forward(self, old: Tensor, gates: Tensor) -> Tensor:
-        """Return the state after an old one [G, N, d] for gates [G, N, 3 d], which are used up."""
+        """Return the next state for state `old` [G, N, d]; gates [G, N, 3 d] are overwritten."""
         reset, cand, update = gates.chunk(3, -1)
         reset.sigmoid_()
         update.sub_(1).sigmoid_()
@@ -134,25 +138,26 @@ class GRU(Layer):
         old, gates, new = self.saved[t]
         reset, cand, update = gates.chunk(3, -1)
         ops = torch.ops.aten
-        by_new = grad * update
-        by_product = ops.tanh_backward(by_new, new)
+        # state = old + update * (new - old), new = tanh(reset * cand)
+        grad_new = grad * update
+        grad_product = ops.tanh_backward(grad_new, new)
         parts = [
-            ops.sigmoid_backward(by_product * cand, reset),
-            by_product * reset,
+            ops.sigmoid_backward(grad_product * cand, reset),
+            grad_product * reset,
             ops.sigmoid_backward(grad * (new - old), update),
         ]
-        return grad - by_new, torch.cat(parts, -1)
+        return grad - grad_new, torch.cat(parts, -1)
 
 
 class Sample(Layer):
-    """`RSSM.sample`: one-hot, with the gradient of the mixed probabilities."""
+    """`RSSM.sample`: one-hot samples with the gradient of the mixed probabilities."""
 
     def __init__(self, unimix: float) -> None:
         super().__init__()
         self.unimix = unimix
 
     def forward(self, logits: Tensor) -> Tensor:
-        """Draw [N, S, C] from logits [N, S, C]."""
+        """Draw one-hot samples [N, S, C] from logits [N, S, C]."""
         probs = softmax(logits)
         self.saved.append((probs,))
         mixed = (1 - self.unimix) * probs + self.unimix / probs.shape[-1]
@@ -161,15 +166,18 @@ class Sample(Layer):
     def backward(self, t: int, grad: Tensor) -> Tensor:
         """Return the gradient of the logits at step t."""
         (probs,) = self.saved[t]
-        by_softmax = (grad * probs).mul_(1 - self.unimix)
-        return by_softmax.addcmul_(probs, by_softmax.sum(-1, keepdim=True), value=-1)
+        grad_softmax = (grad * probs).mul_(1 - self.unimix)
+        return grad_softmax.addcmul_(probs, grad_softmax.sum(-1, keepdim=True), value=-1)
+
+
+DensePair = tuple[Product, NormSiLU]
 
 
 class Unrolled:
-    """The loop over time, with one object for all steps of a layer."""
+    """The loop over time; each layer object serves all steps."""
 
     def __init__(self, rssm: "RSSM") -> None:
-        def dense(layer: Dense) -> tuple[Product, NormSiLU]:
+        def dense(layer: Dense) -> DensePair:
             return Product(layer.linear.weight.t(), layer.linear.bias), NormSiLU(layer.norm.scale)
 
         def by_block(x: Tensor) -> Tensor:
@@ -179,9 +187,9 @@ class Unrolled:
         kernels = rssm.kernels()
         self.deter_in, self.stoch_in = dense(rssm.deter_in), dense(rssm.stoch_in)
         self.hidden, self.shared = [], Product(kernels.hidden[0][1])
-        for layer, (own, _) in zip(rssm.hidden_layers(), kernels.hidden, strict=True):
+        for layer, (kernel, _) in zip(rssm.hidden_layers(), kernels.hidden, strict=True):
             bias, scale = by_block(layer.linear.bias), by_block(layer.norm.scale)
-            self.hidden.append((Product(own, bias), NormSiLU(scale)))
+            self.hidden.append((Product(kernel, bias), NormSiLU(scale)))
         self.gates, self.gru = Product(rssm.gru.weight, by_block(rssm.gru.bias)), GRU()
         first, *others = [layer for layer in rssm.posterior if isinstance(layer, Dense)]
         self.posterior = [(Product(kernels.posterior), NormSiLU(first.norm.scale))]
@@ -189,34 +197,37 @@ class Unrolled:
         self.logits = Product(rssm.posterior_logits.weight.t(), rssm.posterior_logits.bias)
         self.sample = Sample(rssm.unimix)
 
-    def learning(self) -> list[Product | NormSiLU]:
-        """Return the layers that learn."""
+    def trainable_layers(self) -> list[Product | NormSiLU]:
+        """Return the layers with parameters."""
         pairs = [self.deter_in, self.stoch_in, *self.hidden, *self.posterior]
         return [*(layer for pair in pairs for layer in pair), self.shared, self.gates, self.logits]
 
     def layers(self) -> list[Layer]:
         """Return all layers."""
-        return [*self.learning(), self.gru, self.sample]
+        return [*self.trainable_layers(), self.gru, self.sample]
 
     def forward(
         self, deter: Tensor, stoch: Tensor, embedded: Tensor, projected: Tensor, keep: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return deter [B, T, D], stoch [B, T, S * C] and logits [B, T, S, C].
 
-        embedded, projected: [B, T, H] of actions and tokens; keep: [B, T, 1], 0 where states reset.
+        deter [B, D] and stoch [B, S * C] precede the first step. embedded and projected [B, T, H]
+        come from actions and tokens. keep [B, T, 1] is 0 where the state is reset.
         """
         deters, stochs, logits = [], [], []
         for action, token, mask in zip(
             *(x.unbind(1) for x in (embedded, projected, keep)), strict=True
         ):
+            # Inputs of the core: all blocks share [N, 3 H], each reads its slice of deter.
             deter, stoch = deter * mask, stoch * mask
             inputs = [_forward(self.deter_in, deter), _forward(self.stoch_in, stoch), action]
-            old = deter.view(len(deter), self.blocks, -1).transpose(0, 1)
+            old = deter.view(len(deter), self.blocks, -1).transpose(0, 1)  # [G, N, d]
             product, norm = self.hidden[0]
             x = norm.forward(self.shared.forward(torch.cat(inputs, -1), product.forward(old)))
             for layer in self.hidden[1:]:
                 x = _forward(layer, x)
             deter = self.gru.forward(old, self.gates.forward(x)).transpose(0, 1).flatten(1)
+            # Posterior.
             product, norm = self.posterior[0]
             x = norm.forward(product.forward(deter, token))
             for layer in self.posterior[1:]:
@@ -229,20 +240,25 @@ class Unrolled:
         return torch.stack(deters, 1), torch.stack(stochs, 1), torch.stack(logits, 1)
 
     def backward(
-        self, by_deter: Tensor, by_stoch: Tensor, by_logits: Tensor, keep: Tensor
+        self, grad_deter: Tensor, grad_stoch: Tensor, grad_logits: Tensor, keep: Tensor
     ) -> list[Tensor]:
-        """Turn gradients of the results into those of deter, stoch, embedded and projected."""
-        deter, stoch = torch.zeros_like(by_deter[:, 0]), torch.zeros_like(by_stoch[:, 0])
+        """Return the gradients of deter, stoch, embedded and projected from those of the results.
+
+        Local variables hold gradients and are named after the values in `forward`.
+        """
+        deter, stoch = torch.zeros_like(grad_deter[:, 0]), torch.zeros_like(grad_stoch[:, 0])
         actions, tokens = [], []
-        for t in reversed(range(by_deter.shape[1])):
-            stoch = (stoch + by_stoch[:, t]).unflatten(-1, self.groups)
-            logit = self.sample.backward(t, stoch).add_(by_logits[:, t])
+        for t in reversed(range(grad_deter.shape[1])):
+            # Posterior.
+            stoch = (stoch + grad_stoch[:, t]).unflatten(-1, self.groups)
+            logit = self.sample.backward(t, stoch).add_(grad_logits[:, t])
             grad = self.logits.backward(logit.flatten(1))
             for layer in self.posterior[:0:-1]:
                 grad = _backward(layer, t, grad)
             product, norm = self.posterior[0]
             tokens.append(norm.backward(t, grad))
-            deter = product.backward(tokens[-1]).add_(deter).add_(by_deter[:, t])
+            deter = product.backward(tokens[-1]).add_(deter).add_(grad_deter[:, t])
+            # Core.
             new = deter.view(len(deter), self.blocks, -1).transpose(0, 1)
             old, grad = self.gru.backward(t, new)
             grad = self.gates.backward(grad)
@@ -251,18 +267,19 @@ class Unrolled:
             product, norm = self.hidden[0]
             grad = norm.backward(t, grad)
             deter = (product.backward(grad) + old).transpose(0, 1).flatten(1)
-            of_deter, of_stoch, action = self.shared.backward(grad).chunk(3, -1)
+            # Inputs of the core.
+            deter_in, stoch_in, action = self.shared.backward(grad).chunk(3, -1)
             actions.append(action)
-            deter = deter.add_(_backward(self.deter_in, t, of_deter)).mul_(keep[:, t])
-            stoch = _backward(self.stoch_in, t, of_stoch).mul_(keep[:, t])
+            deter = deter.add_(_backward(self.deter_in, t, deter_in)).mul_(keep[:, t])
+            stoch = _backward(self.stoch_in, t, stoch_in).mul_(keep[:, t])
         return [deter, stoch, torch.stack(actions[::-1], 1), torch.stack(tokens[::-1], 1)]
 
 
-def _forward(layer: tuple[Product, NormSiLU], x: Tensor) -> Tensor:
+def _forward(layer: DensePair, x: Tensor) -> Tensor:
     return layer[1].forward(layer[0].forward(x))
 
 
-def _backward(layer: tuple[Product, NormSiLU], t: int, grad: Tensor) -> Tensor:
+def _backward(layer: DensePair, t: int, grad: Tensor) -> Tensor:
     return layer[0].backward(layer[1].backward(t, grad))
 
 
@@ -271,11 +288,11 @@ class _Unroll(torch.autograd.Function):
     def forward(
         ctx: Any, unrolled: Unrolled, keep: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        deter, stoch, embedded, projected, *learnt = tensors
+        deter, stoch, embedded, projected, *parameters = tensors
         out = unrolled.forward(deter, stoch, embedded, projected, keep)
-        # To torch, which frees it in time, and complains about a weight that changed in between.
-        saved = [tensor for layer in unrolled.layers() for tensor in layer.hand_over()]
-        ctx.save_for_backward(keep, *saved, *learnt)
+        # Autograd frees what it saves, and detects parameters that change before the backward pass.
+        saved = [tensor for layer in unrolled.layers() for tensor in layer.pop_saved()]
+        ctx.save_for_backward(keep, *saved, *parameters)
         ctx.unrolled = unrolled
         return out
 
@@ -285,18 +302,18 @@ class _Unroll(torch.autograd.Function):
         keep, *rest = ctx.saved_tensors
         unrolled, saved = ctx.unrolled, iter(rest)
         for layer in unrolled.layers():
-            layer.take_back(saved, keep.shape[1])
+            layer.restore_saved(saved, keep.shape[1])
         inputs = unrolled.backward(*grads, keep)
-        learnt = [grad for layer in unrolled.learning() for grad in layer.gradients()]
+        parameters = [grad for layer in unrolled.trainable_layers() for grad in layer.gradients()]
         for layer in unrolled.layers():
-            layer.hand_over()
-        return None, None, *inputs, *learnt
+            layer.pop_saved()
+        return None, None, *inputs, *parameters
 
 
 def unroll(
     rssm: "RSSM", deter: Tensor, stoch: Tensor, embedded: Tensor, projected: Tensor, keep: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what `Unrolled.forward` does, with gradient to all but keep."""
+    """Return the results of `Unrolled.forward`, differentiable in all arguments but keep."""
     unrolled = Unrolled(rssm)
-    learnt = [tensor for layer in unrolled.learning() for tensor in layer.tensors()]
-    return _Unroll.apply(unrolled, keep, deter, stoch, embedded, projected, *learnt)
+    parameters = [tensor for layer in unrolled.trainable_layers() for tensor in layer.parameters()]
+    return _Unroll.apply(unrolled, keep, deter, stoch, embedded, projected, *parameters)
