@@ -8,20 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-import worldloom.bench.__main__ as command
-from worldloom.bench import (
-    BenchConfig,
-    Growth,
-    count_flops,
-    fitted_exponent,
-    grow,
-    growth,
-    measure,
-    random_batch,
-)
+from worldloom.bench import BenchConfig, TrainedModel, count_flops, measure
 from worldloom.bench.__main__ import main
-from worldloom.bench.growth import growth_table
-from worldloom.factory import create_world_model
 from worldloom.models.dreamerv3 import DreamerV3
 from worldloom.nn.layers import BlockDense, BlockLinear, Conv, Dense
 from worldloom.timing import phase
@@ -165,8 +153,10 @@ def test_phases_that_a_model_marks_have_a_line_of_their_own(monkeypatch):
 
 def test_a_run_collects_what_its_train_ratio_owes():
     # Batches of 16 x 64 steps, each of which is replayed 32 times; one update per decision.
-    assert BenchConfig().decisions == 32 and BenchConfig(batch=8).decisions == 16
-    assert BenchConfig(model="tdmpc2:1m").decisions == 1
+    assert (
+        BenchConfig().decisions_per_update == 32 and BenchConfig(batch=8).decisions_per_update == 16
+    )
+    assert BenchConfig(model="tdmpc2:1m").decisions_per_update == 1
     seconds = measure(BenchConfig(**SMALL), **TINY).seconds
     assert seconds["collect"] == [2 * 3 / 32 * each for each in seconds["policy, 1 env"]]
 
@@ -174,8 +164,8 @@ def test_a_run_collects_what_its_train_ratio_owes():
 @pytest.mark.parametrize("context", [True, False])
 def test_batch_has_context_where_the_model_keeps_latents(context):
     config = BenchConfig(batch=2, length=3, obs=5, actions="3,4", discrete=True)
-    model = create_world_model(config.model, (5,), (3, 4), True, replay_context=context, **TINY)
-    batch = random_batch(model, config)
+    trained = TrainedModel(config, replay_context=context, **TINY)
+    batch, model = trained.random_batch(config), trained.model
     assert batch["obs"].shape == (2, 3 + context, 5)
     assert batch["actions"].shape == (2, 3 + context, 7)
     assert batch["actions"].sum(-1).unique().tolist() == [2]
@@ -210,63 +200,6 @@ def test_images():
     result = measure(BenchConfig(**SMALL | {"obs": "3,16,16", "repeats": 1}), **TINY)
     vectors = measure(BenchConfig(**SMALL | {"repeats": 1}), **TINY)
     assert result.flops["update"] > vectors.flops["update"]
-
-
-# ---- growth -------------------------------------------------------------------------------------
-
-
-def test_the_exponent_of_a_power_is_exact():
-    sizes = [3, 6, 12, 24]
-    assert fitted_exponent(sizes, [0.7 * x**1.5 for x in sizes]) == pytest.approx(1.5, rel=1e-12)
-    assert fitted_exponent(sizes, [5.0] * 4) == 0
-    # Least squares by hand: logarithms to base 2 of (0, 1, 2) and (0, 2, 1) have the slope 1/2.
-    assert fitted_exponent([1, 2, 4], [1, 4, 2]) == pytest.approx(0.5)
-    growth = Growth("batch", "update", [1.0, 2.0, 4.0], [1.0, 1.0, 4.0])
-    assert growth.exponent == pytest.approx(1) and growth.last == pytest.approx(2)
-
-
-def test_what_is_steeper_than_linear_is_said():
-    square = Growth("length", "update", [1, 2, 4], [1e-3, 4e-3, 16e-3])
-    size = Growth("parameters", "update", [1, 2], [1e-3, 4e-3])
-    head, sizes, ms, _, unmarked = growth_table([square, size]).splitlines()
-    assert head.split() == ["exponent", "last"]
-    assert sizes.split() == ["length", "1", "2", "4"]
-    assert ms.split() == [
-        "ms",
-        "per",
-        "update",
-        "1",
-        "4",
-        "16",
-        *["2.00", "2.00", "above", "linear"],
-    ]
-    assert unmarked.split() == ["ms", "per", "update", "1", "4", "2.00", "2.00"]
-
-
-TINY_PLANNER = {"enc_dim": 8, "mlp_dim": 8, "latent_dim": 16, "num_samples": 8, "num_elites": 2}
-
-
-@pytest.mark.parametrize(
-    ("model", "own", "horizon", "lengths"),
-    [
-        ("dreamerv3:size1m", TINY, "horizon of imagination", [2, 4, 8]),
-        # One step less than the sequences have rows.
-        ("tdmpc2:1m", TINY_PLANNER | {"num_pi_trajs": 2}, "horizon of planning", [2, 3, 6]),
-    ],
-)
-def test_every_axis_is_measured(monkeypatch, model, own, horizon, lengths):
-    assert list(growth._scaled(256)) == [32, 64, 128, 256, 512]
-    assert list(growth._scaled(4)) == [1, 2, 4, 8, 16]
-    monkeypatch.setattr(growth, "FACTORS", (1 / 2, 1, 2))
-    for name in ("HORIZONS", "PLANS", "ENVS"):
-        monkeypatch.setattr(growth, name, (1, 2))
-    monkeypatch.setattr(growth, "MOST_SIZES", 2)
-    grown = grow(BenchConfig(model=model, batch=8, length=4, repeats=1), **own)
-    sizes = {each.axis: each.sizes for each in grown}
-    assert list(sizes) == ["batch", "length", horizon, "parameters", "environments"]
-    assert sizes["batch"] == [4, 8, 16] and sizes["length"] == lengths
-    assert sizes[horizon] == sizes["environments"] == [1, 2]
-    assert all(time > 0 for each in grown for time in each.seconds)
 
 
 # ---- the command --------------------------------------------------------------------------------
@@ -307,23 +240,12 @@ def test_table_is_consistent(monkeypatch, capsys):
     assert abs(share * update / 1e2 - floor) <= half * (1 + (share + update + 1) / 1e2)
 
 
-def test_growth_is_a_word(monkeypatch, capsys):
-    seen = []
-    monkeypatch.setattr(command, "grow", lambda *args, **own: seen.append((*args, own)) or [LINEAR])
-    run(monkeypatch, "--grow", "model=tdmpc2:1m", "batch=8", "threads=1", "model.mlp_dim=8")
-    assert seen == [(BenchConfig(model="tdmpc2:1m", batch=8, threads=1), {"mlp_dim": 8})]
-    assert "ms per update" in capsys.readouterr().out
-
-
-LINEAR = Growth("batch", "update", [1, 2], [1e-3, 2e-3])
-
-
 def test_help(monkeypatch, capsys):
     with pytest.raises(SystemExit) as done:
         run(monkeypatch, "--help")
     assert not done.value.code
     out = capsys.readouterr().out
-    assert all(f"[{name}=" in out for name in vars(BenchConfig())) and "[--grow]" in out
+    assert all(f"[{name}=" in out for name in vars(BenchConfig()))
 
 
 @pytest.mark.parametrize(

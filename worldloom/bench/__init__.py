@@ -1,15 +1,19 @@
-"""What training with a model costs on this machine; `python -m worldloom.bench` prints it."""
+"""Cost of training and acting with a model on this machine: `python -m worldloom.bench`."""
 
-from worldloom.bench.growth import Growth, fitted_exponent, grow
-from worldloom.bench.measure import BenchConfig, Measurement, count_flops, measure, random_batch
+from worldloom.bench.measure import (
+    BenchConfig,
+    Measurement,
+    TrainedModel,
+    count_flops,
+    measure,
+    read_settings,
+)
 
 __all__ = [
     "BenchConfig",
-    "Growth",
     "Measurement",
+    "TrainedModel",
     "count_flops",
-    "fitted_exponent",
-    "grow",
     "measure",
-    "random_batch",
+    "read_settings",
 ]

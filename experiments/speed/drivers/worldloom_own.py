@@ -5,8 +5,7 @@ import torch
 from worker import Implementation, Job, serve, torch_flops, torch_weights
 
 from worldloom.acting import Actor
-from worldloom.bench import BenchConfig, random_batch
-from worldloom.bench.measure import Trained
+from worldloom.bench import BenchConfig, TrainedModel
 from worldloom.memory import keep_freed_memory
 
 
@@ -18,9 +17,9 @@ def build(job: Job) -> Implementation:
     sizes = {"batch": job.batch, "length": length, "obs": job.obs, "actions": job.actions}
     config = BenchConfig(model=preset, **sizes)
     # The horizon of DreamerV3's imagination; what it calls its horizon is that of the discount.
-    trained = Trained(config, **{"horizon" if tdmpc2 else "imag_length": job.horizon})
+    trained = TrainedModel(config, **{"horizon" if tdmpc2 else "imag_length": job.horizon})
     model, optimizer = trained.model, trained.optimizer
-    batch = random_batch(model, config)
+    batch = trained.random_batch(config)
 
     def update():
         model.train()
