@@ -237,7 +237,7 @@ def _load_official(
             f"official weights do not record their spaces; pass obs_shape and action_dim for {path}"
         )
     arrays = module.read_arrays(path)
-    found, sizes = module.arguments_of(arrays, obs_shape, action_dim, overrides)
+    found, sizes = module.infer_arguments(arrays, obs_shape, action_dim, overrides)
     if discrete is not None and discrete != found:
         raise ValueError(
             f"discrete={discrete}, but the policy in {path} has "
@@ -324,4 +324,4 @@ def _read_tensors(model: nn.Module, source: Path) -> Tensors:
             f"init_from: {source} contains official weights of {family}, but the model is a "
             f"{type(model).__name__}; expected weights of the same family of models"
         )
-    return module.renamed(model, module.read_arrays(source))
+    return module.rename_arrays(model, module.read_arrays(source))

@@ -1,7 +1,7 @@
-"""Read the weights of the official DreamerV3 (danijar/dreamerv3): flat npz files and checkpoints.
+"""Weights of the official DreamerV3 (danijar/dreamerv3), from flat npz files and checkpoints.
 
-Official arrays keep flat names such as `dyn/dynin0/kernel`; linear kernels are (in, out) and
-convolution kernels (height, width, in, out). Nothing but arrays is ever unpickled.
+Official arrays have flat names such as `dyn/dynin0/kernel`. Linear kernels are (in, out),
+convolution kernels (height, width, in, out). Nothing but arrays is unpickled.
 """
 
 import io
@@ -19,92 +19,83 @@ from torch import Tensor
 
 from worldloom.models.dreamerv3.model import DreamerV3
 from worldloom.models.dreamerv3.networks import module_name
+from worldloom.models.spaces import ActSpaces
 
-# Our names, then theirs; {0} and {1} are the groups of the pattern.
-_NAMES = [
-    (r"encoder\.mlp\.(\d+)\.linear\.(\w+)", "enc/mlp{0}/{1}"),
-    (r"encoder\.mlp\.(\d+)\.norm\.(\w+)", "enc/mlp{0}norm/{1}"),
-    (r"encoder\.cnn\.(\d+)\.conv\.(\w+)", "enc/cnn{0}/{1}"),
-    (r"encoder\.cnn\.(\d+)\.norm\.(\w+)", "enc/cnn{0}norm/{1}"),
-    (r"rssm\.deter_in\.linear\.(\w+)", "dyn/dynin0/{0}"),
-    (r"rssm\.deter_in\.norm\.(\w+)", "dyn/dynin0norm/{0}"),
-    (r"rssm\.stoch_in\.linear\.(\w+)", "dyn/dynin1/{0}"),
-    (r"rssm\.stoch_in\.norm\.(\w+)", "dyn/dynin1norm/{0}"),
-    (r"rssm\.action_in\.linear\.(\w+)", "dyn/dynin2/{0}"),
-    (r"rssm\.action_in\.norm\.(\w+)", "dyn/dynin2norm/{0}"),
-    (r"rssm\.hidden\.(\d+)\.linear\.(\w+)", "dyn/dynhid{0}/{1}"),
-    (r"rssm\.hidden\.(\d+)\.norm\.(\w+)", "dyn/dynhid{0}norm/{1}"),
-    (r"rssm\.gru\.(\w+)", "dyn/dyngru/{0}"),
-    (r"rssm\.prior\.(\d+)\.linear\.(\w+)", "dyn/prior{0}/{1}"),
-    (r"rssm\.prior\.(\d+)\.norm\.(\w+)", "dyn/prior{0}norm/{1}"),
-    (r"rssm\.prior_logits\.(\w+)", "dyn/priorlogit/{0}"),
-    (r"rssm\.posterior\.(\d+)\.linear\.(\w+)", "dyn/obs{0}/{1}"),
-    (r"rssm\.posterior\.(\d+)\.norm\.(\w+)", "dyn/obs{0}norm/{1}"),
-    (r"rssm\.posterior_logits\.(\w+)", "dyn/obslogit/{0}"),
-    (r"decoder\.mlp\.(\d+)\.linear\.(\w+)", "dec/mlp/linear{0}/{1}"),
-    (r"decoder\.mlp\.(\d+)\.norm\.(\w+)", "dec/mlp/norm{0}/{1}"),
-    (r"decoder\.image\.sp1\.norm\.(\w+)", "dec/sp1norm/{0}"),
-    (r"decoder\.image\.sp1\.linear\.(\w+)", "dec/sp1/{0}"),
-    (r"decoder\.image\.(sp0|sp2|spnorm|imgout)\.(\w+)", "dec/{0}/{1}"),
-    (r"(reward|cont|actor|critic|slow_critic)\.mlp\.(\d+)\.linear\.(\w+)", "{0}/mlp/linear{1}/{2}"),
-    (r"(reward|cont|actor|critic|slow_critic)\.mlp\.(\d+)\.norm\.(\w+)", "{0}/mlp/norm{1}/{2}"),
-    (r"(reward|critic|slow_critic)\.out\.(\w+)", "{0}/head/logits/{1}"),
-    (r"cont\.out\.(\w+)", "con/head/logit/{0}"),
-]
-_HEADS = {"reward": "rew", "cont": "con", "actor": "pol", "critic": "val", "slow_critic": "slowval"}
+# Layers PREFIX[N].{linear,conv,norm}.PART, which the official code names THEIRS[N][norm]/PART.
+_LAYERS = {
+    "encoder.mlp.": "enc/mlp",
+    "encoder.cnn.": "enc/cnn",
+    "rssm.deter_in": "dyn/dynin0",
+    "rssm.stoch_in": "dyn/dynin1",
+    "rssm.action_in": "dyn/dynin2",
+    "rssm.hidden.": "dyn/dynhid",
+    "rssm.gru": "dyn/dyngru",
+    "rssm.prior.": "dyn/prior",
+    "rssm.prior_logits": "dyn/priorlogit",
+    "rssm.posterior.": "dyn/obs",
+    "rssm.posterior_logits": "dyn/obslogit",
+    "decoder.image.": "dec/",
+}
+# Modules MODULE.mlp.N.{linear,norm}.PART, which it names THEIRS/mlp/{linear,norm}N/PART.
+_MODULES = {
+    "decoder": "dec",
+    "reward": "rew",
+    "cont": "con",
+    "actor": "pol",
+    "critic": "val",
+    "slow_critic": "slowval",
+}
+_NORMALIZER_PARTS = {"perc": ("lo", "hi"), "meanstd": ("mean", "sqrs")}
 
 
 def official_names(model: DreamerV3, keys: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Map the name of each of our tensors to its official name.
+    """Map the names of the model's tensors to official names.
 
-    `keys` renames observation and action keys (ours to theirs). Tensors without an official
-    counterpart are left out.
+    `keys` maps observation and action keys to official ones. Tensors without an official
+    counterpart are omitted.
     """
-    names = {}
-    for name in model.state_dict():
-        official = _official_name(model, name, dict(keys or {}))
-        if official is not None:
-            names[name] = official
-    return names
+    names = {name: _official_name(model, name, keys or {}) for name in model.state_dict()}
+    return {ours: theirs for ours, theirs in names.items() if theirs is not None}
 
 
-def _official_name(model: DreamerV3, name: str, keys: dict[str, str]) -> str | None:
-    if match := re.fullmatch(r"decoder\.vec\.(.+)\.(weight|bias)", name):
-        key = _key_of(match[1], model.obs_spaces)
-        out = "logits" if model.obs_spaces[key].classes else "pred"
-        return f"dec/vec/{keys.get(key, key)}/{out}/{_part(match[2])}"
-    if match := re.fullmatch(r"actor\.out\.(.+)\.layers\.(\w+)\.(weight|bias)", name):
-        key = _key_of(match[1], model.act_spaces)
-        return f"pol/head/{keys.get(key, key)}/{match[2]}/{_part(match[3])}"
-    if match := re.fullmatch(r"decoder\.image\.stages\.(\d+)\.(conv|norm)\.(\w+)", name):
-        assert model.decoder.image is not None
-        index = len(model.decoder.image.stages) - 1 - int(match[1])
-        return f"dec/conv{index}{'norm' * (match[2] == 'norm')}/{_part(match[3])}"
-    if match := re.fullmatch(r"(retnorm|valnorm|advnorm)\.(first|second|corr)", name):
-        return _normalizer_name(model, match[1], match[2])
+def _official_name(model: DreamerV3, name: str, keys: Mapping[str, str]) -> str | None:
     if name == "slow_count":
         return "slowval_count/value"
-    for pattern, theirs in _NAMES:
-        if match := re.fullmatch(pattern, name):
-            groups = [_HEADS.get(g, _part(g)) for g in match.groups()]
-            return theirs.format(*groups)
+    if match := re.fullmatch(r"(retnorm|valnorm|advnorm)\.(first|second|corr)", name):
+        return _normalizer_name(model, match[1], match[2])
+    stem, _, part = name.rpartition(".")
+    part = "kernel" if part == "weight" else part
+    if match := re.fullmatch(r"decoder\.vec\.(.+)", stem):
+        key = _find_key(match[1], model.obs_spaces)
+        out = "logits" if model.obs_spaces[key].classes else "pred"
+        return f"dec/vec/{keys.get(key, key)}/{out}/{part}"
+    if match := re.fullmatch(r"actor\.out\.(.+)\.layers\.(\w+)", stem):
+        key = _find_key(match[1], model.act_spaces)
+        return f"pol/head/{keys.get(key, key)}/{match[2]}/{part}"
+    if match := re.fullmatch(rf"({'|'.join(_MODULES)})\.mlp\.(\d+)\.(linear|norm)", stem):
+        return f"{_MODULES[match[1]]}/mlp/{match[3]}{match[2]}/{part}"
+    if match := re.fullmatch(r"(reward|cont|critic|slow_critic)\.out", stem):
+        return f"{_MODULES[match[1]]}/head/{'logit' if match[1] == 'cont' else 'logits'}/{part}"
+    if match := re.fullmatch(r"decoder\.image\.stages\.(\d+)\.(conv|norm)", stem):
+        assert model.decoder.image is not None
+        index = len(model.decoder.image.stages) - 1 - int(match[1])  # they count from the output
+        stem = f"decoder.image.conv{index}.{match[2]}"
+    for ours, theirs in _LAYERS.items():
+        if match := re.fullmatch(re.escape(ours) + r"(\w*)(?:\.(linear|conv|norm))?", stem):
+            return f"{theirs}{match[1]}{'norm' if match[2] == 'norm' else ''}/{part}"
     return None
 
 
-def _key_of(name: str, keys: Iterable[str]) -> str:
+def _find_key(name: str, keys: Iterable[str]) -> str:
     return next(key for key in keys if module_name(key) == name)
-
-
-def _part(name: str) -> str:
-    return "kernel" if name == "weight" else name
 
 
 def _normalizer_name(model: DreamerV3, name: str, part: str) -> str | None:
     norm = getattr(model, name)
     if norm.impl == "none" or (part == "corr" and not norm.debias):
         return None
-    parts = {"perc": ("lo", "hi"), "meanstd": ("mean", "sqrs")}[norm.impl]
-    return f"{name}/{dict(first=parts[0], second=parts[1], corr='corr')[part]}/value"
+    first, second = _NORMALIZER_PARTS[norm.impl]
+    return f"{name}/{dict(first=first, second=second, corr='corr')[part]}/value"
 
 
 def to_official(tensor: Tensor) -> Tensor:
@@ -122,45 +113,45 @@ def from_official(array: np.ndarray) -> Tensor:
     return tensor.t().contiguous() if tensor.ndim == 2 else tensor
 
 
-def arguments_of(
+def infer_arguments(
     arrays: Mapping[str, np.ndarray], obs_shape: Any, action_dim: Any, overrides: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """Return whether actions are discrete, and what the arrays say of a preset's options."""
-    spaces, _ = match_spaces(arrays, obs_shape, action_dim)
-    sizes = sizes_of(arrays, stoch=overrides.get("stoch"))
-    return spaces["discrete"], {**sizes, **overrides, "obs_classes": spaces["obs_classes"]}
+    """Return whether actions are discrete, and the hyperparameters that fit the arrays."""
+    discrete, obs_classes, _ = match_spaces(arrays, obs_shape, action_dim)
+    sizes = infer_sizes(arrays, stoch=overrides.get("stoch"))
+    return discrete, {**sizes, **overrides, "obs_classes": obs_classes}
 
 
-def renamed(model: DreamerV3, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Return official arrays under the names of our model; unknown ones keep theirs."""
-    _, keys = match_spaces(arrays, model.obs_shape, model.action_dim)
+def rename_arrays(model: DreamerV3, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Return official arrays under the names of the model's tensors; unknown ones keep theirs."""
+    *_, keys = match_spaces(arrays, model.obs_shape, model.action_dim)
     ours = {theirs: name for name, theirs in official_names(model, keys).items()}
     return {ours.get(name, name): from_official(array) for name, array in arrays.items()}
 
 
 def load_arrays(model: DreamerV3, arrays: Mapping[str, np.ndarray]) -> None:
-    """Copy official arrays into the model; a missing or misshapen one raises ValueError."""
+    """Copy official arrays into the model; raise ValueError if one is missing or misshapen."""
     state = model.state_dict()
-    _, keys = match_spaces(arrays, model.obs_shape, model.action_dim)
+    *_, keys = match_spaces(arrays, model.obs_shape, model.action_dim)
     for name, official in official_names(model, keys).items():
         if official.startswith("slowval/") and official not in arrays:
             official = official.replace("slowval/", "val/", 1)
         if official not in arrays:
             if official.endswith("/value"):
                 continue
-            raise ValueError(f"the official weights lack {official!r}, which this model needs")
+            raise ValueError(f"the official weights lack {official!r}, which the model requires")
         value = from_official(arrays[official])
         if value.shape != state[name].shape:
             theirs, ours = tuple(arrays[official].shape), tuple(to_official(state[name]).shape)
             raise ValueError(
                 f"official array {official!r} has shape {theirs}, expected {ours}; obs_shape, "
-                "action_dim or a size does not fit the file"
+                "action_dim or a size does not match the file"
             )
         state[name].copy_(value)
 
 
 def is_official(path: Path) -> bool:
-    """Tell whether a path holds official weights, by the names of its files alone."""
+    """Return whether a path has the file names of official weights."""
     if path.is_dir():
         return any((path / name).exists() for name in ("agent.pkl", "latest", "ckpt"))
     return path.suffix in (".npz", ".pkl")
@@ -170,7 +161,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read official arrays by name from params.npz, agent.pkl, or a checkpoint folder.
 
     Raises:
-        ValueError: the file holds anything but arrays, or is not an official parameter set.
+        ValueError: the file contains anything but arrays, or is not an official parameter set.
     """
     if path.is_dir():
         path = path / "ckpt" if (path / "ckpt").is_dir() else path
@@ -178,7 +169,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
             path = path / (path / "latest").read_text().strip()
         path = path / "agent.pkl"
     if not path.is_file():
-        raise ValueError(f"no file {path}; the official training writes agent.pkl into a folder")
+        raise ValueError(f"{path} does not exist; official checkpoint folders contain agent.pkl")
     if path.suffix == ".npz":
         try:
             with np.load(path, allow_pickle=False) as file:
@@ -192,33 +183,32 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         arrays = _ArraysOnly(io.BytesIO(path.read_bytes())).read(path)
     if "dyn/dyngru/kernel" not in arrays:
         raise ValueError(
-            f"{path} holds no 'dyn/dyngru/kernel'; it is not a parameter set of the official "
-            "DreamerV3"
+            f"{path} does not contain 'dyn/dyngru/kernel'; it is not a parameter set of the "
+            "official DreamerV3"
         )
     return arrays
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that can build numpy arrays and plain containers, and nothing else."""
+    """An unpickler that builds numpy arrays and plain containers only."""
 
     _ALLOWED = frozenset(
-        (f"numpy{module}", name)
-        for module, name in (
-            (".core.multiarray", "_reconstruct"),
-            ("._core.multiarray", "_reconstruct"),
-            (".core.multiarray", "scalar"),
-            ("._core.multiarray", "scalar"),
-            ("._core.numeric", "_frombuffer"),
-            (".core.numeric", "_frombuffer"),
-            ("", "ndarray"),
-            ("", "dtype"),
-        )
+        {("numpy", "ndarray"), ("numpy", "dtype")}
+        | {
+            (f"numpy.{core}.{module}", name)
+            for core in ("core", "_core")
+            for module, name in (
+                ("multiarray", "_reconstruct"),
+                ("multiarray", "scalar"),
+                ("numeric", "_frombuffer"),
+            )
+        }
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        """Refuse every name that is not needed to rebuild an array."""
+        """Return an allowed class or function; reject all others."""
         if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it wants to load {module}.{name}")
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return super().find_class(module, name)
 
     def read(self, path: Path) -> dict[str, np.ndarray]:
@@ -232,14 +222,15 @@ class _ArraysOnly(pickle.Unpickler):
                 "was run"
             ) from None
         if any(array.dtype == object for array in arrays.values()):
-            raise ValueError(f"{path} holds Python objects where arrays were expected")
+            raise ValueError(f"{path} contains Python objects; expected arrays of numbers")
         return arrays
 
 
-def sizes_of(arrays: Mapping[str, np.ndarray], stoch: int | None = None) -> dict[str, Any]:
-    """Infer the hyperparameters that fix the shapes of all arrays, as overrides of a preset.
+def infer_sizes(arrays: Mapping[str, np.ndarray], stoch: int | None = None) -> dict[str, Any]:
+    """Infer the hyperparameters that determine the shapes of all arrays.
 
-    The arrays hold only the product of `stoch` and classes; see `_split_latent` if it is None.
+    The arrays only determine the product of `stoch` and classes; `_split_latent` guesses both if
+    `stoch` is None.
     """
 
     def count(pattern: str) -> int:
@@ -247,10 +238,10 @@ def sizes_of(arrays: Mapping[str, np.ndarray], stoch: int | None = None) -> dict
 
     def size(name: str, axis: int = -1) -> int:
         if name not in arrays:
-            raise ValueError(f"the official weights lack {name!r}, which tells a size of the model")
+            raise ValueError(f"the official weights lack {name!r}, which determines a size")
         shape = arrays[name].shape
         if not -len(shape) <= axis < len(shape):
-            raise ValueError(f"official array {name!r} has shape {shape}, too few axes")
+            raise ValueError(f"official array {name!r} has shape {shape}; expected more axes")
         return shape[axis]
 
     def head(name: str, bins: bool) -> dict[str, Any]:
@@ -306,8 +297,9 @@ def _split_latent(width: int) -> tuple[int, int]:
     root = math.isqrt(width)
     stoch = root if root * root == width else width
     warnings.warn(
-        f"the official weights do not say how {width} latent units split into stoch x classes; "
-        f"taking {stoch} x {width // stoch}: pass stoch= and classes= if that is wrong",
+        f"the official weights have {width} latent units, which may be divided into stoch x "
+        f"classes in several ways; using {stoch} x {width // stoch}: pass stoch= and classes= if "
+        "that is wrong",
         stacklevel=4,
     )
     return stoch, width // stoch
@@ -317,18 +309,18 @@ def match_spaces(
     arrays: Mapping[str, np.ndarray],
     obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]],
     action_dim: int | Sequence[int] | Mapping[str, int],
-) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return what the arrays say of the spaces (discrete, obs_classes) and how keys are renamed.
+) -> tuple[Any, dict[str, int] | None, dict[str, str]]:
+    """Return `discrete` and `obs_classes` of the arrays, and official names of our keys.
 
-    A single observation or action takes whatever name the file has; several go by name, a
-    sequence of actions by the sorted order of names.
+    A single observation or action matches any official key. Several match by name, and a sequence
+    of actions by the sorted order of the official keys.
     """
-    vectors = {
-        m[1]: m[2] for n in arrays if (m := re.fullmatch(r"dec/vec/(.+)/(pred|logits)/bias", n))
-    }
-    actions = {
-        m[1]: m[2] for n in arrays if (m := re.fullmatch(r"pol/head/(.+)/(mean|logits)/bias", n))
-    }
+
+    def outputs(pattern: str) -> dict[str, str]:
+        return {m[1]: m[2] for name in arrays if (m := re.fullmatch(pattern, name))}
+
+    vectors = outputs(r"dec/vec/(.+)/(pred|logits)/bias")
+    actions = outputs(r"pol/head/(.+)/(mean|logits)/bias")
     keys: dict[str, str] = {}
     shapes = obs_shape if isinstance(obs_shape, Mapping) else {"obs": obs_shape}
     if not isinstance(obs_shape, Mapping) and len(vectors) == 1 and len(obs_shape) < 3:
@@ -343,11 +335,7 @@ def match_spaces(
         discrete: Any = {key: actions.get(key) == "logits" for key in action_dim}
     else:
         discrete = "logits" in actions.values()
-        if isinstance(action_dim, Sequence):
-            digits = len(str(len(action_dim)))
-            ours = [f"action{i:0{digits}}" for i in range(len(action_dim))]
-        else:
-            ours = ["action"]
+        ours = list(ActSpaces(action_dim, discrete))
         if len(ours) == len(actions):
             keys |= dict(zip(ours, sorted(actions), strict=True))
-    return {"discrete": discrete, "obs_classes": obs_classes or None}, keys
+    return discrete, obs_classes or None, keys

@@ -102,7 +102,7 @@ def _to_current_name(name: str) -> str:
     return name
 
 
-def arguments_of(
+def infer_arguments(
     tensors: Mapping[str, Tensor], obs_shape: Any, action_dim: Any, overrides: Mapping[str, Any]
 ) -> tuple[bool, dict[str, Any]]:
     """Return whether actions are discrete (never), and the hyperparameters that tensors determine.
@@ -160,7 +160,7 @@ def infer_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return sizes
 
 
-def renamed(model: TDMPC2, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rename_arrays(model: TDMPC2, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return official tensors by the model's names; unknown ones keep theirs."""
     ours = {theirs: name for name, theirs in official_names(model).items()}
     return {ours.get(name, name): value for name, value in tensors.items()}
