@@ -1,6 +1,6 @@
 import pytest
 
-from worldloom.errors import find_similar, require, require_positive, suggest
+from worldloom.errors import find_similar, list_names, require, require_positive, suggest
 
 
 def test_a_setting_that_does_not_hold_is_named_with_its_value_and_what_was_expected():
@@ -23,3 +23,11 @@ def test_similar_names():
     assert suggest("unitss", names) == " (did you mean 'units'?)"
     assert suggest("unitss", names, "encoder.") == " (did you mean 'encoder.units'?)"
     assert suggest("zzz", names) == ""
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [([], ""), (["a"], "a"), ("abcde", "a, b, c, d, e"), ("abcdefg", "a, b, c, d, e and 2 more")],
+)
+def test_long_lists_of_names_are_shortened(names, text):
+    assert list_names(iter(names)) == text

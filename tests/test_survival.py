@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.test_run import CLOCKS, TINY_MODEL, metrics, without_clocks
-from worldloom.training.checkpoints import read_checkpoint
+from worldloom.training.checkpoint_files import read_checkpoint
 
 TD_MODEL = [
     *("model.enc_dim=8", "model.mlp_dim=8", "model.latent_dim=16", "model.num_bins=11"),
@@ -250,8 +250,8 @@ def test_a_truncated_newest_checkpoint_costs_the_steps_since_the_one_before(
     last = folder / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:-1000])
     done = server.good([f"resume={folder}"], tmp_path)
-    assert "last.ckpt is no whole checkpoint" in done["out"] + done["err"]
-    assert "going on from the checkpoint before" in done["out"] + done["err"]
+    assert "last.ckpt is not a complete checkpoint" in done["out"] + done["err"]
+    assert "continuing from the previous checkpoint" in done["out"] + done["err"]
     require_equal(folder, straight(name))  # it is repeated exactly
 
 

@@ -1,48 +1,52 @@
-"""Compute a loss that was not finite once more, and say where it begins.
+"""Diagnosis of a NaN or infinite loss: repeat the computation and find where it begins.
 
 usage: python -m worldloom.diagnose <run folder>/checkpoints/nonfinite.ckpt [allow=my_pkg.MyModel]
        [device=cpu]
 
-A run that meets a loss or a gradient that is not finite saves the batch, the model and all random
-states. This prints every loss term, the batch's fields, and the first operation, forwards or
-backwards, whose result is not finite though all that it read is. Exits with 1 if the loss and the
-gradients are finite this time.
+A run that encounters a NaN or infinite loss or gradient saves the batch, the model and all random
+states. This command prints every loss term, the fields of the batch, and the first module whose
+output is not finite although its inputs and weights are; for gradients, the operation that torch's
+anomaly detection reports. The exit code is 1 if the loss and the gradients are finite this time.
 
-allow=… names a model outside worldloom, whose code may be run; nothing in the file is.
+allow=… names a model class outside worldloom that may be imported; the file alone cannot do that.
 """
 
-import math
 import sys
+import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from worldloom.app.compose import readable_errors
+from worldloom.errors import list_names
 from worldloom.factory import REGISTERED, create_world_model
 from worldloom.protocol import split_result
-from worldloom.training.nonfinite import bad_gradients, bad_terms, tensors_in
+from worldloom.training.nonfinite import bad_gradients, bad_terms, find_nonfinite
 from worldloom.training.precision import computing_in, parameter_type
 from worldloom.training.randomness import set_random_state
-from worldloom.training.tracing import FirstOperation, is_finite, place_in, place_of
+from worldloom.trees import flatten_tree, map_tree
 
-NAMED = 8  # parameters in the report
+NAMED = 8  # parameters listed in the report
 KEYS = {"what": str, "precision": str, "device": str, "batch": dict, "random": dict, "losses": dict}
 
 
 @dataclass
 class Diagnosis:
-    """What was found; `str(diagnosis)` is the report.
+    """The result of `diagnose`; `str(diagnosis)` is the report.
 
-    reproduced: whether the loss or a gradient is not finite again.
-    losses: {name: value}; bad_terms, bad_gradients: names of what is not finite.
-    forward: the first operation that made a number that is not finite out of finite ones; None if
-        there is none. backward: the same of the gradients, as far as torch tells.
-    raised: the error that ended the computation, if one did.
+    reproduced: whether the loss or a gradient is not finite again, or an error was raised again.
+    losses: {name: value} now; before: in the run. bad_*: names of everything that is not finite.
+    forward: the first module with a non-finite output for finite inputs and weights, or None.
+    backward: the same for gradients, as far as torch's anomaly detection finds it.
+    raised: the error that ended the computation, or None.
     """
 
     title: str
@@ -60,23 +64,18 @@ class Diagnosis:
 
     @property
     def reproduced(self) -> bool:
-        """Whether the loss or a gradient is not finite again, or cannot be computed again."""
+        """Whether the loss or a gradient is not finite again, or an error was raised again."""
         return bool(self.bad_terms or self.bad_gradients or self.raised)
 
     def __str__(self) -> str:
-        lines = [self.title, "", *(["losses and statistics"] if self.losses else [])]
-        width = max(map(len, self.losses), default=0)
-        for name, value in self.losses.items():
-            then = self.before.get(name, value)
-            same = value == then or not (math.isfinite(value) or math.isfinite(then))
-            notes = "" if math.isfinite(value) else "   <- not finite"
-            notes += "" if same else f"   was {then:.6g}"
-            lines.append(f"  {name:<{width}}  {value:<12.6g}{notes}".rstrip())
-        lines += [*([""] if self.losses else []), "batch", *self.batch, ""]
-        lines += [f"weights before the update: {_listed(self.bad_weights)}"]
+        lines = [self.title, ""]
+        if self.losses:
+            lines += ["losses and statistics", *self._loss_lines(), ""]
+        lines += ["batch", *self.batch, ""]
+        lines += [f"weights before the update: {_list_bad(self.bad_weights)}"]
         if self.gradients:
-            lines += [f"gradients: {_listed(self.bad_gradients, self.gradients)}"]
-        lines += [f"forward:   {self._first()}"]
+            lines += [f"gradients: {_list_bad(self.bad_gradients, self.gradients)}"]
+        lines += [f"forward:   {self._begin()}"]
         if self.raised:
             lines += [f"error:     {self.raised}"]
         if self.backward:
@@ -85,13 +84,23 @@ class Diagnosis:
         lost = "not reproduced: the loss and all gradients are finite this time"
         return "\n".join([*lines, "", f"reproduced: the loss {again}" if self.reproduced else lost])
 
-    def _first(self) -> str:
-        """Say where it begins; bad inputs come before whatever became of them."""
-        with_it = ", ".join(self.bad_fields) or ("the weights" if self.bad_weights else "")
-        if with_it:
-            besides = f"\n  besides, {self.forward}" if self.forward else ""
-            return f"it came with {with_it}{besides}"
-        return self.forward or "every operation made finite numbers"
+    def _loss_lines(self) -> Iterator[str]:
+        width = max(map(len, self.losses))
+        for name, value in self.losses.items():
+            then = self.before.get(name, value)
+            same = value == then or not (isfinite(value) or isfinite(then))
+            notes = "" if isfinite(value) else "   <- not finite"
+            notes += "" if same else f"   was {then:.6g}"
+            yield f"  {name:<{width}}  {value:<12.6g}{notes}".rstrip()
+
+    def _begin(self) -> str:
+        """Return where the first non-finite value comes from: the inputs, or else a module."""
+        source = ", ".join(self.bad_fields) or ("the weights" if self.bad_weights else "")
+        if source:
+            more = f"\n  in addition, {self.forward}" if self.forward else ""
+            return f"it came with {source}{more}"
+        outside = "; it begins in compute_loss itself" if self.bad_terms else ""
+        return self.forward or f"every module returned finite values{outside}"
 
 
 def diagnose(
@@ -101,41 +110,42 @@ def diagnose(
     device: str | None = None,
     model: nn.Module | None = None,
 ) -> Diagnosis:
-    """Compute a saved batch's loss and gradients again.
+    """Compute the loss and the gradients of a saved batch again.
 
     Args:
-        path: a nonfinite.ckpt that a run saved. No code in it is run.
-        allow: import paths of models outside worldloom that the file may name.
-        device: "cpu" or "cuda"; by default what it was, if that is there.
-        model: of the same shapes, to take the saved weights, instead of the one the file names.
+        path: a nonfinite.ckpt that a run saved. No code in the file is executed.
+        allow: import paths of model classes outside worldloom that the file may name.
+        device: "cpu" or "cuda"; by default the device of the run, if it is available.
+        model: model of the same shapes, which gets the saved weights; by default the model is
+            created from the file.
 
     Raises:
-        ValueError: the file is missing, damaged or no such batch, or names a model that is not
-            allowed.
+        ValueError: the file is missing, damaged or contains no batch, or names a model class that
+            is not allowed.
     """
     file = Path(path)
     saved = _read(file)
     found = saved["nonfinite"]
     gpu = found["device"] == "cuda" and torch.cuda.is_available()
     where = torch.device(device or ("cuda" if gpu else "cpu"))
-    model = _build(file, saved, allow) if model is None else _filled(model, saved)
+    model = _build(file, saved, allow) if model is None else _load_weights(model, saved)
     model.to(device=where, dtype=parameter_type(found["precision"])).train()
+    fields = flatten_tree(found["batch"])
     diagnosis = Diagnosis(
-        f"{found['what']}\n{_circumstances(found, where)}", before=found["losses"]
+        f"{found['what']}\n{_describe_conditions(found, where)}",
+        before=found["losses"],
+        batch=[f"  {name:<16}{_describe(value)}" for name, value in fields.items()],
+        bad_fields=find_nonfinite(fields),
+        bad_weights=find_nonfinite(model.state_dict()),
     )
-    for name, value in tensors_in(found["batch"]).items():
-        text, finite = _described(value)
-        diagnosis.batch.append(f"  {name:<16}{text}")
-        diagnosis.bad_fields += [] if finite else [name]
-    diagnosis.bad_weights = [k for k, v in model.state_dict().items() if not is_finite(v)]
     buffers = {name: value.clone() for name, value in model.named_buffers()}
-
-    with FirstOperation(model) as first:
+    with _watch_modules(model) as first:
         try:
             losses = _loss(model, found, where)
         except Exception as error:
-            diagnosis.raised = f"{type(error).__name__}: {error}{place_of(error)}"
-    diagnosis.forward = first.found
+            place = _find_place(traceback.extract_tb(error.__traceback__))
+            diagnosis.raised = f"{type(error).__name__}: {error}{place}"
+    diagnosis.forward = next(iter(first), None)
     if diagnosis.raised:
         return diagnosis
     losses["loss"].backward()
@@ -148,20 +158,63 @@ def diagnose(
         with torch.no_grad():
             for name, value in model.named_buffers():
                 value.copy_(buffers[name])
-        diagnosis.backward = _backward(model, found, where)
+        diagnosis.backward = _detect_anomaly(model, found, where)
     return diagnosis
 
 
 def _loss(model: nn.Module, found: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
-    batch = _moved(found["batch"], device)
+    # A copy, because the loss may be computed twice.
+    batch = map_tree(
+        lambda x: x.to(device, copy=True) if isinstance(x, Tensor) else x, found["batch"]
+    )
     set_random_state(found["random"])
     with computing_in(found["precision"], device):
         return split_result(model.compute_loss(batch))[0]  # type: ignore[operator]
 
 
-def _backward(model: nn.Module, found: Mapping[str, Any], device: torch.device) -> str | None:
-    """Return which gradient is the first that is NaN, as torch's anomaly mode tells it."""
+@contextmanager
+def _watch_modules(model: nn.Module) -> Iterator[list[str]]:
+    """Fill the list with a description of each module that turns finite values into others."""
+    first: list[str] = []
+
+    def watch(name: str, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        if first or _is_finite(out) or not _is_finite((args, kwargs)):
+            return
+        if find_nonfinite(dict(module.named_parameters()) | dict(module.named_buffers())):
+            return
+        spans = " and ".join(map(_describe, _tensors((args, kwargs)))) or "no tensors"
+        place = _find_place(traceback.extract_stack())
+        first.append(f"module {name or 'model'} ({type(module).__name__}), given {spans}{place}")
+
+    hooks = []
+    for name, module in model.named_modules():
+
+        def hook(*call: Any, name: str = name) -> None:
+            watch(name, *call)
+
+        hooks.append(module.register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield first
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """Return the tensors in nested containers and in the attributes of other objects."""
+    leaves = pytree.tree_leaves(tree)
+    found = [x for x in leaves if isinstance(x, Tensor) and x.numel()]
+    others = [vars(x) for x in leaves if hasattr(x, "__dict__") and not isinstance(x, Tensor)]
+    return found + [x for y in others for x in y.values() if isinstance(x, Tensor) and x.numel()]
+
+
+def _is_finite(tree: Any) -> bool:
+    return all(bool(torch.isfinite(x).all()) for x in _tensors(tree))
+
+
+def _detect_anomaly(model: nn.Module, found: Mapping[str, Any], device: torch.device) -> str | None:
+    """Return the first operation whose gradient is NaN, as torch's anomaly detection reports it."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with torch.autograd.detect_anomaly(check_nan=True):
@@ -173,24 +226,49 @@ def _backward(model: nn.Module, found: Mapping[str, Any], device: torch.device) 
                     raise
                 text = str(error)
     traces = [str(note.message) for note in caught if "Error detected in" in str(note.message)]
-    return f"{text}{place_in(traces[0]) if traces else ''}"
+    return f"{text}{_find_printed_place(traces[0]) if traces else ''}"
+
+
+def _find_place(frames: traceback.StackSummary) -> str:
+    """Return the innermost line outside torch and this file, as the end of a message."""
+    for frame in reversed(frames):
+        if not _is_internal(frame.filename):
+            return f"\n           at {frame.filename}:{frame.lineno}: {frame.line}"
+    return ""
+
+
+def _find_printed_place(trace: str) -> str:
+    """Return the innermost line outside torch and this file in a printed traceback."""
+    places = []
+    lines = trace.splitlines()
+    for line, code in zip(lines, [*lines[1:], ""], strict=True):
+        if line.strip().startswith('File "'):
+            file, number = line.split('"')[1], line.split(", line ")[1].split(",")[0]
+            if not _is_internal(file):
+                places.append(f"\n           computed at {file}:{number}: {code.strip()}")
+    return places[-1] if places else ""
+
+
+def _is_internal(file: str) -> bool:
+    return file == __file__ or file.startswith(str(Path(torch.__file__).parent))
 
 
 def _read(file: Path) -> dict[str, Any]:
-    wanted = f"expected the nonfinite.ckpt that a run saves; {file} "
+    expected = f"expected the nonfinite.ckpt that a run saved; {file} "
     if not file.is_file():
-        raise ValueError(f"{wanted}does not exist; look in <run folder>/checkpoints")
+        raise ValueError(f"{expected}does not exist; look in <run folder>/checkpoints")
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = " ".join(str(error).split(". ")[0].split())
-        raise ValueError(f"{wanted}cannot be read: {reason}") from None
+        raise ValueError(f"{expected}cannot be read: {reason}") from None
     sections = ("nonfinite", "hyper_parameters", "state_dict")
-    if not isinstance(saved, dict) or not all(isinstance(saved.get(k), dict) for k in sections):
-        raise ValueError(f"{wanted}holds no batch; an ordinary checkpoint has none")
-    found = saved["nonfinite"]
-    if not all(isinstance(found.get(key), kind) for key, kind in KEYS.items()):
-        raise ValueError(f"{wanted}holds no batch; an ordinary checkpoint has none")
+    if (
+        not isinstance(saved, dict)
+        or not all(isinstance(saved.get(k), dict) for k in sections)
+        or not all(isinstance(saved["nonfinite"].get(key), kind) for key, kind in KEYS.items())
+    ):
+        raise ValueError(f"{expected}holds no batch; an ordinary checkpoint has none")
     return saved
 
 
@@ -198,8 +276,8 @@ def _build(file: Path, saved: Mapping[str, Any], allow: Sequence[str]) -> nn.Mod
     config = saved["hyper_parameters"].get("model")
     if not isinstance(config, dict) or "model" not in config:
         raise ValueError(
-            f"{file} does not say how to build its model; in Python: from worldloom.diagnose "
-            f"import diagnose; print(diagnose({str(file)!r}, model=model))"
+            f"{file} does not contain the settings of its model; use Python: from "
+            f"worldloom.diagnose import diagnose; print(diagnose({str(file)!r}, model=model))"
         )
     if config["model"] not in REGISTERED and config["model"] not in allow:
         raise ValueError(
@@ -209,63 +287,51 @@ def _build(file: Path, saved: Mapping[str, Any], allow: Sequence[str]) -> nn.Mod
     return create_world_model(file, allow=allow)
 
 
-def _filled(model: nn.Module, saved: Mapping[str, Any]) -> nn.Module:
+def _load_weights(model: nn.Module, saved: Mapping[str, Any]) -> nn.Module:
     weights = {name.removeprefix("model."): x for name, x in saved["state_dict"].items()}
     model.load_state_dict(weights)
     return model
 
 
-def _circumstances(found: Mapping[str, Any], device: torch.device) -> str:
+def _describe_conditions(found: Mapping[str, Any], device: torch.device) -> str:
     text = f"precision {found['precision']}, on {device}"
     if found["device"] != device.type:
-        text += f"; the run was on {found['device']}, whose random numbers are others"
+        text += f"; the run was on {found['device']}, which draws different random numbers"
     return text
 
 
-def _moved(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move a batch; the model gets tensors of its own, to be asked twice."""
-    return {
-        k: _moved(v, device)
-        if isinstance(v, Mapping)
-        else (v.to(device, copy=True) if isinstance(v, Tensor) else v)
-        for k, v in batch.items()
-    }
-
-
-def _described(value: Tensor) -> tuple[str, bool]:
-    """Return a field's shape, type, range, and where it is not finite; whether it is finite."""
+def _describe(value: Tensor) -> str:
+    """Return shape, dtype and range of a tensor, and where it is not finite."""
     shape = f"{list(value.shape)} {str(value.dtype).removeprefix('torch.')}"
     good = torch.isfinite(value)
-    kept = value[good].to(torch.float64)
-    span = f"{kept.min():.4g} to {kept.max():.4g}" if kept.numel() else "nothing finite"
+    kept = value.detach()[good].to(torch.float64)
+    span = f"{kept.min():.4g} to {kept.max():.4g}" if kept.numel() else "no finite value"
     if good.all():
-        return f"{shape:<28}{span}", True
+        return f"{shape:<28}{span}"
     nans = int(value.isnan().sum())
     infinite = int((~good).sum()) - nans
     first = (~good).nonzero()[0].tolist()
-    return f"{shape:<28}{span}   <- {nans} NaN, {infinite} infinite, first at {first}", False
+    return f"{shape:<28}{span}   <- {nans} NaN, {infinite} infinite, first at {first}"
 
 
-def _listed(names: Sequence[str], of: int | None = None) -> str:
-    """Name what is not finite, some of it if it is much."""
+def _list_bad(names: Sequence[str], count: int | None = None) -> str:
     if not names:
         return "all finite"
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    count = f"{len(names)} of {of} not finite: " if of is not None else ""
-    return f"{count}{', '.join(names[:NAMED])}{more}"
+    of = f"{len(names)} of {count} not finite: " if count is not None else ""
+    return f"{of}{list_names(names, NAMED)}"
 
 
 def main() -> None:
     """Run the command line."""
-    words = sys.argv[1:]
-    if not words or {"-h", "--help"} & set(words):
+    args = sys.argv[1:]
+    if not args or {"-h", "--help"} & set(args):
         print(__doc__)
-        sys.exit(0 if words else 2)
+        sys.exit(0 if args else 2)
     with readable_errors():
-        files = [word for word in words if not word.startswith(("allow=", "device="))]
+        files = [arg for arg in args if not arg.startswith(("allow=", "device="))]
         if len(files) != 1:
             raise ValueError(f"{len(files)} files were named; expected one nonfinite.ckpt")
-        options = dict(word.split("=", 1) for word in words if word not in files)
+        options = dict(arg.split("=", 1) for arg in args if arg not in files)
         allow = [name for name in options.get("allow", "").split(",") if name]
         found = diagnose(files[0], allow=allow, device=options.get("device"))
     print(found)

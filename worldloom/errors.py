@@ -35,3 +35,10 @@ def suggest(name: str, choices: Iterable[str], prefix: str = "") -> str:
     """
     similar = find_similar(name, map(str, choices))
     return f" (did you mean {prefix + similar[0]!r}?)" if similar else ""
+
+
+def list_names(names: Iterable[str], most: int = 5) -> str:
+    """Return names separated by commas; only the first `most`, with the number of the others."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

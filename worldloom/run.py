@@ -62,8 +62,9 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     from worldloom.app.run_dir import CONFIG, SCORES, begin_anew, read_config, write_text
     from worldloom.factory import transfer
     from worldloom.saving import load_tensors, read_saved, save_model
-    from worldloom.training.callbacks import Evaluation, log, x_axis
-    from worldloom.training.checkpoints import Checkpoints, has_checkpoint, usable
+    from worldloom.training.callbacks import Evaluation, current_step, log_metrics
+    from worldloom.training.checkpoint_files import find_usable, has_checkpoint
+    from worldloom.training.checkpoints import Checkpoints
     from worldloom.training.config import parse_interval
     from worldloom.training.module import WorldModelModule
     from worldloom.training.precision import require_precision
@@ -88,7 +89,7 @@ def _train(cfg: DictConfig) -> dict[str, float]:
         print(transfer(model, cfg.init_from).report(), flush=True)
     actor = task.build_actor(model, plain["planner"])
     data = build_data(plain, task, actor, dataset)
-    saved = usable(folder / "checkpoints", data.damaged) if resumes else None
+    saved = find_usable(folder / "checkpoints", data.damaged) if resumes else None
     if saved is not None:
         require_shapes(model, saved[1], folder)
     module = WorldModelModule(
@@ -142,9 +143,9 @@ def _train(cfg: DictConfig) -> dict[str, float]:
     else:
         save_model(model, folder / "model")
     scores = evaluator(cfg.evaluation.episodes) if task.make_env is not None else {}
-    step = x_axis(trainer, module)
+    step = current_step(trainer, module)
     if scores:
-        log(trainer, scores, step)
+        log_metrics(trainer, scores, step)
     for logger in trainer.loggers:
         logger.log_hyperparams(plain, scores, step)
         logger.finalize("success")
@@ -164,11 +165,12 @@ def fit(trainer: Any, module: Any, data: Any, checkpoint: Path | None, folder: P
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from worldloom.app.saved_config import command
-    from worldloom.training.checkpoints import Checkpoints, has_checkpoint
+    from worldloom.training.checkpoint_files import has_checkpoint
+    from worldloom.training.checkpoints import Checkpoints
     from worldloom.training.interruption import Interrupted, Interruption
 
     interruption = Interruption()
-    data.check = interruption.check
+    data.check_interruption = interruption.check
     try:
         with interruption.listening():
             trainer.fit(module, data, ckpt_path=checkpoint)

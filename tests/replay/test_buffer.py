@@ -285,7 +285,7 @@ def test_dict_observations_and_images():
 
 
 def test_online_serves_every_stretch_once_oldest_first():
-    buffer = ReplayBuffer(200, num_envs=2, online=True)
+    buffer = ReplayBuffer(200, num_envs=2, online_queue=True)
     recorder = Recorder(buffer)
     served = []
     for _ in range(12):
@@ -298,12 +298,12 @@ def test_online_serves_every_stretch_once_oldest_first():
     assert served == [(env, row) for row in range(0, 60, 4) for env in (0, 1)]
     recorder.step(3)  # no further stretch is whole, so the next draw is as without a queue
     plain = copy.deepcopy(buffer)
-    plain.online = False
+    plain.online_queue = False
     assert torch.equal(buffer.sample(30, 4)["index"], plain.sample(30, 4)["index"])
 
 
 def test_online_pointer_moves_on_when_the_ring_overtakes_it():
-    buffer = ReplayBuffer(10, online=True)
+    buffer = ReplayBuffer(10, online_queue=True)
     Recorder(buffer).step(25)
     index = buffer.sample(8, 4)["index"]
     assert index[:2].tolist() == [[0, 15], [0, 19]]
@@ -370,7 +370,7 @@ def through_file(state: dict) -> dict:
 @pytest.mark.parametrize("steps", [9, 50])
 def test_loaded_buffer_continues_identically(steps):
     def make(seed):
-        return ReplayBuffer(60, num_envs=3, online=True, fields=LATENTS, seed=seed)
+        return ReplayBuffer(60, num_envs=3, online_queue=True, fields=LATENTS, seed=seed)
 
     buffer, other = make(0), make(1)
     recorder = Recorder(buffer, end=0.1)
@@ -453,13 +453,13 @@ def test_too_little_data():
 
 
 def test_bad_requests():
-    buffer = ReplayBuffer(100, online=True)
+    buffer = ReplayBuffer(100, online_queue=True)
     buffer.add_episode(**episode(2))
     with pytest.raises(ValueError, match="batch_size is 0; expected at least 1"):
         buffer.sample(0, 1)
     with pytest.raises(ValueError, match="seq_len is -1; expected at least 1"):
         buffer.sample(1, -1)
-    with pytest.raises(ValueError, match=r"set data.online=false or data.across_episodes=true"):
+    with pytest.raises(ValueError, match=r"set data.online_queue=false or data.across_episodes"):
         buffer.sample(1, 1, across_episodes=False)
 
 

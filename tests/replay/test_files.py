@@ -25,7 +25,7 @@ ROWS = 42  # of a ring: blocks of 10 rows, which do not divide it
 
 
 def make(folder=None, storage="ram", num_envs=2, **options) -> ReplayBuffer:
-    options = {"fields": LATENTS, "online": True, "seed": 1} | options
+    options = {"fields": LATENTS, "online_queue": True, "seed": 1} | options
     return ReplayBuffer(
         ROWS * num_envs, SHAPES, 2, num_envs=num_envs, storage=storage, folder=folder, **options
     )
@@ -310,7 +310,7 @@ def test_rows_of_a_damaged_file_are_never_drawn(tmp_path, storage, harm, caplog)
     bad = "0-000004-rows.safetensors"
     harm(tmp_path / bad)
     assert pair[1].damaged(state) == [bad]
-    hurt = make(tmp_path, storage, num_envs=1, online=False)
+    hurt = make(tmp_path, storage, num_envs=1, online_queue=False)
     with caplog.at_level(logging.WARNING):
         hurt.load_state_dict(state)
     assert len(caplog.records) == 1
@@ -339,7 +339,7 @@ def test_rows_of_a_damaged_file_are_never_drawn(tmp_path, storage, harm, caplog)
     )
 
     # A later state knows of it, until the rows would have left the ring.
-    again = make(tmp_path, num_envs=1, online=False)
+    again = make(tmp_path, num_envs=1, online_queue=False)
     again.load_state_dict(save(hurt))
     compare([hurt, again])
     add([hurt], rng, 26)
@@ -366,7 +366,7 @@ def test_rows_go_on_behind_a_gap_as_preceded_by_nothing(tmp_path):
     add([buffer], rng, 40, episodes=0.0)  # one episode of 40 rows, four blocks
     state = save(buffer)
     os.remove(tmp_path / "0-000003-rows.safetensors")
-    hurt = make(tmp_path, num_envs=1, online=False)
+    hurt = make(tmp_path, num_envs=1, online_queue=False)
     hurt.load_state_dict(state)
     add([hurt], rng, 6, episodes=0.0)
     assert hurt.num_episodes == 2
@@ -476,7 +476,7 @@ def test_halves_that_a_kill_left_are_removed(tmp_path):
 
 
 def filled(folder, seed=0, storage="ram", number=5):
-    buffer = make(folder, storage, num_envs=1, online=False)
+    buffer = make(folder, storage, num_envs=1, online_queue=False)
     rng = np.random.default_rng(seed)
     for _ in range(number):
         add_episode([buffer], rng, 6, 0)

@@ -101,7 +101,7 @@ class Moody(nn.Module):
 
 def collecting(lengths, num_envs, repeat=1, limit=None, workers=0, capacity=10_000, seed=0):
     env = make_vector_env(lambda: make_script(lengths, repeat, limit), num_envs, workers)
-    buffer = ReplayBuffer(capacity, (3,), 1, num_envs=num_envs, online=True)
+    buffer = ReplayBuffer(capacity, (3,), 1, num_envs=num_envs, online_queue=True)
     obs, actions = (
         ObsSpec.from_space(env.single_observation_space),
         ActionSpec.from_space(env.single_action_space),
@@ -188,7 +188,7 @@ def test_so_it_does_with_environments_in_processes(num_envs, workers):
 def test_so_it_does_while_batches_are_drawn(overlap, across_episodes):
     lengths = [6, -4, 9]
     collector = collecting(lengths, 2, capacity=200)
-    collector.buffer.online = across_episodes
+    collector.buffer.online_queue = across_episodes
     data = ReplayDataModule(
         collector.buffer,
         collector,

@@ -286,7 +286,7 @@ def test_the_best_model_is_kept_and_of_equals_the_later(tmp_path):
 
 def test_the_best_score_survives_a_resume():
     evaluation, again = (Evaluation(Scores(), every=20) for _ in range(2))
-    evaluation.best, evaluation._next, evaluation._scored = {"step": 40, "return": 7.0}, 60, 9
+    evaluation.best, evaluation._next, evaluation._evaluated = {"step": 40, "return": 7.0}, 60, 9
     again.load_state_dict(evaluation.state_dict())
     assert again.best == evaluation.best and again._next == 60
     assert again.state_dict() == evaluation.state_dict()
@@ -382,7 +382,7 @@ def started(data):
 
 
 def test_the_line_tells_position_speed_and_time_left(clock, monkeypatch):
-    monkeypatch.setattr(progress, "BEAT", 1e9)
+    monkeypatch.setattr(progress, "LOG_INTERVAL", 1e9)
     data = online(total_steps=10_000)
     bar = started(data)
     assert "env steps 0/10,000 | updates 0 | last return none yet" in bar.line(data)
@@ -397,7 +397,7 @@ def test_the_line_tells_position_speed_and_time_left(clock, monkeypatch):
 
 
 def test_offline_it_counts_updates(clock, monkeypatch):
-    monkeypatch.setattr(progress, "BEAT", 1e9)
+    monkeypatch.setattr(progress, "LOG_INTERVAL", 1e9)
     data = offline(400)
     bar = started(data)
     data.updates = 100
@@ -416,7 +416,7 @@ class Slow(Line):
 
 
 def test_lines_appear_by_themselves_where_there_is_no_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "BEAT", 0.05)
+    monkeypatch.setattr(progress, "LOG_INTERVAL", 0.05)
     fit(online(), Progress(), model=Slow())
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) >= 3  # within the long update alone
@@ -426,7 +426,7 @@ def test_lines_appear_by_themselves_where_there_is_no_terminal(capsys, monkeypat
 
 
 def test_there_is_a_line_at_least_every_30_seconds():
-    assert progress.BEAT <= 30
+    assert progress.LOG_INTERVAL <= 30
 
 
 def test_in_a_terminal_there_is_a_bar(capsys, monkeypatch):
@@ -444,7 +444,7 @@ def test_in_a_terminal_there_is_a_bar(capsys, monkeypatch):
 
 
 def test_lines_end_with_an_error_too(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "BEAT", 0.02)
+    monkeypatch.setattr(progress, "LOG_INTERVAL", 0.02)
     with pytest.raises(RuntimeError, match="stop"):
         fit(online(), Progress(), model=Breaks(RuntimeError("stop")))
     capsys.readouterr()

@@ -12,13 +12,13 @@ from lightning import Callback, Trainer
 
 from tests.training.test_callbacks import Breaks, Line, online
 from worldloom.training import WorldModelModule, checkpoints
-from worldloom.training.checkpoints import (
-    Checkpoints,
-    Damaged,
+from worldloom.training.checkpoint_files import (
+    DamagedCheckpoint,
+    find_usable,
     has_checkpoint,
     read_checkpoint,
-    usable,
 )
+from worldloom.training.checkpoints import Checkpoints
 from worldloom.training.interruption import Interrupted
 from worldloom.training.randomness import random_state, set_random_state
 
@@ -117,7 +117,7 @@ def test_a_signal_between_two_updates_stops_the_run_saved(tmp_path):
         if data.updates == 7:
             raise Interrupted(15)
 
-    data.check = check
+    data.check_interruption = check
     with pytest.raises(Interrupted):
         fit(data, Checkpoints(tmp_path))
     assert updates(tmp_path / "last.ckpt") == 7
@@ -152,7 +152,7 @@ def test_training_goes_on_to_the_same_weights(tmp_path, stop):
         if data.updates == stop:
             raise Interrupted(15)
 
-    data.check = check
+    data.check_interruption = check
     with pytest.raises(Interrupted):
         fit(data, Checkpoints(tmp_path / "broken"), model=Decay())
     torch.manual_seed(2), np.random.seed(2), random.seed(2)
@@ -213,7 +213,7 @@ def whole(state):
 
 
 def test_the_newest_whole_checkpoint_is_taken(saved):
-    path, checkpoint = usable(saved, whole)
+    path, checkpoint = find_usable(saved, whole)
     assert path == saved / "last.ckpt" and checkpoint["updates"] == 13
 
 
@@ -232,9 +232,9 @@ def test_a_damaged_one_is_left_for_the_one_before_with_a_warning(saved, damage, 
         last.unlink()
     else:
         last.write_text("" if damage == "empty" else "hello")
-    path, checkpoint = usable(saved, whole)
+    path, checkpoint = find_usable(saved, whole)
     assert checkpoint["updates"] == 10 and updates(path) == 10
-    assert "going on from the checkpoint before" in caplog.text
+    assert "continuing from the previous checkpoint" in caplog.text
     assert damage == "missing" or "last.ckpt" in caplog.text.split("\n")[0]
     # It goes on as the last one, so that the next one to be saved does not drop it.
     assert path == last and not (saved / "previous.ckpt").exists()
@@ -249,7 +249,7 @@ def test_every_byte_of_the_tensors_is_watched(saved):
         flip(last, at)
         try:
             again = read_checkpoint(last)
-        except Damaged:
+        except DamagedCheckpoint:
             found += 1
         else:
             assert repr(again) == repr(good)
@@ -260,20 +260,20 @@ def test_every_byte_of_the_tensors_is_watched(saved):
 def test_two_damaged_ones_end_with_a_readable_error(saved):
     for name in ("last.ckpt", "previous.ckpt"):
         (saved / name).write_bytes(b"hello")
-    with pytest.raises(ValueError, match=r"no whole checkpoint.*init_from="):
-        usable(saved, whole)
+    with pytest.raises(ValueError, match=r"no intact checkpoint.*init_from="):
+        find_usable(saved, whole)
 
 
 def test_a_damaged_replay_counts_too(saved):
     def damaged(state):
         return ["0-000001.safetensors"] if state["updates"] == 13 else []
 
-    assert usable(saved, damaged)[1]["updates"] == 10
+    assert find_usable(saved, damaged)[1]["updates"] == 10
 
 
 def test_a_file_that_both_need_does_not_end_the_run(saved, caplog):
     """The replay leaves its rows out, so the newest is as good."""
-    assert usable(saved, lambda state: ["0-000001.safetensors"])[1]["updates"] == 13
+    assert find_usable(saved, lambda state: ["0-000001.safetensors"])[1]["updates"] == 13
     assert "0-000001.safetensors" in caplog.text
 
 
@@ -283,10 +283,10 @@ def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path):
             return os.mkdir, (str(tmp_path / "was-here"),)
 
     torch.save({"state_dict": {}, "ReplayDataModule": Hostile()}, tmp_path / "last.ckpt")
-    with pytest.raises(Damaged, match=r"last.ckpt is no whole checkpoint"):
+    with pytest.raises(DamagedCheckpoint, match=r"last.ckpt is not a complete checkpoint"):
         read_checkpoint(tmp_path / "last.ckpt")
     (tmp_path / "last.ckpt").write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedCheckpoint):
         read_checkpoint(tmp_path / "last.ckpt")
     assert not (tmp_path / "was-here").exists()
 
@@ -325,13 +325,13 @@ def test_a_full_disk_is_told_once_and_tried_again(tmp_path, monkeypatch, caplog)
     fit(online(), Checkpoints(tmp_path, "2updates"))
     assert updates(tmp_path / "last.ckpt") == 13
     assert caplog.text.count("No space left on device") == 1
-    assert "training goes on" in caplog.text and "can be written again" in caplog.text
+    assert "training continues" in caplog.text and "can be written again" in caplog.text
     assert sorted(f.name for f in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]
 
 
 def test_a_disk_full_to_the_end_leaves_the_last_good_one_and_is_an_error(tmp_path, monkeypatch):
     full_disk(monkeypatch, lambda call: call > 1)
-    with pytest.raises(OSError, match="No space left on device; the checkpoint before is whole"):
+    with pytest.raises(OSError, match="No space left on device; the previous checkpoint is intact"):
         fit(online(), Checkpoints(tmp_path, "5updates"))
     assert updates(tmp_path / "last.ckpt") == 0
     assert [f.name for f in tmp_path.iterdir()] == ["last.ckpt"]

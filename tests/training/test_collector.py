@@ -466,7 +466,7 @@ def test_a_restart_abandons_an_episode():
 
 
 def test_discrete_actions_and_images():
-    env = make_vector_env(lambda: gym.make("worldloom/Catch-v0", size=16), num_envs=2)
+    env = make_vector_env(lambda: gym.make("worldloom/Catch-v0", image_size=16), num_envs=2)
     obs_spec = ObsSpec.from_space(env.single_observation_space)
     action_spec = ActionSpec.from_space(env.single_action_space)
     collector = Collector(

@@ -49,7 +49,8 @@ class FakeCollector:
 
 
 def online(num_envs=2, latents=None, length=9, seed=0, capacity=4000, queue=True, **changes):
-    buffer = ReplayBuffer(capacity, num_envs=num_envs, fields=latents, online=queue, seed=seed)
+    options = {"num_envs": num_envs, "fields": latents, "online_queue": queue, "seed": seed}
+    buffer = ReplayBuffer(capacity, **options)
     settings = {"batch_size": 4, "sequence_length": 6, "train_ratio": 8.0, "total_steps": 300}
     return ReplayDataModule(buffer, FakeCollector(buffer, length=length), **(settings | changes))
 
@@ -182,10 +183,12 @@ class Waiting(FakeCollector):
         super().step()
 
 
-def overlapped(refresh=lambda: None, collector=Waiting, **changes):
-    buffer = ReplayBuffer(4000, num_envs=2, online=True)
+def overlapped(sync=lambda: None, collector=Waiting, **changes):
+    buffer = ReplayBuffer(4000, num_envs=2, online_queue=True)
     settings = {"batch_size": 4, "sequence_length": 6, "train_ratio": 8.0, "total_steps": 300}
-    return ReplayDataModule(buffer, collector(buffer), refresh=refresh, **(settings | changes))
+    return ReplayDataModule(
+        buffer, collector(buffer), sync_acting_copy=sync, **(settings | changes)
+    )
 
 
 def test_overlapped_collecting_happens_while_a_batch_is_held_and_not_else():
@@ -352,7 +355,7 @@ def test_under_lightning_resume_is_exact_and_the_run_ends_by_itself(tmp_path):
     [
         ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
         ({"sequence_length": 0}, "sequence_length is 0; expected at least 1"),
-        ({"train_ratio": 0.0}, "train_ratio is 0.0; it must be above 0"),
+        ({"train_ratio": 0.0}, "train_ratio is 0.0; expected a number above 0"),
         ({"prefill": 500}, "start after 500 environment steps but total_steps is 300; raise"),
         ({"prefill": 0, "sequence_length": 200}, "start after 400 environment steps but"),
     ],

@@ -304,7 +304,7 @@ def test_adam_goes_on_exactly_after_a_restart():
 
 
 def test_adam_refuses_to_clip_to_nothing():
-    with pytest.raises(ValueError, match=r"max_norm=0\.0; expected one above 0, or None"):
+    with pytest.raises(ValueError, match=r"max_norm=0\.0; expected above 0, or None"):
         Adam(parameters(), max_norm=0.0)
 
 
@@ -313,25 +313,6 @@ def test_a_model_of_vectors_alone_has_nothing_to_decay():
     vector.grad = torch.zeros(3)
     LaProp([vector], lr=0.1, warmup=0, weight_decay=0.5).step()
     assert vector.tolist() == [1.0, 1.0, 1.0]
-
-
-def test_adam_goes_on_from_a_state_of_before_it_was_fused():
-    def adam(weight):
-        return Adam([weight], lr=0.1)
-
-    ours, theirs = (nn.Parameter(torch.ones(3, dtype=F64)) for _ in range(2))
-    new, old = adam(ours), torch.optim.Adam([theirs], lr=0.1)
-    theirs.grad = torch.arange(3, dtype=F64)
-    old.step()
-    with torch.no_grad():
-        ours.copy_(theirs)
-    state = old.state_dict()
-    state["param_groups"][0] |= {"max_norm": None}
-    new.load_state_dict(state)
-    assert new.param_groups[0]["fused"]
-    ours.grad = theirs.grad.clone()
-    new.step(), old.step()
-    torch.testing.assert_close(ours, theirs)
 
 
 def test_lightning_may_clip_its_gradients_in_mixed_precision():

@@ -123,7 +123,7 @@ def build_data(
         task.actions.width,
         num_envs=task.running["num_envs"] if dataset is None else 1,
         fields=getattr(actor.model, "replay_fields", None),
-        online=dataset is None and data["online"],
+        online_queue=dataset is None and data["online"],
         seed=plain["seed"],
         storage=data["storage"] if first else "ram",
         folder=Path(plain["folder"]) / "checkpoints" / "replay" if first else None,
@@ -161,7 +161,7 @@ def _online(
     seed_steps = training["seed_episodes"] * (task.episode_length or 0)
     changes = {}
     if plain["data"]["overlap"]:
-        actor, options["refresh"] = twin(actor)
+        actor, options["sync_acting_copy"] = make_acting_copy(actor)
         # A process of their own at least: a renderer stays with the thread in which it began.
         changes["workers"] = max(1, task.running.get("workers", 0))
     collector = Collector(
@@ -181,16 +181,16 @@ def _online(
     return ReplayDataModule(buffer, collector, prefill=max(prefill, seed_steps), **options)
 
 
-def twin(actor: Actor) -> tuple[Actor, Callable[[], None]]:
-    """Return a copy of an actor, to act while its model is trained, and a function to update it."""
+def make_acting_copy(actor: Actor) -> tuple[Actor, Callable[[], None]]:
+    """Return a copy of an actor, to act while its model is trained, and a function to sync it."""
     copied = copy.deepcopy(actor)
     theirs: Any = copied.model
     ours: Any = actor.model
 
-    def refresh() -> None:
+    def sync() -> None:
         theirs.to(actor.device).load_state_dict(ours.state_dict())
 
-    return copied, refresh
+    return copied, sync
 
 
 def fill(buffer: Any, dataset: Dataset) -> str:

@@ -45,7 +45,7 @@ class ReplayBuffer:
     fields: {name: ReplayField} that are stored with every row for the model.
     obs_dtypes: a numpy dtype (or a dict of them) to store observations in, where uint8 for three
         dimensions (images, channels first) and float32 for all others is not what is wanted.
-    online: serve each fresh stretch of T rows once before sampling uniformly, as DreamerV3 does.
+    online_queue: sample each new stretch of T rows once before sampling uniformly (DreamerV3).
     storage: "ram", or "memmap" to keep fields of 512 bytes and more in files instead of memory.
     folder: for files of the rows. With it `state_dict` holds only what is not in a file, and
         `finish` has to complete every state before it is saved.
@@ -66,7 +66,7 @@ class ReplayBuffer:
         num_envs: int = 1,
         fields: Mapping[str, ReplayField] | None = None,
         obs_dtypes: Any = None,
-        online: bool = False,
+        online_queue: bool = False,
         seed: int = 0,
         storage: str = "ram",
         folder: Path | None = None,
@@ -78,7 +78,7 @@ class ReplayBuffer:
         fields = fields or {}
         self._format = RowFormat(obs_shape, action_dim, fields, obs_dtypes, num_envs)
         self.num_envs = num_envs
-        self.online = online
+        self.online_queue = online_queue
         # Rows to sample in front of those that are trained on, for their context.
         self.context_rows = int(any(not field.every_row for field in fields.values()))
         files = None if folder is None else ChunkFolder(Path(folder))
@@ -244,14 +244,14 @@ class ReplayBuffer:
         """
         require_positive(batch_size=batch_size, seq_len=seq_len)
         self._require_length(seq_len)
-        if self.online and not across_episodes:
+        if self.online_queue and not across_episodes:
             raise ValueError(
                 "an online replay serves fresh stretches of a stream, which cross episodes; set "
-                "data.online=false or data.across_episodes=true"
+                "data.online_queue=false or data.across_episodes=true"
             )
         draw = self._draws.anywhere if across_episodes else self._draws.inside
         env, start = draw(batch_size, seq_len)
-        if self.online:
+        if self.online_queue:
             fresh_env, fresh_start = self._draws.fresh(batch_size, seq_len)
             env[: len(fresh_env)], start[: len(fresh_env)] = fresh_env, fresh_start
         batch = self._read(env, start, seq_len)

@@ -1,10 +1,9 @@
-"""Collecting experience: act in the environments and add every row to the replay.
+"""Collection of experience: act in the environments and add every row to the replay.
 
 Letters used in shapes: N environments, A = width of an action.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,44 +11,31 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from worldloom.acting import Actor, Memory
-from worldloom.envs.spaces import ActionSpec, Obs, ObsSpec
+from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.vector import Rows
 from worldloom.protocol import LatentState
+from worldloom.trees import map_tree
 
-
-class Buffer(Protocol):
-    """What a collector needs of a replay."""
-
-    def add(
-        self,
-        obs: Obs,
-        actions: np.ndarray,
-        rewards: np.ndarray,
-        is_first: np.ndarray,
-        is_last: np.ndarray,
-        is_terminal: np.ndarray,
-        fields: dict[str, Tensor] | None = None,
-    ) -> Any:
-        """Add one row per environment; every array is [N, ...]."""
-        ...
+if TYPE_CHECKING:
+    from worldloom.replay.buffer import ReplayBuffer
 
 
 class Collector:
-    """Step N environments with an actor and add one row per environment and tick to a buffer.
+    """Step N environments with an actor; each step adds one row per environment to a buffer.
 
-    random_steps: act at random until so many environment steps are done.
-    frames_per_step: of the simulator, where actions are repeated; published curves count frames.
-    env_steps: steps that the environments have made, all of them together; resets do not count.
-    episodes: episodes that have ended; last_return: the return of the newest, None before it.
-    finished: their {"return", "length", "env_steps", "success" if the environment's info has it};
-        whoever logs them empties the list.
+    random_steps: number of environment steps with random actions at the start.
+    frames_per_step: simulator frames per environment step (action repeat).
+    env_steps: steps of all environments together; resets do not count.
+    episodes: number of finished episodes. last_return: return of the newest one, or None.
+    finished: {"return", "length", "env_steps", "success" if the environment's info has it} of the
+        episodes that are not logged yet; the logging callback empties the list.
     """
 
     def __init__(
         self,
         env: VectorEnv,
         actor: Actor,
-        buffer: Buffer,
+        buffer: "ReplayBuffer",
         *,
         obs_spec: ObsSpec,
         action_spec: ActionSpec,
@@ -70,7 +56,7 @@ class Collector:
         self._running = False
 
     def step(self) -> None:
-        """Add the present rows to the buffer and step all environments once."""
+        """Add the current rows to the buffer, then step all environments once."""
         if not self._running:
             self.rows.reset(seed=int(self._rng.integers(2**31)))
             self._memory, self._running = None, True
@@ -87,11 +73,11 @@ class Collector:
             rows.is_terminal,
             fields=self._replay_values(memory.state),
         )
-        self._memory = memory  # not before: a state saved after a failing `add` adds the row again
-        self._running = False  # interrupted in a step, the environments start anew
+        self._memory = memory  # only now: if `add` fails, a resumed run adds the row again
+        self._running = False  # if the step is interrupted, new episodes start
         ended = rows.step(actions)
         self._running = True
-        # What leads to a first row is no step but a reset.
+        # A first row results from a reset, which is not a step.
         self.env_steps += int(np.count_nonzero(~rows.is_first))
         for _, episode in ended:
             self.episodes += 1
@@ -100,7 +86,7 @@ class Collector:
 
     @property
     def restarts(self) -> int:
-        """Count the environment processes that were replaced so far."""
+        """Return how many environment processes were replaced so far."""
         return self.rows.restarts
 
     def metrics(self) -> dict[str, float]:
@@ -114,11 +100,11 @@ class Collector:
         self.rows.env.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the collector is, in the middle of its episodes, as tensors and plain data.
+        """Return counters and the state of the current episodes as tensors and plain data.
 
-        "rows" and "memory" are None before the first step, and after a step that was interrupted:
-        then `load_state_dict` begins new episodes, and those under way stay in the replay without
-        a last row.
+        "rows" and "memory" are None before the first step and after an interrupted step. Then
+        `load_state_dict` starts new episodes; the previous ones stay in the replay without a last
+        row.
         """
         running = self._running and self._memory is not None
         rows = self.rows.state_dict() if running else None
@@ -128,19 +114,20 @@ class Collector:
             "last_return": self.last_return,
             "finished": [dict(episode) for episode in self.finished],
             "rng": self._rng.bit_generator.state,
-            "rows": _converted(rows, np.ndarray, torch.tensor),
+            "rows": map_tree(lambda x: torch.tensor(x) if isinstance(x, np.ndarray) else x, rows),
             "memory": self._memory.state_dict() if rows and self._memory else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was called, also where the model is on another device.
+        """Restore what `state_dict` returned; the model may be on another device.
 
-        The episodes are played again up to there. Where one comes out differently, a warning says
-        so and a new one begins; in all environments if the state is of before worldloom saved them.
+        Each environment's episode is replayed up to the saved step. If it develops differently, a
+        warning is logged and a new episode starts in that environment.
         """
         self._running, self._memory = False, None
         if (rows := state.get("rows")) is not None:
-            self.rows.load_state_dict(_converted(rows, Tensor, Tensor.numpy))
+            arrays = map_tree(lambda x: x.numpy() if isinstance(x, Tensor) else x, rows)
+            self.rows.load_state_dict(arrays)
             self._memory, self._running = Memory.from_state_dict(state["memory"]), True
         self.env_steps = state["env_steps"]
         self.episodes = state["episodes"]
@@ -151,11 +138,11 @@ class Collector:
     def _act(self) -> Memory:
         rows, device = self.rows, self.actor.device
         if self._memory is not None and self._memory.action.device != device:
-            # It was loaded before the trainer moved the model.
+            # The state was loaded before the trainer moved the model.
             self._memory = self._memory.map(lambda x: x.to(device))
         if self.env_steps >= self.random_steps:
             return self.actor(rows.obs, rows.is_first, self._memory)[1]
-        # The latent state follows random actions too: the actor takes over in mid-episode.
+        # Keep the latent state up to date: the actor may take over in the middle of an episode.
         state = self.actor.observe(rows.obs, rows.is_first, self._memory)
         actions = rows.action_spec.sample(self._rng, self.num_envs)
         return Memory(state, torch.as_tensor(actions, device=device))
@@ -164,12 +151,3 @@ class Collector:
     def _replay_values(self, state: LatentState) -> dict[str, Tensor] | None:
         model: Any = self.actor.model
         return model.replay_values(state) if getattr(model, "replay_fields", None) else None
-
-
-def _converted(tree: Any, kind: type, convert: Callable[[Any], Any]) -> Any:
-    """Convert everything of a kind in nested dicts and lists."""
-    if isinstance(tree, dict):
-        return {key: _converted(value, kind, convert) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_converted(value, kind, convert) for value in tree]
-    return convert(tree) if isinstance(tree, kind) else tree

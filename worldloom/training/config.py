@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass, fields
 
-from worldloom.errors import require_positive
+from worldloom.errors import require, require_positive
 
 
 @dataclass
@@ -48,16 +48,16 @@ class TrainingConfig:
         """Raise ValueError for a value outside its range."""
         names = ("total_steps", "batch_size", "log_every")
         require_positive(**{name: getattr(self, name) for name in names})
-        _require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "at least 2")
+        require(self.sequence_length >= 2, "sequence_length", self.sequence_length, "at least 2")
         for name in ("random_steps", "seed_episodes", "warmup", "anneal"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _require_size("learning_rate", self.learning_rate, "")
         if self.train_ratio is not None:
             _require_size("train_ratio", self.train_ratio, ", or null for one update per step")
         if self.grad_clip is not None:
             _require_size("grad_clip", self.grad_clip, ", or null for no clipping")
         if self.prefill is not None:
-            _require(self.prefill >= 1, "prefill", self.prefill, "at least 1, or null for a batch")
+            require(self.prefill >= 1, "prefill", self.prefill, "at least 1, or null for a batch")
 
 
 @dataclass
@@ -87,8 +87,8 @@ class EvaluationConfig:
         """Raise ValueError for a value outside its range."""
         names = ("episodes", "episodes_during", "num_envs")
         require_positive(**{name: getattr(self, name) for name in names})
-        _require(self.every >= 0, "every", self.every, "at least 0")
-        _require(0 <= self.seed < 2**32, "seed", self.seed, f"from 0 to {2**32 - 1}")
+        require(self.every >= 0, "every", self.every, "at least 0")
+        require(0 <= self.seed < 2**32, "seed", self.seed, f"from 0 to {2**32 - 1}")
 
 
 @dataclass
@@ -129,10 +129,5 @@ def field_names(cls: type) -> list[str]:
     return [f.name for f in fields(cls)]
 
 
-def _require(ok: bool, name: str, value: object, expected: str) -> None:
-    if not ok:
-        raise ValueError(f"{name} is {value}; expected {expected}")
-
-
 def _require_size(name: str, value: float, alternative: str) -> None:
-    _require(0 < value < math.inf, name, value, f"a finite number above 0{alternative}")
+    require(0 < value < math.inf, name, value, f"a finite number above 0{alternative}")

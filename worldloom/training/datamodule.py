@@ -1,11 +1,8 @@
-"""Feed the trainer: collect the environment steps that the train ratio owes, then hand out a batch.
-
-B is batch_size and T sequence_length throughout.
-"""
+"""The stream of batches: collect the steps that the train ratio requires, then sample a batch."""
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
@@ -15,78 +12,58 @@ from worldloom.protocol import Batch
 from worldloom.replay.buffer import ReplayBuffer, to_device
 from worldloom.timing import phase
 
-
-class Collects(Protocol):
-    """What the data module needs of a collector."""
-
-    @property
-    def env_steps(self) -> int:
-        """Count the transitions collected so far, over all environments."""
-
-    @property
-    def num_envs(self) -> int:
-        """Count the environments, each of which adds one row per step."""
-
-    def step(self) -> Any:
-        """Step every environment once and add the rows to the replay."""
-
-    def close(self) -> None:
-        """Close the environments."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what is needed to go on, as tensors and plain data."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+if TYPE_CHECKING:
+    from worldloom.training.collector import Collector
 
 
 class ReplayStream:
-    """The batches of a run as an iterable of unknown length."""
+    """Iterable over the batches of a run."""
 
     def __init__(self, batches: Callable[[], Iterator[Batch]]) -> None:
         self._batches = batches
 
     def __iter__(self) -> Iterator[Batch]:
-        """Start handing out batches."""
+        """Iterate over the batches, from where the previous iterator stopped."""
         return self._batches()
 
     def __len__(self) -> int:
-        """Claim to be endless: for an iterable without a length Lightning draws one batch ahead.
+        """Return a very large number; without a length, Lightning would draw one batch ahead.
 
-        That batch would be chosen before the current update, and be lost in a checkpoint.
+        That batch would be sampled before the current update and be missing after a resume.
         """
         return 10**9
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the data module saves the state. Having this tells Lightning that."""
+        """Return nothing: the data module saves the state, but Lightning requires the method."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing, as `state_dict`."""
+        """Do nothing; see `state_dict`."""
 
 
 class ReplayDataModule(lightning.LightningDataModule):
-    """Hand a stream of replayed batches to the trainer, collecting in between.
+    """Provide the trainer with a stream of replayed batches, and collect between them.
 
-    With a collector the stream first collects `prefill` environment steps (B * T by default), then
-    keeps replayed steps <= train_ratio * (environment steps since), and ends when `total_steps`
-    environment steps are collected and trained on. Without one it ends after `total_steps` batches.
+    With a collector the stream first collects `prefill` environment steps, then collects and
+    samples such that replayed steps <= train_ratio * (environment steps since prefill), and ends
+    when `total_steps` environment steps are collected and trained on. Without a collector (offline)
+    it ends after `total_steps` batches.
 
-    train_ratio: None for one batch per environment step.
-    pretrain: count the prefill's steps too, so that it is followed by all the batches it owes.
-
+    train_ratio: replayed steps per environment step; None for one batch per environment step.
+    prefill: None for the steps of one batch, batch_size * sequence_length.
+    pretrain: count the steps of the prefill too, so that all their batches follow it directly.
     sequence_length: rows that are trained on; if the replay stores fields of which a batch has
         only row 0, one more row is sampled in front of them as context.
-    across_episodes: whether a sequence may run on into the next episode.
-    refresh: None to collect between updates, where a run is bit for bit reproducible. A function
-        to collect what the next batch is owed in a thread, while the trainer works on this one;
-        it is called before, to give the collector's own copy of the model the newest weights.
+    across_episodes: whether a sequence may continue into the next episode.
+    sync_acting_copy: None to collect between updates, which makes a run reproducible bit for bit.
+        With a function, a thread collects for the next batch while the trainer works on the current
+        one. The function is called first, to copy the weights to the collector's copy of the model.
     """
 
     def __init__(
         self,
         buffer: ReplayBuffer,
-        collector: Collects | None = None,
+        collector: "Collector | None" = None,
         *,
         batch_size: int,
         sequence_length: int,
@@ -95,7 +72,7 @@ class ReplayDataModule(lightning.LightningDataModule):
         pretrain: bool = False,
         total_steps: int,
         across_episodes: bool = True,
-        refresh: Callable[[], None] | None = None,
+        sync_acting_copy: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
         self.buffer = buffer
@@ -104,20 +81,21 @@ class ReplayDataModule(lightning.LightningDataModule):
         self.sequence_length = sequence_length
         per_batch = batch_size * sequence_length
         self.train_ratio = float(per_batch) if train_ratio is None else train_ratio
+        self.prefill = per_batch if prefill is None else prefill
         self.pretrain = pretrain
-        self.prefill = batch_size * sequence_length if prefill is None else prefill
         self.total_steps = total_steps
         self.across_episodes = across_episodes
-        self.refresh = refresh
-        # Called after every update and before every step of collecting; may raise to stop there.
-        self.check: Callable[[], None] = lambda: None
-        # Called before a state is made: the replay finishes one after the other.
-        self.written: Callable[[], None] = lambda: None
-        self._pool = None if refresh is None else ThreadPoolExecutor(1, "collector")
+        self.sync_acting_copy = sync_acting_copy
+        # Called after every update and before every environment step; may raise to stop there.
+        self.check_interruption: Callable[[], None] = lambda: None
+        # Called before a state is created: the replay writes only one state at a time.
+        self.wait_for_writer: Callable[[], None] = lambda: None
+        overlaps = collector is not None and sync_acting_copy is not None
+        self._pool = ThreadPoolExecutor(1, "collector") if overlaps else None
         self._ahead: Future[None] | None = None
         self.updates = 0
         self.replayed_steps = 0
-        # Environment and replayed steps from which the train ratio counts: the end of prefill.
+        # Environment steps and replayed steps from which the train ratio counts: after prefill.
         self._origin: tuple[int, int] | None = None
         # New values of the model's fields, with the index and the rows of their batch.
         self._returned: tuple[torch.Tensor, Mapping[str, torch.Tensor], int] | None = None
@@ -130,7 +108,7 @@ class ReplayDataModule(lightning.LightningDataModule):
             total_steps=self.total_steps,
         )
         if self.train_ratio <= 0:
-            raise ValueError(f"train_ratio is {self.train_ratio}; it must be above 0")
+            raise ValueError(f"train_ratio is {self.train_ratio}; expected a number above 0")
         if self.collector is not None and self._start >= self.total_steps:
             raise ValueError(
                 f"training would start after {self._start} environment steps but total_steps is "
@@ -152,7 +130,7 @@ class ReplayDataModule(lightning.LightningDataModule):
         return (self.replayed_steps - self._origin[1]) / (self.env_steps - self._origin[0])
 
     def train_dataloader(self) -> ReplayStream:
-        """Return the stream of batches, which goes on where the last one stopped."""
+        """Return the stream of batches, which continues where the previous one stopped."""
         return ReplayStream(self._offline if self.collector is None else self._online)
 
     def transfer_batch_to_device(
@@ -163,9 +141,9 @@ class ReplayDataModule(lightning.LightningDataModule):
             return to_device(batch, device)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return counters, replay and collector, so that the ratio is exact after a resume."""
+        """Return the counters and the states of replay and collector."""
         self.update_replay()
-        self.written()
+        self.wait_for_writer()
         return {
             "updates": self.updates,
             "replayed_steps": self.replayed_steps,
@@ -181,7 +159,7 @@ class ReplayDataModule(lightning.LightningDataModule):
             modes = ("offline", "online") if self.collector is None else ("online", "offline")
             raise ValueError(
                 f"this run is {modes[0]} but the checkpoint is from an {modes[1]} run; resume with "
-                f"data={modes[1]}, or start a new run from the checkpoint's model"
+                f"data={modes[1]}, or start a new run from the checkpoint's model with init_from=…"
             )
         self.buffer.load_state_dict(state_dict["buffer"])
         if self.collector is not None:
@@ -190,19 +168,19 @@ class ReplayDataModule(lightning.LightningDataModule):
         self.replayed_steps = state_dict["replayed_steps"]
         self._origin = state_dict["origin"]
         if self._origin is not None and state_dict["train_ratio"] != self.train_ratio:
-            # A changed ratio holds from now on; applied to the past it would owe a huge burst.
+            # A changed ratio applies from now on; applied to past steps it would require a burst.
             self._origin = (self.env_steps, self.replayed_steps)
 
     def finish(self, state: dict[str, Any]) -> None:
-        """Write what a saved state needs of the replay's files, and name them in it."""
+        """Write the replay files that a state needs and list them in it."""
         self.buffer.finish(state["buffer"])
 
     def keep(self, states: list[dict[str, Any]]) -> None:
-        """Delete the replay's files that none of these states needs."""
+        """Delete the replay files that none of these states needs."""
         self.buffer.keep({name for state in states for name in state["buffer"]["files"]})
 
     def damaged(self, state: dict[str, Any]) -> list[str]:
-        """Name the replay's files that a saved state needs and that are damaged or missing."""
+        """Return the replay files of a saved state that are damaged or missing."""
         return self.buffer.damaged(state["buffer"])
 
     def store_fields(self, batch: Batch, values: Mapping[str, torch.Tensor]) -> None:
@@ -230,7 +208,7 @@ class ReplayDataModule(lightning.LightningDataModule):
                     self.buffer.write_fields(*returned)
 
     def close(self) -> None:
-        """Close the environments, once nothing steps them any more."""
+        """Wait for the collecting thread and close the environments."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         if self.collector is not None:
@@ -243,72 +221,72 @@ class ReplayDataModule(lightning.LightningDataModule):
 
     def _online(self) -> Iterator[Batch]:
         assert self.collector is not None
-        if self.refresh is not None:
-            self.refresh()  # the trainer has moved the model since the copy was made
+        if self.sync_acting_copy is not None:
+            self.sync_acting_copy()  # the trainer has moved the model since the copy was made
         if self._origin is None:
             with phase("prefill"):
                 self._fill()
             self._origin = (0 if self.pretrain else self.env_steps, self.replayed_steps)
         while True:
-            while self._owes_batch():
+            while self._batch_is_due():
                 yield from self._next_batch()
             if self.env_steps >= self.total_steps:
                 break
             with phase("collect"):
-                self._collect_owed()
+                self._collect()
         self._stop()
 
-    def _collect_owed(self) -> None:
-        """Collect until the next batch is owed, or everything is collected."""
+    def _collect(self) -> None:
+        """Collect until the next batch is due or all environment steps are done."""
         assert self.collector is not None
-        while not self._owes_batch() and self.env_steps < self.total_steps:
-            self.check()
+        while not self._batch_is_due() and self.env_steps < self.total_steps:
+            self.check_interruption()
             self.collector.step()
 
     @property
     def _rows(self) -> int:
-        """Rows of a sampled sequence."""
+        """Return the rows of a sampled sequence."""
         return self.sequence_length + self.buffer.context_rows
 
     @property
     def _start(self) -> int:
-        """Environment steps after which every stream holds a sequence, and prefill is done."""
+        """Return the environment steps after which prefill is done and every stream is sampled."""
         return max(self.prefill, self._rows * self.buffer.num_envs)
 
     def _fill(self) -> None:
-        """Collect until there is something to train on."""
+        """Collect until prefill is done and a sequence can be sampled."""
         assert self.collector is not None
         within = {"across_episodes": self.across_episodes}
         while self.env_steps < self.prefill or (
-            # Where all episodes are too short, waiting is in vain: sampling says so.
+            # If all episodes are too short, stop here: sampling raises an error that explains it.
             self.env_steps < 2 * self._start and not self.buffer.can_sample(self._rows, **within)
         ):
-            self.check()
+            self.check_interruption()
             self.collector.step()
 
-    def _owes_batch(self) -> bool:
+    def _batch_is_due(self) -> bool:
         assert self._origin is not None
-        owed = (self.env_steps - self._origin[0]) * self.train_ratio
+        allowed = (self.env_steps - self._origin[0]) * self.train_ratio
         after = self.replayed_steps - self._origin[1] + self.batch_size * self.sequence_length
-        return after <= owed
+        return after <= allowed
 
     def _next_batch(self) -> Iterator[Batch]:
-        """Hand out one batch; once the trainer is done with it, bring the replay up to date."""
+        """Yield one batch; after the trainer has used it, update the replay."""
         with phase("sample"):
             batch = self.buffer.sample(
                 self.batch_size, self._rows, across_episodes=self.across_episodes
             )
         self.updates += 1
         self.replayed_steps += self.batch_size * self.sequence_length
-        if self.collector is not None and self.refresh is not None and self._pool is not None:
+        if self._pool is not None and self.sync_acting_copy is not None:
             with phase("collect"):
-                self.refresh()
-            self._ahead = self._pool.submit(self._collect_owed)
+                self.sync_acting_copy()
+            self._ahead = self._pool.submit(self._collect)
         yield batch
         self.update_replay()
-        self.check()
+        self.check_interruption()
 
     def _stop(self) -> None:
-        """Tell Lightning that the data has ended for good, not just for this epoch."""
+        """Tell Lightning that the data has ended for the whole run, not only for this epoch."""
         if self.trainer is not None:
             self.trainer.should_stop = True

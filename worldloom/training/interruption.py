@@ -1,4 +1,4 @@
-"""Stop at the end of an update, not in the middle of it, when a signal asks for it."""
+"""Signals that stop a run at the end of an update instead of in the middle of one."""
 
 import os
 import signal
@@ -6,17 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Ctrl-C; what schedulers and `kill` send; what SLURM sends ahead of a time limit where it was
-# asked to (sbatch --signal=USR1@90).
+# Ctrl-C; the signal of schedulers and `kill`; the signal that SLURM can send before a time limit
+# (sbatch --signal=USR1@90).
 SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
 ]
 
 
 class Interrupted(BaseException):
-    """A signal stopped the run.
+    """Raised when a signal stops the run.
 
-    between: it did so between two updates or two steps of collecting, so there is a state to save.
+    between: whether the run stopped between two updates or environment steps, in a complete state.
     """
 
     def __init__(self, number: int, between: bool = True) -> None:
@@ -25,27 +25,27 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """Return what shells report of a process that the signal ended."""
+        """Return the exit code that shells report for a process ended by this signal."""
         return 128 + self.number
 
 
 class Interruption:
-    """Remembers the first signal; `check` raises it where stopping does no harm.
+    """Record the first signal; `check` raises it where the run can stop safely.
 
-    Ctrl-C once more stops at once: whoever presses it twice does not want to wait.
+    A second Ctrl-C stops immediately.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
 
     def check(self) -> None:
-        """Raise Interrupted if a signal has come."""
+        """Raise Interrupted if a signal was received."""
         if self.number is not None:
             raise Interrupted(self.number)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Receive the signals inside."""
+        """Handle the signals inside the block."""
         before = {number: signal.signal(number, self._receive) for number in SIGNALS}
         try:
             yield
@@ -60,5 +60,5 @@ class Interruption:
             return
         self.number = number
         name = signal.Signals(number).name
-        # Not print, which the signal may have interrupted.
+        # Not print: the signal may have interrupted a print.
         os.write(2, f"\n{name}: finishing the update, then saving; Ctrl-C stops now\n".encode())

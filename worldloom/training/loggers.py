@@ -1,4 +1,4 @@
-"""Where metrics go: TensorBoard events and metrics.csv."""
+"""Loggers: TensorBoard events and metrics.csv."""
 
 import csv
 import io
@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -19,11 +20,13 @@ from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 
+from worldloom.files import atomic_write
+
 log = logging.getLogger(__name__)
 
 
 class TensorBoard(TensorBoardLogger):
-    """TensorBoard events directly in one folder, with still and moving pictures."""
+    """TensorBoard events written directly to one folder, with pictures and animations."""
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(str(folder), name="", version="", default_hp_metric=False)
@@ -31,11 +34,11 @@ class TensorBoard(TensorBoardLogger):
         self._full = False
 
     def state_dict(self) -> dict[str, int]:
-        """Return how far the curves go."""
+        """Return the step of the newest point."""
         return {"last": self._last}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Tell TensorBoard to forget what was logged later than that: it is logged again."""
+        """Mark a restart, so that TensorBoard drops later points, which are logged again."""
         self._last = state["last"]
         writer = self.experiment._get_file_writer()
         start = SessionLog(status=SessionLog.START)
@@ -54,7 +57,7 @@ class TensorBoard(TensorBoardLogger):
         metrics: dict[str, Any] | None = None,
         step: int | None = None,
     ) -> None:
-        """Add the settings as text at the start, and beside the final metrics at the end."""
+        """Add the settings as text at the start, and with the final metrics at the end."""
         if metrics is None:
             text = OmegaConf.to_yaml(OmegaConf.create(dict(params)))
             block = textwrap.indent(text, "    ")  # Markdown for code
@@ -63,7 +66,7 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def log_picture(self, name: str, picture: np.ndarray, step: int) -> None:
-        """Add a picture [H, W, 3] or a film [T, H, W, 3] of uint8; films become GIFs."""
+        """Add a picture [H, W, 3] or an animation [T, H, W, 3] of uint8, stored as PNG or GIF."""
         data = io.BytesIO()
         if picture.ndim == 3:
             Image.fromarray(picture).save(data, "PNG")
@@ -78,23 +81,22 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what waits in memory."""
+        """Write all points that are still in memory."""
         self._try(lambda: super(TensorBoard, self).finalize(status))
 
     def _try(self, write: Callable[[], None]) -> None:
-        """Write events; on a full disk say so once, and go on without their points."""
+        """Write events; if the disk is full, warn once and continue without these points."""
         try:
-            if self._full:
-                probe = Path(self.log_dir) / ".probe"
-                probe.write_bytes(bytes(2**16))
-                probe.unlink()
+            if self._full:  # an event file must not be started before there is room again
+                with TemporaryFile(dir=self.log_dir, buffering=0) as probe:
+                    probe.write(bytes(2**16))
             write()
             self._full = False
         except (OSError, ValueError) as raised:
-            error = raised.__cause__ or raised  # Lightning makes a ValueError of all
+            error = raised.__cause__ or raised  # Lightning replaces every error by a ValueError
             if not isinstance(error, OSError):
                 raise
-            # What the writer has begun cannot be finished: the next point begins a new file.
+            # The event file ends in the middle of a record, so the next point starts a new file.
             self._experiment = None
             if not self._full:
                 log.warning("TensorBoard's events cannot be written now (%s)", error)
@@ -102,7 +104,7 @@ class TensorBoard(TensorBoardLogger):
 
 
 def _save_gif(film: np.ndarray, data: io.BytesIO) -> None:
-    """Encode with one palette for all frames: thirty times faster than Pillow's own choice."""
+    """Encode with one palette for all frames; thirty times faster than one palette per frame."""
     still = Image.fromarray(film.reshape(-1, *film.shape[2:]))
     palette = still.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     frames = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in film]
@@ -110,10 +112,10 @@ def _save_gif(film: np.ndarray, data: io.BytesIO) -> None:
 
 
 class MetricsCSV(Logger):
-    """All scalars in one metrics.csv: a row per step, a column per name.
+    """All scalars in one metrics.csv: one row per step, one column per name.
 
-    Rows are appended as they come; only when a new name appears is the file rewritten. Rows that a
-    full disk refuses wait for the next one.
+    Rows are appended; the file is rewritten only when a new name appears. If the disk is full, rows
+    wait in memory until the next one is written.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -126,16 +128,16 @@ class MetricsCSV(Logger):
 
     @property
     def name(self) -> str:
-        """Name of the logger."""
+        """Return the name of the logger."""
         return "csv"
 
     @property
     def version(self) -> str:
-        """Version of the logger; there is only one."""
+        """Return an empty version; there is only one."""
         return ""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how far the file goes, which is flushed to the disk, and the rows that wait."""
+        """Flush the file to the disk; return its length and the rows that are not written yet."""
         if self._size:
             with suppress(OSError), self.file.open("rb") as file:
                 os.fsync(file.fileno())
@@ -143,10 +145,10 @@ class MetricsCSV(Logger):
         return {"columns": list(self.columns), "rows": self._rows, "waiting": waiting}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Cut the file back to that: what came later is logged again."""
+        """Cut the file back to its saved length; later rows are logged again."""
         _, rows = self._read()
         if lost := max(0, state["rows"] - len(rows)):
-            log.warning("%s has lost %d rows since this run was saved", self.file, lost)
+            log.warning("%s has %d rows fewer than when this run was saved", self.file, lost)
         self._rewrite(list(state["columns"]), rows[: state["rows"]])
         self._waiting = list(state["waiting"])
 
@@ -154,7 +156,7 @@ class MetricsCSV(Logger):
     def log_hyperparams(
         self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any
     ) -> None:
-        """Do nothing: the run's folder holds its configuration."""
+        """Do nothing; the run folder contains the configuration."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -164,7 +166,7 @@ class MetricsCSV(Logger):
             self._write()
         except OSError as error:
             if len(self._waiting) == 1:
-                log.warning("%s cannot be written now (%s); its rows wait", self.file, error)
+                log.warning("%s cannot be written now (%s); rows are kept", self.file, error)
 
     def _write(self) -> None:
         names = dict.fromkeys(name for row in self._waiting for name in row)
@@ -175,7 +177,7 @@ class MetricsCSV(Logger):
         else:
             lines = _csv(self.columns, self._waiting)
             with self.file.open("r+b") as file:
-                file.truncate(self._size)  # where the disk was full in the middle of a row
+                file.truncate(self._size)  # removes part of a row if the disk was full
                 file.seek(self._size)
                 file.write(lines)
             self._size += len(lines)
@@ -192,9 +194,8 @@ class MetricsCSV(Logger):
 
     def _rewrite(self, columns: list[str], rows: list[dict[str, Any]]) -> None:
         text = _csv(columns, [dict(zip(columns, columns, strict=True)), *rows])
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_bytes(text)
-        temporary.replace(self.file)
+        with atomic_write(self.file) as file:
+            file.write(text)
         self.columns, self._rows, self._size = columns, len(rows), len(text)
 
 
@@ -205,5 +206,5 @@ def _csv(columns: list[str], rows: list[dict[str, Any]]) -> bytes:
 
 
 def _number(value: Any) -> Any:
-    """Return what a checkpoint can hold: a Python number."""
+    """Return a Python number, which a checkpoint can contain."""
     return value.item() if hasattr(value, "item") else value

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from worldloom.protocol import split_result
 from worldloom.saving import get_config
 from worldloom.timing import phase
-from worldloom.training.nonfinite import Guard
+from worldloom.training.nonfinite import NonFiniteGuard
 
 
 class WorldModelModule(LightningModule):
@@ -19,16 +19,16 @@ class WorldModelModule(LightningModule):
 
     Args:
         model: any `WorldModel` that is an nn.Module.
-        optimizer: called with the model's parameters (or with its `parameter_groups()`, if it has
-            such a method), returns a torch optimiser.
-        log_every: updates over which the metrics of training are averaged.
-        config: the run's composed configuration as plain data; saved in checkpoints.
-        nonfinite: what to do at a loss or gradient that is not finite, before it changes anything:
-            "stop" raises a FloatingPointError, "skip" leaves the update out.
-        folder: of the run, where such a batch is saved to be looked at; None to save nothing.
+        optimizer: function that takes the model's parameters (or its `parameter_groups()`, if it
+            has that method) and returns a torch optimiser.
+        log_every: updates over which training metrics are averaged.
+        config: the run's configuration as plain data; saved in checkpoints.
+        nonfinite: reaction to a NaN or infinite loss or gradient, before it changes anything:
+            "stop" raises a FloatingPointError, "skip" skips the update.
+        folder: run folder, where a rejected batch is saved for diagnosis; None to save nothing.
 
-    Counters: `updates` counts optimiser steps, across resumes, and the skipped ones with them: as
-    `trainer.global_step` does, and the batches of the data. `guard.skipped` counts only those.
+    Counters: `updates` counts optimiser steps across resumes, including skipped ones, as do
+    `trainer.global_step` and the data module. `guard.skipped` counts only the skipped ones.
     """
 
     def __init__(
@@ -47,27 +47,27 @@ class WorldModelModule(LightningModule):
         self.log_every = log_every
         self.updates = 0
         self.metrics = Metrics()
-        self.guard = Guard(model, nonfinite, folder, config)
+        self.guard = NonFiniteGuard(model, nonfinite, folder, config)
         self._losses: dict[str, Tensor] = {}
         self._replay: tuple[dict[str, Any], dict[str, Tensor]] | None = None
-        # Read by create_world_model("….ckpt"); plain data, so that loading it runs no code.
+        # Read by create_world_model("….ckpt"); plain data, so loading it executes no code.
         settings = {"model": get_config(model), "run": config or {}}
         self.save_hyperparameters(settings, logger=False)
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        """Compute the loss of one batch."""
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """Return the loss of one batch."""
         with phase("check"):
             self.guard.begin(batch)
         try:
             with phase("loss"):
                 result = self.model.compute_loss(batch)  # type: ignore[operator]
         except Exception as error:
-            self.guard.raised(error, self.updates + 1, str(self.trainer.precision))
-            return {"loss": torch.zeros((), requires_grad=True)}  # skipped: nothing to learn from
+            self.guard.handle_error(error, self.updates + 1, str(self.trainer.precision))
+            return torch.zeros((), requires_grad=True)  # skipped: no gradient reaches the model
         losses, replay = split_result(result)
         self._losses = {name: value.detach() for name, value in losses.items()}
         self._replay = (batch, replay) if replay and "index" in batch else None
-        return {"loss": losses["loss"]}
+        return losses["loss"]
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute the gradients."""
@@ -77,18 +77,18 @@ class WorldModelModule(LightningModule):
         except RuntimeError as error:
             if "returned nan values" not in str(error):
                 raise
-            self.guard.anomaly = str(error)  # from trainer=debug; what follows is the same
+            self.guard.anomaly = str(error)  # by trainer=debug; handled like a NaN gradient
 
     def on_after_backward(self) -> None:
-        """Check the loss and the gradients; if they are finite, count and store the results."""
-        if self.guard.refused:
+        """Check the loss and the gradients; if they are finite, record what the model returned."""
+        if self.guard.rejected:
             return
         with phase("check"):
-            # Of the optimiser's parameters: a model would be walked through for its own.
+            # Parameters of the optimiser; collecting those of the model would walk its modules.
             groups = self.trainer.optimizers[0].param_groups
             grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
             precision, agree = self.trainer.precision, self.trainer.strategy.reduce_boolean_decision
-            if self.guard.passes(self._losses, grads, self.updates + 1, str(precision), agree):
+            if self.guard.accepts(self._losses, grads, self.updates + 1, str(precision), agree):
                 self.metrics.add(self._losses)
                 if (self.updates + 1) % self.log_every == 0:
                     self.metrics.once["grad_norm"] = torch.nn.utils.get_total_norm(grads).detach()
@@ -97,9 +97,10 @@ class WorldModelModule(LightningModule):
             self._replay = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; Lightning's note of the hook it is in goes past torch's slow way.
+        """Set an attribute, bypassing nn.Module.__setattr__ for Lightning's `_current_fx_name`.
 
-        It is taken forty times an update, which costs as much as a small model's whole loss.
+        Lightning sets it about 40 times per update; the bypass saves as much time as the whole loss
+        of a small model takes.
         """
         if name == "_current_fx_name":
             object.__setattr__(self, name, value)
@@ -107,21 +108,21 @@ class WorldModelModule(LightningModule):
             super().__setattr__(name, value)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step the optimiser, count the update and move slow targets.
+        """Step the optimiser, count the update and call the model's `after_update`.
 
-        Not in `on_train_batch_end`: callbacks, which log and save, have theirs before the module's.
+        `on_train_batch_end` would be too late: callbacks, which log and save, are called before it.
         """
         with phase("optimizer"):
             super().optimizer_step(*args, **kwargs)
             self.updates += 1
-            # A skipped update came here without gradients, so the optimiser has done nothing.
-            if self.guard.close() and hasattr(self.model, "after_update"):
+            # A skipped update has no gradients here, so the optimiser has changed nothing.
+            if self.guard.end_update() and hasattr(self.model, "after_update"):
                 self.model.after_update()  # type: ignore[operator]
         if self.guard.skipped:
             self.metrics.once["skipped"] = torch.tensor(float(self.guard.skipped))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Build the optimiser."""
+        """Create the optimiser."""
         groups = getattr(self.model, "parameter_groups", None)
         params = (
             groups()
@@ -131,22 +132,22 @@ class WorldModelModule(LightningModule):
         return self.optimizer(params)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the counters, and the means since the last flush."""
+        """Save the counters and the running means."""
         checkpoint["updates"] = self.updates
         checkpoint["nonfinite"] = self.guard.state_dict()
         checkpoint["metrics"] = self.metrics.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore what `on_save_checkpoint` saved."""
         self.updates = checkpoint["updates"]
         self.guard.load_state_dict(checkpoint["nonfinite"])
         self.metrics.load_state_dict(checkpoint["metrics"])
 
 
 class Metrics:
-    """Running means of scalars, summed on their device and read only when flushed.
+    """Running means of scalars, summed on their device and transferred only when flushed.
 
-    `once` holds values that are measured once per flush.
+    once: values that are measured once per flush.
     """
 
     def __init__(self) -> None:
@@ -156,16 +157,16 @@ class Metrics:
         self.once: dict[str, Tensor] = {}
 
     def add(self, scalars: dict[str, Tensor]) -> None:
-        """Add one value of each scalar; the names must be the same at every call."""
+        """Add one value of each scalar; the names must be the same in every call."""
         values = torch.stack(list(scalars.values()))
         if self.sums is None:
             self.names, self.sums = list(scalars), torch.zeros_like(values)
-        # Not in place, so that a state stays as it was taken; one that was loaded is on the CPU.
+        # Not in place, so that a returned state does not change; a loaded one is on the CPU.
         self.sums = self.sums.to(values.device) + values
         self.count += 1
 
     def flush(self) -> dict[str, float]:
-        """Return all means since the last flush; the only moment that waits for the device."""
+        """Return the means since the last flush; waits for the device."""
         means = [] if self.sums is None else (self.sums / self.count).tolist()
         result = dict(zip(self.names, means, strict=True)) if means else {}
         result |= {name: float(value) for name, value in self.once.items()}
@@ -173,7 +174,7 @@ class Metrics:
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what was added since the last flush."""
+        """Return everything that was added since the last flush."""
         state = {"names": list(self.names), "sums": self.sums, "count": self.count}
         return {**state, "once": dict(self.once)}
 

@@ -1,11 +1,10 @@
-"""Numbers that are not finite: found before a weight is touched, saved to be looked at, skipped.
+"""NaN and infinity in training: detected before weights change, saved for diagnosis, skipped.
 
-An update that is refused changes nothing: no weight, no state of the optimiser, no running scale of
-the model, no field of the replay.
+A rejected update changes nothing: no weight, no optimiser state, no running scale of the model and
+no field of the replay.
 """
 
 import logging
-import os
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,56 +14,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from worldloom.errors import list_names
 from worldloom.factory import REGISTERED
 from worldloom.saving import get_config
+from worldloom.training.checkpoint_files import copy_to_cpu, write_checkpoint
 from worldloom.training.randomness import random_state
+from worldloom.trees import flatten_tree
 
 log = logging.getLogger(__name__)
 
 FILE = "nonfinite.ckpt"
 MODES = ("stop", "skip")
-MOST_IN_A_ROW = 100  # skipped updates, after which nothing is learned any more
-NAMED = 5  # terms or parameters in a message
+MOST_IN_A_ROW = 100  # stop the run after this many consecutive skipped updates
 
 
 @dataclass
-class Start:
-    """What `compute_loss` began with: enough to take it back, and to do it again elsewhere.
+class StepSnapshot:
+    """The state before `compute_loss`: enough to undo the call, and to repeat it elsewhere.
 
-    batch: what the model gets; not copied, because a model does not change it.
+    batch: the model's input, not copied, because a model does not modify its batch.
+    buffers: copies of the model's buffers, such as running scales.
+    random: random states of torch, NumPy and Python.
     """
 
     batch: dict[str, Any]
     buffers: dict[str, Tensor]
     random: dict[str, Any]
 
-    @classmethod
-    def of(cls, buffers: Mapping[str, Tensor], batch: dict[str, Any]) -> "Start":
-        """Remember it; a model's buffers, running scales and the like, are copied."""
-        copies = {name: buffer.detach().clone() for name, buffer in buffers.items()}
-        return cls(batch, copies, random_state())
-
-    def take_back(self, model: nn.Module) -> None:
-        """Drop the gradients and put the buffers back.
-
-        An optimiser leaves parameters without a gradient alone, with all it knows of them.
-        """
+    def restore(self, model: nn.Module) -> None:
+        """Restore the buffers and drop all gradients, so that the optimiser changes no weight."""
         model.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
-                if name in self.buffers:  # else it was made by this very update
+                if name in self.buffers:  # otherwise this update has created the buffer
                     buffer.copy_(self.buffers[name])
 
 
-class Guard:
-    """Look at every loss and gradient before the optimiser does: stop the run, or skip the update.
+class NonFiniteGuard:
+    """Check every loss and gradient before the optimiser uses it; stop the run or skip the update.
 
     mode: "stop" or "skip".
-    folder: of the run; what was not finite is saved in its checkpoints. None to save nothing.
-    run: the run's configuration, plain data.
+    folder: run folder; the rejected batch is saved with its checkpoints. None to save nothing.
+    run: the run's configuration as plain data.
 
-    skipped: updates left out so far. in_a_row: those since the last one that was not.
-    refused: whether the last batch was.
+    skipped: number of updates skipped so far. in_a_row: those since the last accepted update.
+    rejected: whether the last batch was rejected.
     """
 
     def __init__(
@@ -76,43 +70,44 @@ class Guard:
     ) -> None:
         if mode not in MODES:
             raise ValueError(
-                f"nonfinite is {mode!r}; expected stop (end the run at the first number that is "
-                "not finite) or skip (leave such updates out, and count them)"
+                f"nonfinite is {mode!r}; expected stop (end the run at the first NaN or infinity) "
+                "or skip (skip such updates and count them)"
             )
         self.model, self.mode, self.run = model, mode, dict(run or {})
         self.file = None if folder is None else Path(folder) / "checkpoints" / FILE
         self.skipped = self.in_a_row = 0
-        self.refused = False
-        self.anomaly: str | None = None  # what torch's anomaly mode (trainer=debug) found
-        self._start: Start | None = None
-        self._holders: list[tuple[str, nn.Module]] | None = None
-        self._spoiled = False
-        self._told = False
+        self.rejected = False
+        self.anomaly: str | None = None  # message of torch's anomaly mode (trainer=debug)
+        self._snapshot: StepSnapshot | None = None
+        self._owners: list[tuple[str, nn.Module]] | None = None
+        self._spoiled = False  # whether a batch of the current update was rejected
+        self._reported = False
 
     def begin(self, batch: dict[str, Any]) -> None:
-        """Remember how things are before the loss of a batch is computed."""
-        self._start = Start.of(self._buffers(), batch)
-        self.anomaly, self.refused = None, False
+        """Take a snapshot before the loss of a batch is computed."""
+        buffers = {name: x.detach().clone() for name, x in self._buffers().items()}
+        self._snapshot = StepSnapshot(batch, buffers, random_state())
+        self.anomaly, self.rejected = None, False
 
-    def raised(self, error: Exception, update: int, precision: str = "32-true") -> None:
-        """Refuse a batch whose loss raised an error, if numbers that are not finite explain it.
+    def handle_error(self, error: Exception, update: int, precision: str = "32-true") -> None:
+        """Reject a batch whose loss raised an error that NaN or infinity in its inputs explain.
 
-        Many models check theirs, torch's distributions do.
+        Models may check their inputs themselves; torch's distributions do.
 
         Raises:
-            FloatingPointError: the run is to stop.
-            Exception: the error itself, if all numbers that went in were finite.
+            FloatingPointError: the run has to stop.
+            Exception: the error itself, if all inputs and weights are finite.
         """
         if not (self._bad_fields() or self._bad_weights()):
             raise error
-        self.refused = True
+        self.rejected = True
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         try:
-            self._refuse(f"the loss at update {update} failed: {reason}", {}, update, precision)
+            self._reject(f"the loss at update {update} failed: {reason}", {}, update, precision)
         except FloatingPointError as stop:
             raise stop from error
 
-    def passes(
+    def accepts(
         self,
         losses: dict[str, Tensor],
         grads: list[Tensor],
@@ -120,31 +115,30 @@ class Guard:
         precision: str = "32-true",
         agree: Callable[[bool], bool] = bool,
     ) -> bool:
-        """Tell whether a batch may change the model; it is taken back if not.
+        """Return whether a batch may change the model; if not, undo its effects.
 
-        losses: of the batch, scalars; grads: all its gradients. The only thing that is waited for
-            is one flag out of both.
-        agree: makes the decisions of several processes one.
+        losses: scalars of the batch. grads: all its gradients. Loss and gradients are reduced to
+            one flag on the device, so this waits for the device only once.
+        agree: combines the decisions of several processes into one.
 
         Raises:
-            FloatingPointError: it may not, and the run is to stop.
+            FloatingPointError: the batch was rejected and the run has to stop.
         """
         finite = (torch.isfinite(losses["loss"]) & all_finite(grads, losses["loss"].device)).item()
-        where = f"at update {update}"
-        found = "" if finite and not self.anomaly else self._look(losses, where)
-        self.refused = not agree(not found)
-        if self.refused:
-            self._refuse(found, losses, update, precision)
+        found = "" if finite and not self.anomaly else self._explain(losses, f"at update {update}")
+        self.rejected = not agree(not found)
+        if self.rejected:
+            self._reject(found, losses, update, precision)
         elif self._spoiled:  # by an earlier batch of the same update
             self.model.zero_grad(set_to_none=True)
-        return not self.refused
+        return not self.rejected
 
-    def close(self) -> bool:
-        """End an update; tell whether it was one, or skipped."""
-        if self._holders is None:  # the first update has made what modules make when first used
+    def end_update(self) -> bool:
+        """Count an update; return whether it was done, rather than skipped."""
+        if self._owners is None:  # after the first update, which creates buffers made on first use
             modules = self.model.named_modules()
-            self._holders = [(name, m) for name, m in modules if m._buffers]
-        spoiled, self._spoiled, self._start = self._spoiled, False, None
+            self._owners = [(name, m) for name, m in modules if m._buffers]
+        spoiled, self._spoiled, self._snapshot = self._spoiled, False, None
         self.skipped += spoiled
         self.in_a_row = self.in_a_row + 1 if spoiled else 0
         return not spoiled
@@ -158,118 +152,110 @@ class Guard:
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
 
     def _buffers(self) -> dict[str, Tensor]:
-        """Return the model's buffers by name, without a walk through modules that have none."""
-        if self._holders is None:
+        """Return the model's buffers by name; skips modules without buffers, which saves time."""
+        if self._owners is None:
             return dict(self.model.named_buffers())
-        found = [module.named_buffers(name, False) for name, module in self._holders]
+        found = [module.named_buffers(name, False) for name, module in self._owners]
         return {name: buffer for buffers in found for name, buffer in buffers}
 
-    def _look(self, losses: dict[str, Tensor], where: str) -> str:
-        """Say what is not finite; "" if everything is."""
+    def _explain(self, losses: dict[str, Tensor], where: str) -> str:
+        """Return a description of what is not finite; "" if everything is finite."""
         if not torch.isfinite(losses["loss"]):
-            return f"the loss is not finite {where}: {_some(bad_terms(losses))}"
+            return f"the loss is not finite {where}: {list_names(bad_terms(losses))}"
         if bad := bad_gradients(self.model):
-            of = sum(p.grad is not None for p in self.model.parameters())
-            return f"gradients are not finite {where}, {len(bad)} of {of}: {_some(bad)}"
+            count = sum(p.grad is not None for p in self.model.parameters())
+            return f"gradients are not finite {where}, {len(bad)} of {count}: {list_names(bad)}"
         return f"a gradient is not finite {where}: {self.anomaly}" if self.anomaly else ""
 
-    def _refuse(self, found: str, losses: dict[str, Tensor], update: int, precision: str) -> None:
-        assert self._start is not None
-        self._start.take_back(self.model)
+    def _reject(self, found: str, losses: dict[str, Tensor], update: int, precision: str) -> None:
+        assert self._snapshot is not None
+        self._snapshot.restore(self.model)
         self._spoiled = True
-        what = found or f"numbers of another process are not finite at update {update}"
-        full = self.in_a_row + 1 >= MOST_IN_A_ROW
-        if self.mode == "skip" and not full and self._told:
+        hopeless = self.in_a_row + 1 >= MOST_IN_A_ROW
+        if self.mode == "skip" and not hopeless and self._reported:
             return
-        saved = self._saved(found, losses, update, precision) if found else ""
-        message = f"{what}; {self._advice()}{saved}"
+        command = self._save(found, losses, update, precision) if found else ""
+        what = found or f"NaN or infinity in another process at update {update}"
+        message = f"{what}; {self._advice()}{command}"
         if self.mode == "stop":
             raise FloatingPointError(message)
-        if full:
-            many = f"{MOST_IN_A_ROW} updates in a row were skipped, so nothing is learned any more"
-            raise FloatingPointError(f"{many}; the last: {message}")
-        self._told = True
-        log.warning("an update is skipped, and counted as train/skipped: %s", message)
+        if hopeless:
+            raise FloatingPointError(
+                f"{MOST_IN_A_ROW} updates in a row were skipped, so the model no longer learns; "
+                f"the last one: {message}"
+            )
+        self._reported = True
+        log.warning("an update was skipped and is counted as train/skipped: %s", message)
 
     def _advice(self) -> str:
-        """Say where it comes from, as far as that is seen at once, and what to do."""
-        more = "" if self.mode == "skip" else ", or leave such updates out by nonfinite=skip"
+        """Return the likely cause and what to change."""
+        more = "" if self.mode == "skip" else ", or skip such updates with nonfinite=skip"
         if bad := self._bad_fields():
-            held = f"the batch's {_some(bad)} held NaN or infinity"
-            return f"{held}: mend the data it comes from{more}"
+            return (
+                f"the batch's {list_names(bad)} contained NaN or infinity: fix the data or the "
+                f"environment that produced it{more}"
+            )
         if bad := self._bad_weights():
             return (
-                f"the weights were not finite before it ({_some(bad)}): start from an earlier "
-                "checkpoint, with a lower training.learning_rate"
+                f"the weights were already not finite ({list_names(bad)}): start from an earlier "
+                "checkpoint with a lower training.learning_rate"
             )
-        return f"look at the data for huge values, lower training.learning_rate{more}"
+        return f"look for very large values in the data, lower training.learning_rate{more}"
 
     def _bad_fields(self) -> list[str]:
-        assert self._start is not None
-        fields = tensors_in(self._start.batch)
-        return [name for name, value in fields.items() if not torch.isfinite(value).all()]
+        assert self._snapshot is not None
+        return find_nonfinite(flatten_tree(self._snapshot.batch))
 
     def _bad_weights(self) -> list[str]:
-        assert self._start is not None
-        weights = dict(self.model.named_parameters()) | self._start.buffers
-        return [name for name, value in weights.items() if not torch.isfinite(value).all()]
+        assert self._snapshot is not None
+        return find_nonfinite(dict(self.model.named_parameters()) | self._snapshot.buffers)
 
-    def _saved(self, what: str, losses: dict[str, Tensor], update: int, precision: str) -> str:
-        """Save what reproduces it; return how to do so, or why there is nothing to do it with."""
+    def _save(self, what: str, losses: dict[str, Tensor], update: int, precision: str) -> str:
+        """Save the batch and the model; return how to diagnose them, as the end of a message."""
         if self.file is None:
             return ""
-        try:
-            self._save(self.file, what, losses, update, precision)
-        except OSError as error:
-            return f"; the batch could not be saved in {self.file} ({error.strerror or error})"
         config = get_config(self.model)
+        try:
+            write_checkpoint(self.file, self._content(what, losses, update, precision))
+        except OSError as error:
+            return f"; the batch could not be saved to {self.file} ({error.strerror or error})"
+        start = "; to find where it begins"
         if config is None:
             return (
-                "; to see where it begins, in Python: from worldloom.diagnose import diagnose; "
+                f"{start}, in Python: from worldloom.diagnose import diagnose; "
                 f"print(diagnose({str(self.file)!r}, model=model))"
             )
         target = str(config["model"])
         allow = "" if target in REGISTERED else f" allow={shlex.quote(target)}"
-        command = f"python -m worldloom.diagnose {shlex.quote(str(self.file))}{allow}"
-        return f"; to see where it begins:\n{command}"
+        return f"{start}:\npython -m worldloom.diagnose {shlex.quote(str(self.file))}{allow}"
 
-    def _save(
-        self, file: Path, what: str, losses: dict[str, Tensor], update: int, precision: str
-    ) -> None:
-        """Write a checkpoint of the model, and the batch with all else that its loss depends on."""
-        assert self._start is not None
+    def _content(
+        self, what: str, losses: dict[str, Tensor], update: int, precision: str
+    ) -> dict[str, Any]:
+        """Return a checkpoint of the model, with the batch and all else its loss depends on."""
+        assert self._snapshot is not None
         weights = self.model.state_dict()
-        saved = {
+        return {
             "hyper_parameters": {"model": get_config(self.model), "run": self.run},
             "state_dict": {f"model.{name}": value.cpu() for name, value in weights.items()},
             "updates": update - 1,
             "nonfinite": {
                 "what": what,
                 "update": update,
-                "batch": _to_cpu(self._start.batch),
-                "random": self._start.random,
+                "batch": copy_to_cpu(self._snapshot.batch),
+                "random": self._snapshot.random,
                 "losses": {name: float(value) for name, value in losses.items()},
                 "precision": precision,
                 "device": next(self.model.parameters()).device.type,
             },
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(f".{file.name}.{os.getpid()}")
-        try:
-            with temporary.open("wb") as stream:
-                torch.save(saved, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Return a flag: whether all numbers are finite. Nothing is waited for.
+    """Return a flag on the device, without waiting for it: whether all values are finite.
 
-    torch's gradient scaler looks in the same way: one call, where norms take one for each tensor.
-    It multiplies by 1 in place, which leaves every number as it is.
+    Uses the single call of torch's gradient scaler, where norms would need one call per tensor. It
+    multiplies the tensors by 1 in place, which changes nothing.
     """
     found, one = torch.zeros((), device=device), torch.ones((), device=device)
     if tensors:
@@ -277,40 +263,22 @@ def all_finite(tensors: list[Tensor], device: torch.device) -> Tensor:
     return found == 0
 
 
-def bad_terms(losses: Mapping[str, Any]) -> list[str]:
-    """Name the terms that are not finite: the losses if there are any, else the statistics.
+def find_nonfinite(values: Mapping[str, Any]) -> list[str]:
+    """Return the names of the numbers and tensors that contain NaN or infinity."""
+    numbers = {k: torch.as_tensor(v) for k, v in values.items() if isinstance(v, Tensor | float)}
+    return [name for name, value in numbers.items() if not torch.isfinite(value).all()]
 
-    The sum of all, "loss", is named only where nothing else can be.
+
+def bad_terms(losses: Mapping[str, Any]) -> list[str]:
+    """Return the names of the terms that are not finite: losses if there are any, else statistics.
+
+    The total, "loss", is named only if no other term is.
     """
-    bad = [name for name, value in losses.items() if not torch.isfinite(torch.as_tensor(value))]
+    bad = find_nonfinite(losses)
     terms = [name for name in bad if name != "loss"]
     return [name for name in terms if "loss" in name] or terms or bad
 
 
 def bad_gradients(model: nn.Module) -> list[str]:
-    """Name the parameters whose gradients are not finite."""
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return [name for name, grad in grads.items() if not torch.isfinite(grad).all()]
-
-
-def tensors_in(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """Flatten a batch: {"obs/camera": tensor, …}."""
-    found: dict[str, Tensor] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            found |= tensors_in(value, f"{prefix}{key}/")
-        elif isinstance(value, Tensor):
-            found[f"{prefix}{key}"] = value
-    return found
-
-
-def _to_cpu(value: Any) -> Any:
-    """Copy, so that a view does not drag along all that it is a view of."""
-    if isinstance(value, Mapping):
-        return {key: _to_cpu(item) for key, item in value.items()}
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more
+    """Return the names of the parameters whose gradients are not finite."""
+    return find_nonfinite({name: p.grad for name, p in model.named_parameters()})

@@ -1,4 +1,4 @@
-"""The optimisers of the official codes: LaProp of DreamerV3, Adam in groups of TD-MPC2."""
+"""The optimisers of the official implementations: LaProp of DreamerV3, grouped Adam of TD-MPC2."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -59,7 +59,7 @@ class LaProp(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            # Parameters that have had equally many gradients, mostly all of them, step together.
+            # Parameters with the same number of gradients so far, usually all, step together.
             together: dict[int, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
@@ -69,7 +69,7 @@ class LaProp(torch.optim.Optimizer):
         return loss
 
     def _count(self, p: Tensor) -> int:
-        """Count a gradient of a parameter, the number of which its schedule and averages go by."""
+        """Count the gradients of a parameter, on which its learning rate and averages depend."""
         state = self.state[p]
         if not state:
             state["step"] = 0
@@ -102,11 +102,11 @@ class LaProp(torch.optim.Optimizer):
 
 
 class Adam(torch.optim.Adam):
-    """Adam whose learning rates and gradient clipping follow the groups that a model makes.
+    """Adam with learning rates and gradient clipping per parameter group.
 
-    A group may hold "lr_scale", which multiplies `lr`, and "clip", a name: before each step the
-    gradients of all groups of the same name are scaled together to a norm of at most `max_norm`,
-    as `torch.nn.utils.clip_grad_norm_` does. None clips nothing. A group's own "eps" holds.
+    A group may contain "lr_scale", which multiplies `lr`, "eps", and "clip", a name: before each
+    step the gradients of all groups with the same name are scaled together to a norm of at most
+    `max_norm`, as `torch.nn.utils.clip_grad_norm_` does. None disables clipping.
     """
 
     def __init__(
@@ -118,22 +118,16 @@ class Adam(torch.optim.Adam):
         max_norm: float | None = None,
     ) -> None:
         if max_norm is not None and max_norm <= 0:
-            raise ValueError(f"max_norm={max_norm}; expected one above 0, or None for no clipping")
+            raise ValueError(f"max_norm={max_norm}; expected above 0, or None for no clipping")
         super().__init__(params, lr, (betas[0], betas[1]), eps, fused=True)
-        # Only float16 is scaled, which worldloom refuses; Lightning would refuse to clip gradients.
+        # Only needed for float16, which worldloom rejects; if set, Lightning cannot clip gradients.
         self._step_supports_amp_scaling = False
         for group in self.param_groups:
             group["lr"] *= group.get("lr_scale", 1.0)
             group["max_norm"] = max_norm
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned, in runs from before the fused update too."""
-        super().load_state_dict(state_dict)
-        for group in self.param_groups:
-            group["fused"] = True
-
     def step(self, closure: Any = None) -> Any:
-        """Clip by groups, then update; return the closure's value."""
+        """Clip the gradients, then update; return the closure's value."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -152,8 +146,8 @@ class Adam(torch.optim.Adam):
 def _scheduled(lr: float, done: int, warmup: int, anneal: int) -> float:
     """Return the learning rate after `done` steps.
 
-    The warm-up is in float32 and in this order, for the official rate loses digits in the
-    subtraction: early in the warm-up it is off by 1e-5 of itself.
+    The warm-up is computed in float32 and in the official order, whose subtraction loses digits:
+    early in the warm-up the rate has a relative error of 1e-5.
     """
     if done >= warmup:
         progress = min(1.0, (done - warmup) / (anneal - warmup)) if anneal else 0.0

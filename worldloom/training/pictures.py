@@ -1,4 +1,4 @@
-"""Pictures of what a model imagines, beside what really happened."""
+"""Pictures of imagined observations next to the true ones."""
 
 import itertools
 import operator
@@ -9,27 +9,28 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from worldloom.protocol import LatentState, Obs
+from worldloom.protocol import LatentState
+from worldloom.trees import map_tree
 
 TRUE, MODEL, PAPER, GRID = (30, 90, 200), (220, 80, 40), (255, 255, 255), (225, 225, 225)
 
 
 @torch.no_grad()
 def open_loop(model: Any, batch: dict[str, Any], context: int) -> dict[str, np.ndarray]:
-    """Watch `context` rows of one sequence, then imagine the rest from its actions alone.
+    """Observe `context` rows of one sequence, then imagine the others from the actions alone.
 
     Returns {"open_loop" or "open_loop/KEY": picture}: for images a film [T, H, W, 3] with truth,
-    prediction and error side by side (green border while watching, red while imagining); for
-    vectors curves [H, W, 3] of up to eight dimensions. Empty if the model decodes no observations
-    or no sequence is long enough within one episode.
+    prediction and error side by side (green border while observing, red while imagining); for
+    vectors curves [H, W, 3] of up to eight dimensions. The dict is empty if the model decodes no
+    observations or no episode in the batch is long enough.
     """
     row, start, length = _longest_stretch(batch["is_first"])
     if length < context + 2:
         return {}
     steps = slice(start, start + length)
-    obs = _map(batch["obs"], lambda x: x[row : row + 1, steps])
+    obs = map_tree(lambda x: x[row : row + 1, steps], batch["obs"])
     actions = batch["actions"][row : row + 1, steps]
-    at = [_map(obs, operator.itemgetter((slice(None), t))) for t in range(context)]
+    at = [map_tree(operator.itemgetter((slice(None), t)), obs) for t in range(context)]
     states = [model.encode(at[0])]
     for t in range(1, context):
         states.append(model.observe(states[-1], actions[:, t - 1], at[t]))
@@ -37,20 +38,20 @@ def open_loop(model: Any, batch: dict[str, Any], context: int) -> dict[str, np.n
     predicted = model.decode(LatentState.cat(states + future)).get("obs")
     if predicted is None:
         return {}
-    truth = _map(obs, lambda x: x[0])
+    truth = map_tree(lambda x: x[0], obs)
     named = predicted.items() if isinstance(predicted, dict) else [("", predicted)]
     pictures = {}
     for key, guess in named:
         real = truth[key] if isinstance(truth, dict) else truth
         name = f"open_loop/{key}" if key else "open_loop"
         draw = _film if real.ndim == 4 else _curves
-        guess = guess.float().nan_to_num()  # a model that diverges must not stop the run here
+        guess = guess.float().nan_to_num()  # the run continues even if the model diverges
         pictures[name] = draw(real.float().cpu().numpy(), guess.cpu().numpy(), context)
     return pictures
 
 
 def _longest_stretch(is_first: Tensor) -> tuple[int, int, int]:
-    """Return row, start and length of the longest part [B, T] without the start of an episode."""
+    """Return row, start and length of the longest part of one episode in flags [B, T]."""
     best = (0, 0, 0)
     for row, flags in enumerate(is_first.tolist()):
         borders = [0, *[t for t, first in enumerate(flags) if first and t], len(flags)]
@@ -60,12 +61,8 @@ def _longest_stretch(is_first: Tensor) -> tuple[int, int, int]:
     return best
 
 
-def _map(obs: Obs, fn: Any) -> Any:
-    return {k: fn(v) for k, v in obs.items()} if isinstance(obs, dict) else fn(obs)
-
-
 def _film(real: np.ndarray, guess: np.ndarray, context: int) -> np.ndarray:
-    """Lay truth, prediction and error [T, C, H, W] side by side."""
+    """Return frames [T, H, W, 3] with truth, prediction and error [T, C, H, W] side by side."""
     error = (guess - real) / 2 + 128
     frames = []
     for part in (real, guess, error):
@@ -81,7 +78,7 @@ def _film(real: np.ndarray, guess: np.ndarray, context: int) -> np.ndarray:
 
 
 def _curves(real: np.ndarray, guess: np.ndarray, context: int) -> np.ndarray:
-    """Draw truth (blue) and prediction (red) of each dimension [T, ...] under the other."""
+    """Plot truth (blue) and prediction (red) of each dimension of [T, ...], one below the other."""
     real, guess = real.reshape(len(real), -1)[:, :8], guess.reshape(len(guess), -1)[:, :8]
     width, height, margin = 640, 90, 8
     image = Image.new("RGB", (width, height * real.shape[1]), PAPER)

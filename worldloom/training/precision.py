@@ -1,4 +1,4 @@
-"""In which floating-point types a world model may be trained."""
+"""Floating-point precisions in which a world model can be trained."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,17 +10,13 @@ PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16", "bf16-true", "64-true", "64
 
 
 def require_precision(precision: Any) -> None:
-    """Refuse what world models cannot be trained in; None is float32.
-
-    Raises:
-        ValueError: float16, or no precision at all.
-    """
+    """Raise ValueError for float16 and for unknown precisions; None means float32."""
     given = "32-true" if precision is None else str(precision)
     if given in ("16", "16-mixed", "16-true"):
         raise ValueError(
             f"trainer.precision is {given}, which is float16: losses and gradients of world models "
             "overflow above 65504 and vanish below 6e-8; use trainer.precision=bf16-mixed, which "
-            "has the range of float32, or 32-true"
+            "has the range of float32, or trainer.precision=32-true"
         )
     if given not in PRECISIONS:
         raise ValueError(
@@ -30,7 +26,7 @@ def require_precision(precision: Any) -> None:
 
 
 def computing_in(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Return the context in which Lightning computes a loss at a precision."""
+    """Return the context in which Lightning computes a loss in this precision."""
     if precision == "bf16-mixed":
         return torch.autocast(device.type, torch.bfloat16)
     if dtype := parameter_type(precision):
@@ -39,7 +35,7 @@ def computing_in(precision: str, device: torch.device) -> AbstractContextManager
 
 
 def parameter_type(precision: str) -> torch.dtype | None:
-    """Return the type that a precision gives to all weights; None to leave them as they are."""
+    """Return the dtype of all weights in this precision, or None if weights keep their dtype."""
     return {"bf16-true": torch.bfloat16, "64-true": torch.float64}.get(precision)
 
 

@@ -1,4 +1,4 @@
-"""Show how far a run is: a bar in a terminal, a line every 20 seconds elsewhere."""
+"""Progress of a run: a bar in a terminal, otherwise a line every 20 seconds."""
 
 import sys
 import threading
@@ -8,14 +8,13 @@ from typing import Any
 from lightning import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
-BEAT = 20.0
+LOG_INTERVAL = 20.0  # seconds
 
 
 class Progress(Callback):
-    """Show env steps, updates, steps/s, the last return and the time left.
+    """Show environment steps, updates, steps/s, the last return and the remaining time.
 
-    The lines come from a thread of their own, so that they also appear while one long update or
-    the collection before the first one is under way.
+    A thread prints the lines, so that they also appear during a long update or the prefill.
     """
 
     def __init__(self) -> None:
@@ -24,7 +23,7 @@ class Progress(Callback):
         self._mark = (0.0, 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the bar or the lines."""
+        """Start the thread."""
         if not trainer.is_global_zero:
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -36,16 +35,16 @@ class Progress(Callback):
             self._bar = tqdm(
                 total=data.total_steps, initial=position, unit=unit, dynamic_ncols=True
             )
-        threading.Thread(target=self._beat, args=(data, self._bar), daemon=True).start()
+        threading.Thread(target=self._show, args=(data, self._bar), daemon=True).start()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Stop."""
+        """Stop the thread."""
         self._stop()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Stop, for Lightning tears nothing down after an error."""
+        """Stop the thread; Lightning does not call `teardown` after an error."""
         self._stop()
 
     def _stop(self) -> None:
@@ -54,8 +53,8 @@ class Progress(Callback):
             self._bar.close()
             self._bar = None
 
-    def _beat(self, data: Any, bar: tqdm | None) -> None:
-        while not self._done.wait(BEAT if bar is None else 0.5):
+    def _show(self, data: Any, bar: tqdm | None) -> None:
+        while not self._done.wait(LOG_INTERVAL if bar is None else 0.5):
             if bar is not None:
                 bar.n = self._position(data)
                 bar.set_postfix_str(self._postfix(data), refresh=True)
@@ -63,7 +62,7 @@ class Progress(Callback):
                 print(self.line(data), flush=True)
 
     def line(self, data: Any) -> str:
-        """Return the heartbeat line."""
+        """Return one line of progress."""
         then, start = self._mark
         position = self._position(data)
         rate = (position - start) / max(time.monotonic() - then, 1e-9)

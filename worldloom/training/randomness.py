@@ -1,4 +1,4 @@
-"""The states of all global random number generators, as tensors and plain data."""
+"""States of the global random number generators, as tensors and plain data."""
 
 import random
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Restore what `random_state` returned; that of other GPUs than these is left out."""
+    """Restore what `random_state` returned; GPU states only if the number of GPUs is the same."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

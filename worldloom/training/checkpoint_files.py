@@ -1,0 +1,162 @@
+"""Checkpoint files: written atomically, verified when they are read.
+
+A run has two of them: `last.ckpt` and the one before, `previous.ckpt`. Both are zip files written
+by torch.save, in which every record has a CRC-32, and both list the replay files that they need.
+"""
+
+import errno
+import logging
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from worldloom.files import atomic_write
+from worldloom.trees import map_tree
+
+log = logging.getLogger(__name__)
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+DATA = "ReplayDataModule"  # key under which Lightning stores the data module's state
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that cannot be read or has changed since it was written."""
+
+
+def copy_to_cpu(tree: Any) -> Any:
+    """Copy nested data; each tensor gets its own memory, even if it was a view of a larger one."""
+    return map_tree(
+        lambda x: x.detach().to("cpu", copy=True) if isinstance(x, torch.Tensor) else x, tree
+    )
+
+
+def write_checkpoint(file: Path, content: Any, keep_as: Path | None = None) -> None:
+    """Write tensors and plain data with torch.save, atomically.
+
+    keep_as: second name under which the file that is being replaced stays available.
+
+    Raises:
+        OSError: the file cannot be written; both names are unchanged.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for left in file.parent.glob(f".{file.name}.*.tmp"):  # by a process that was killed
+        left.unlink(missing_ok=True)
+    with atomic_write(file) as stream:
+        sink: Any = _Sink(stream)
+        torch.save(content, sink)
+        sink.sync()
+        if keep_as is not None and file.exists():
+            _link(file, keep_as)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return a run's checkpoint after verifying its checksums.
+
+    Raises:
+        DamagedCheckpoint: the file is truncated or changed, or contains anything other than tensors
+            and plain data.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            if record := file.testzip():
+                raise DamagedCheckpoint(f"{path} is damaged: the checksum of {record} differs")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["state_dict"], checkpoint[DATA]["updates"]
+    except (FileNotFoundError, DamagedCheckpoint):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split(". ")[0].split())
+        raise DamagedCheckpoint(f"{path} is not a complete checkpoint of a run: {reason}") from None
+    return checkpoint
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Return whether a checkpoint exists; a run killed right after its start may have none."""
+    return any((folder / name).exists() for name in (LAST, PREVIOUS))
+
+
+def find_usable(
+    folder: Path, damaged: Callable[[dict[str, Any]], list[str]]
+) -> tuple[Path, dict[str, Any]]:
+    """Return the newest checkpoint of a folder that is intact, including its replay files.
+
+    A damaged last.ckpt is renamed, with a warning, and replaced by the previous one. If both
+    checkpoints are intact but both need damaged replay files, the last one is returned: the replay
+    continues without those rows.
+
+    damaged: returns the damaged files that a state of the data module needs.
+
+    Raises:
+        ValueError: there is no intact checkpoint.
+    """
+    last, previous = folder / LAST, folder / PREVIOUS
+    found: dict[Path, dict[str, Any]] = {}
+    intact: Path | None = None
+    for path in (last, previous):
+        try:
+            found[path] = read_checkpoint(path)
+        except FileNotFoundError:
+            continue
+        except DamagedCheckpoint as error:
+            log.warning("%s", error)
+            continue
+        if not (bad := damaged(found[path][DATA])):
+            intact = path
+            break
+        log.warning("%s needs damaged files of the replay: %s", path, ", ".join(bad))
+    if not found:
+        raise ValueError(
+            f"{folder} contains no intact checkpoint ({LAST}, {PREVIOUS}); start a new run, from "
+            "this run's model if it was saved: init_from=<run folder>/model"
+        )
+    chosen = intact or next(iter(found))
+    if chosen == previous:
+        log.warning("continuing from the previous checkpoint: %s", previous)
+        if last.exists():
+            os.replace(last, last.with_suffix(".damaged"))
+        os.replace(previous, last)
+    return last, found[chosen]
+
+
+class _Sink:
+    """Stream for torch.save that keeps the OSError of a failed write, which torch would replace."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write data; after an error, do nothing."""
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Do nothing; torch calls this at the end, where `sync` follows."""
+
+    def sync(self) -> None:
+        """Flush everything to the disk, or raise the error of a previous write."""
+        if self.error is not None:
+            raise self.error
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+
+def _link(path: Path, other: Path) -> None:
+    """Give a file a second name, atomically; move it if the file system has no hard links."""
+    temporary = other.with_suffix(".link")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(path, temporary)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        temporary = path
+    os.replace(temporary, other)
