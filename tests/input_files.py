@@ -130,15 +130,19 @@ def episodes(folder: Path) -> None:
         (folder / name).mkdir()
         (folder / name / "0.npz").write_text(text)
     for name, text in (
-        ("about", "action_dim: [oops"),
-        ("about_kind", "env: 3"),
+        ("about", "format: 1\naction_dim: [oops"),
+        ("about_kind", "format: 1\nenv: 3"),
+        ("about_old", "action_dim: 2"),
     ):
         episode(folder / name / "0.npz")
         (folder / name / "dataset.yaml").write_text(text)
     episode(folder / "hostile_env" / "0.npz")
-    (folder / "hostile_env" / "dataset.yaml").write_text("env: {_target_: hostile.make_env}\n")
+    (folder / "hostile_env" / "dataset.yaml").write_text(
+        "format: 1\nenv: {_target_: hostile.make_env}\n"
+    )
     episode(folder / "hostile_id" / "0.npz")
     (folder / "hostile_id" / "dataset.yaml").write_text(
+        "format: 1\n"
         "env: {_target_: worldloom.envs.suites.gymnasium.make_env, id: 'hostile:Env-v0'}\n"
     )
 

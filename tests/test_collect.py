@@ -15,8 +15,9 @@ from worldloom.app.build import fill
 from worldloom.app.saved_config import env_section
 from worldloom.collect import CollectConfig, collect
 from worldloom.datasets import open_dataset
-from worldloom.envs.spaces import ActionSpec, ObsSpec, flatten
+from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.training import ReplayBuffer
+from worldloom.trees import flatten_tree
 
 ACTIONS = {
     "box": spaces.Box(np.float32([-2, 0]), np.float32([2, 1])),
@@ -112,8 +113,9 @@ def test_the_files_hold_what_the_environments_did(tmp_path, action, dicts):
         assert episode.terminated is note["terminated"]
         assert episode.truncated is note["truncated"]
         assert episode.success is (where(episode)[0] == 1)
-        stacked = [flatten(obs) for obs in note["obs"]]
-        seen = obs_spec.encode({k: np.stack([o[k] for o in stacked]) for k in stacked[0]})
+        stacked = [flatten_tree(obs) for obs in note["obs"]]
+        arrays = {k: np.stack([o[k] for o in stacked]) for k in stacked[0]}
+        seen = obs_spec.encode(arrays.get("", arrays))
         read = episode.obs if dicts else {"": episode.obs}
         for key, array in (seen if dicts else {"": seen}).items():
             assert read[key].dtype == array.dtype and (read[key] == array).all()
@@ -124,7 +126,8 @@ def test_the_files_hold_what_the_environments_did(tmp_path, action, dicts):
 def test_dataset_yaml_and_what_is_printed(tmp_path):
     printed = record(tmp_path / "data", "env.time_limit=9", "+env.action=groups")
     about = OmegaConf.load(tmp_path / "data" / "dataset.yaml")
-    assert about.action_dim == [2, 3] and about.discrete is True and about.obs_shape == [3]
+    assert about.format == 1 and about.obs_shape == [3]
+    assert about.action_dim == [2, 3] and about.discrete is True
     assert about.env.id == "Test/Script-v0" and about.env.time_limit == 9
     steps = sum(len(e.rewards) for e in open_dataset(tmp_path / "data"))
     assert (about.episodes, about.steps) == (7, steps)

@@ -310,7 +310,7 @@ OURS = {"_target_": "worldloom.envs.suites.gymnasium.make_env", "id": "CartPole-
 
 def settled(path, env, about=None):
     if about is not None:
-        OmegaConf.save({"env": about}, Path(path) / "dataset.yaml")
+        OmegaConf.save({"format": 1, "env": about}, Path(path) / "dataset.yaml")
     plain = {"env": dict(env), "data": {"path": str(path)}}
     settle_env(plain)
     return plain["env"]

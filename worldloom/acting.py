@@ -15,7 +15,7 @@ from torch import Tensor
 
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.spaces import Obs as NumpyObs
-from worldloom.envs.vector import Rows
+from worldloom.envs.vector import RowStream
 from worldloom.protocol import LatentState, Obs, WorldModel
 
 Planner = Callable[[LatentState, Tensor | None, Tensor, bool], tuple[Tensor, Tensor | None]]
@@ -124,14 +124,14 @@ class Actor:
 
 
 # Chooses the actions [N, A] for the present rows of N environments.
-Act = Callable[[Rows], np.ndarray]
+Act = Callable[[RowStream], np.ndarray]
 
 
 def acting(actor: Actor, deterministic: bool) -> Act:
     """Return a function that acts with the actor and remembers what it needs for the next call."""
     memory: Memory | None = None
 
-    def act(rows: Rows) -> np.ndarray:
+    def act(rows: RowStream) -> np.ndarray:
         nonlocal memory
         action, memory = actor(rows.obs, rows.is_first, memory, deterministic)
         return action.cpu().numpy()
@@ -140,7 +140,7 @@ def acting(actor: Actor, deterministic: bool) -> Act:
 
 
 def play(
-    act: Act, rows: Rows, episodes: int
+    act: Act, rows: RowStream, episodes: int
 ) -> Iterator[tuple[np.ndarray, list[tuple[int, dict[str, float]]]]]:
     """Step the environments until they have run `episodes` episodes; `rows` must be reset.
 
@@ -175,7 +175,7 @@ def evaluate(
     """
     if episodes < 1:
         raise ValueError(f"episodes is {episodes}; expected at least 1; evaluate more episodes")
-    rows = Rows(env, obs_spec, action_spec)
+    rows = RowStream(env, obs_spec, action_spec)
     done: list[list[dict[str, float]]] = [[] for _ in range(rows.num_envs)]
     with seeded(seed, actor.device):
         rows.reset(seed)

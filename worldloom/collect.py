@@ -30,7 +30,7 @@ from worldloom.datasets import Episode
 from worldloom.datasets.folder import read_about
 from worldloom.datasets.writer import FolderWriter
 from worldloom.envs.spaces import Obs
-from worldloom.envs.vector import Rows
+from worldloom.envs.vector import RowStream
 from worldloom.memory import keep_freed_memory
 
 BEAT = 20.0  # seconds between two lines of progress
@@ -85,11 +85,11 @@ def collect(config: CollectConfig, words: Sequence[str] = ()) -> str:
         torch.set_num_threads(settings["threads"] or torch.get_num_threads())
         actor = load_actor(run, settings, task)
     writer = FolderWriter(out, task.obs, task.actions, section)
-    seed = config.seed + writer.seen
+    seed = config.seed + writer.existing
     vector_env, progress = task.vector_env(), Progress(config.episodes)
     try:
         with seeded(seed, torch.device("cpu") if actor is None else actor.device):
-            rows = Rows(vector_env, task.obs, task.actions)
+            rows = RowStream(vector_env, task.obs, task.actions)
             rows.reset(seed)
             act = acting(actor, config.deterministic) if actor else at_random(seed)
             for ended in record(act, rows, config.episodes):
@@ -108,7 +108,7 @@ def collect(config: CollectConfig, words: Sequence[str] = ()) -> str:
     )
 
 
-def record(act: Act, rows: Rows, episodes: int) -> Iterator[list[Episode]]:
+def record(act: Act, rows: RowStream, episodes: int) -> Iterator[list[Episode]]:
     """Run so many episodes; after every step of the environments yield those that ended."""
     open_ones = [_Open(_row(rows.obs, i)) for i in range(rows.num_envs)]
     spec = rows.action_spec

@@ -16,7 +16,7 @@ import numpy as np
 from worldloom.app.saved_config import env_section
 from worldloom.app.task import env_maker
 from worldloom.envs.spaces import ActionSpec, ObsSpec
-from worldloom.envs.vector import Rows, make_vector_env
+from worldloom.envs.vector import RowStream, make_vector_env
 from worldloom.training import ReplayBuffer
 
 TASKS = (
@@ -49,7 +49,7 @@ def our_rows(make_env, num_envs, workers, stored):
         ObsSpec.from_space(env.single_observation_space),
         ActionSpec.from_space(env.single_action_space),
     )
-    rows, rng = Rows(env, obs, act), np.random.default_rng(0)
+    rows, rng = RowStream(env, obs, act), np.random.default_rng(0)
     actions = [act.sample(rng, num_envs) for _ in range(100)]
     replay = ReplayBuffer(100_000 if "" not in obs.parts else 20_000, obs.shape, act.width,
                           num_envs=num_envs)  # fmt: skip

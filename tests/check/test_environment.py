@@ -46,12 +46,12 @@ def test_a_good_environment_gets_a_table_and_no_problem():
         "Box(0, 255, (32, 32, 3), uint8)",
         "(3, 32, 32)     image encoder",
         "one-hot choices",
-        "-1 to 0 a step, -0.1 on average",
+        "-1 to 0 per step, -0.1 on average",
         "5 terminated, 0 truncated after 9 to 9 steps",
-        "another seed another one",
+        "another seed a different one",
         "eval/success",
         "steps/s",
-        "nothing is wrong",
+        "no problems found",
     ):
         assert word in text, text
 
@@ -70,7 +70,7 @@ def test_what_may_be_meant_is_a_remark():
 
     first, second = check_env(Endless(), steps=60).remarks
     assert "another seed gives the same episode" in first
-    assert "no episode ended in 60 steps and there is no time limit" in second
+    assert "no episode ended in 60 steps, and there is no time limit" in second
 
 
 def broken(**methods):
@@ -104,18 +104,24 @@ CASES = {
         r"step returned \(ndarray, float, bool, bool\); expected the tuple",
     ),
     "nan": ({"step": step_with(obs=np.full(2, np.nan, np.float32))}, "observation holds NaN"),
-    "dtype": ({"step": step_with(obs=np.zeros(2))}, "is float64; its space says float32"),
-    "shape": ({"step": step_with(obs=np.zeros(3, np.float32))}, r"has shape \(3,\); its space"),
+    "dtype": (
+        {"step": step_with(obs=np.zeros(2))},
+        "is float64, but its space float32",
+    ),
+    "shape": (
+        {"step": step_with(obs=np.zeros(3, np.float32))},
+        r"has shape \(3,\), but its space \(2,\)",
+    ),
     "range": (
         {"step": step_with(obs=np.full(2, 200, np.float32))},
-        r"reaches from 200.0 to 200.0, outside its space",
+        r"has values from 200.0 to 200.0, outside its space",
     ),
-    "keys": ({"step": step_with(obs={"a": np.zeros(2)})}, r"observation has \['a'\] but"),
+    "keys": ({"step": step_with(obs={"a": np.zeros(2)})}, r"observation has the keys \['a'\], but"),
     "flag": ({"step": step_with(terminated=0)}, "terminated is 0; expected True or False"),
     "reward": ({"step": step_with(reward=float("inf"))}, "the reward is inf; expected a finite"),
     "rewards": ({"step": step_with(reward=np.zeros(2))}, "expected one number"),
     "raises": ({"step": raising}, r"raised RuntimeError in \w+.py:\d+: motor 3 is hot"),
-    "seed": ({"reset": unseeded}, "twice and the same actions gave different episodes"),
+    "seed": ({"reset": unseeded}, "and the same actions differ; expected equal ones"),
     "action": ({"action_space": spaces.Box(-np.inf, np.inf, (1,))}, "infinite bounds"),
     "text": ({"observation_space": spaces.Text(3)}, "which models cannot read"),
 }
@@ -131,7 +137,7 @@ def test_what_is_wrong_is_said(case):
 
 
 def test_what_is_no_environment_is_said():
-    assert "it is a builtins.dict; expected a gymnasium.Env" in problems_of(dict)[0]
+    assert "the environment is a builtins.dict; expected a gymnasium.Env" in problems_of(dict)[0]
 
 
 def test_choices_of_keys_show_in_the_table():
@@ -140,7 +146,7 @@ def test_choices_of_keys_show_in_the_table():
     env.observation_space = robot
     env.render = lambda: {"a": np.zeros(3, np.float32), "b": np.int64(1)}
     text = str(check_env(env, steps=20, keep="b"))
-    assert "nothing: left out" in text and "(4,)            vector encoder" in text
+    assert "nothing (left out)" in text and "(4,)            vector encoder" in text
 
 
 BROKEN = """
@@ -167,7 +173,7 @@ def command(*words, **kwargs):
 def test_the_command_prints_the_table():
     code, out, err = command("env=gymnasium", "env.id=worldloom/Catch-v0", "steps=30")
     assert code == 0 and err == ""
-    assert "image encoder" in out and "30 steps at random" in out
+    assert "image encoder" in out and "30 random steps" in out
 
 
 def test_the_command_fails_where_something_is_wrong(tmp_path):

@@ -72,11 +72,11 @@ def test_a_joint_that_cannot_move_is_at_zero():
 
 
 MISTAKES = [
-    (spaces.Box(0, 2, (1,)), [[1.0], [2.1]], r"action \[2\.\d+\] at index 1 lies outside"),
-    (spaces.Box(0, 2, (1,)), [[np.nan]], r"action \[nan\] at index 0 lies outside"),
+    (spaces.Box(0, 2, (1,)), [[1.0], [2.1]], r"action \[2\.\d+\] at index 1 is outside"),
+    (spaces.Box(0, 2, (1,)), [[np.nan]], r"action \[nan\] at index 0 is outside"),
     (spaces.Box(0, 2, (1,)), [1.0, 2.0], r"shape \(2,\); expected \[N, \*\(1,\)\]"),
-    (spaces.Discrete(3), [0, 3], r"action 3 at index 1 lies outside.*Discrete\(3\)"),
-    (spaces.Discrete(3), [0, -1], r"action -1 at index 1 lies outside"),
+    (spaces.Discrete(3), [0, 3], r"action 3 at index 1 is outside.*Discrete\(3\)"),
+    (spaces.Discrete(3), [0, -1], r"action -1 at index 1 is outside"),
     (spaces.Discrete(3), [0.0, 1.0], r"are float64; expected integers for Discrete\(3\)"),
     (spaces.MultiDiscrete([2, 3]), [[1, 2], [2, 0]], r"action \[2, 0\] at index 1"),
 ]

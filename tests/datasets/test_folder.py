@@ -1,6 +1,9 @@
 """Folders of episodes: what is read from them, and what is said about broken ones."""
 
+import os
+import stat
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,7 +96,7 @@ def test_several_groups_of_choices(tmp_path):
 
 def test_dataset_yaml_says_how_many_choices_there_are(tmp_path):
     save(tmp_path, arrays(actions=np.array([0, 1, 0, 1])))
-    (tmp_path / "dataset.yaml").write_text("action_dim: 5\nenv: {_target_: x, id: y}\n")
+    (tmp_path / "dataset.yaml").write_text("format: 1\naction_dim: 5\nenv: {_target_: x, id: y}\n")
     data = open_dataset(tmp_path)
     assert data.actions.action_dim == 5 and data.env == {"_target_": "x", "id": "y"}
 
@@ -110,7 +113,7 @@ def test_so_does_the_environment(tmp_path):
 def test_keys_that_the_environment_drops_are_not_read(tmp_path):
     parts = {"obs/a": np.zeros((5, 2)), "obs/b": np.full((5, 3), "text")}
     save(tmp_path, arrays(obs=None, **parts))
-    (tmp_path / "dataset.yaml").write_text("obs_shape: {a: [2], b: [3]}\n")
+    (tmp_path / "dataset.yaml").write_text("format: 1\nobs_shape: {a: [2], b: [3]}\n")
     space = spaces.Dict(a=spaces.Box(-9, 9, (2,)), b=spaces.Box(-9, 9, (3,)))
     actions = ActionSpec.from_space(spaces.Box(-2, 2, (2,)))
     data = open_dataset(tmp_path, ObsSpec.from_space(space, keep="a"), actions)
@@ -161,6 +164,7 @@ def test_what_was_written_is_read_again(tmp_path):
         assert (read.terminated, read.truncated) == (False, True)
         assert read.success is written.success
     about = (file.parent / "dataset.yaml").read_text()
+    assert about.startswith("format: 1\n")
     assert "episodes: 2\nsteps: 7\n" in about and "obs_shape:\n- 3\n" in about
 
 
@@ -181,6 +185,26 @@ def test_two_writers_never_take_the_same_name(tmp_path):
 def test_a_number_that_someone_is_writing_is_left_to_them(tmp_path):
     (tmp_path / ".000000.tmp").touch()
     assert FolderWriter(tmp_path, BOX, TWO).add(episode()).name == "000001.npz"
+
+
+def test_links_are_never_followed(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in (".000000.tmp", "dataset.yaml", ".dataset.yaml.tmp"):
+        (folder / name).symlink_to(precious)
+    assert FolderWriter(folder, BOX, TWO).add(episode()).name == "000001.npz"
+    assert precious.read_text() == "mine" and not (folder / "dataset.yaml").is_symlink()
+
+
+def test_files_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        FolderWriter(tmp_path, BOX, TWO).add(episode())
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()} == {0o640}
 
 
 def test_a_write_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
@@ -206,29 +230,29 @@ def test_episodes_of_another_kind_stay_out(tmp_path):
 
 BROKEN = {
     "obs": [
-        (None, r"holds no obs but actions, rewards, terminated, truncated; expected the arrays"),
+        (None, r"has no array obs, only actions, rewards, terminated, truncated; see world"),
         (np.zeros((3, 3)), r"001.npz: obs has 3 rows for 4 actions; expected 5, the last one"),
-        (np.zeros((5, 2)), r"obs has shape \(5, 2\), .*expected \(3,\), as 000.npz has it"),
-        (np.full((5, 3), np.inf), r"001.npz: obs holds inf at index \[0, 0\]; only finite"),
+        (np.zeros((5, 2)), r"obs has shape \(5, 2\), .*expected \(3,\), as in 000.npz"),
+        (np.full((5, 3), np.inf), r"001.npz: obs holds inf at index \[0, 0\]; expected finite"),
         (np.full((5, 3), 1e300), r"obs holds 1e\+300 at index \[0, 0\]"),
         (np.full((5, 3), "a"), r"obs is <U1 of shape \(5, 3\); expected an array of numbers"),
     ],
     "actions": [
-        (None, "001.npz holds no actions but"),
+        (None, "001.npz has no array actions, only"),
         (np.zeros((4, 3)), r"have shape \(4, 3\); expected \[N, \*\(2,\)\]"),
-        (np.full((4, 2), 1.5), r"001.npz: The action \[1.5, 1.5\] at index 0 lies outside.*middle"),
-        (np.zeros((4, 2), int), r"actions are int64; expected numbers in \[-1, 1\], as 000.npz"),
+        (np.full((4, 2), 1.5), r"001.npz: The action \[1.5, 1.5\] at index 0 is outside.*middle"),
+        (np.zeros((4, 2), int), r"actions are int64; expected numbers in \[-1, 1\], as in 000.npz"),
         (np.zeros((0, 2)), "001.npz has no actions; expected at least one step"),
         (np.float64(1), r"actions is float64 of shape \(\)"),
     ],
     "rewards": [
-        (None, "001.npz holds no rewards but"),
+        (None, "001.npz has no array rewards, only"),
         (np.zeros(5), r"rewards has shape \(5,\); expected \(4,\), one for each action"),
         (np.float32([0, 0, np.nan, 0]), r"001.npz: rewards holds nan at index \[2\]"),
         (np.full(4, None), r"001.npz cannot be read \(Object arrays cannot be loaded"),
     ],
     "terminated": [
-        (None, "001.npz does not say whether the episode terminated"),
+        (None, "001.npz has no array terminated; add terminated=True"),
         (np.zeros(4, bool), r"terminated has shape \(4,\); expected a single bool"),
     ],
 }
@@ -249,9 +273,9 @@ def test_files_that_are_no_episodes(tmp_path):
     whole = (tmp_path / "000.npz").read_bytes()
     file = tmp_path / "001.npz"
     for content, message in [
-        (whole[:-30], "001.npz is a zip that was cut off; expected arrays written by numpy.savez"),
-        (b"hello", "001.npz is no zip; expected"),
-        (b"", "001.npz is no zip"),
+        (whole[:-30], "001.npz is a truncated zip file; expected arrays written by numpy.savez"),
+        (b"hello", "001.npz is not a zip file; expected"),
+        (b"", "001.npz is not a zip file"),
         (whole[:60] + bytes(40) + whole[100:], r"001.npz cannot be read \("),
     ]:
         file.write_bytes(content)
@@ -262,21 +286,21 @@ def test_files_that_are_no_episodes(tmp_path):
 def test_an_array_saved_alone(tmp_path):
     with (tmp_path / "a.npz").open("wb") as file:
         np.save(file, np.zeros(3))
-    with pytest.raises(ValueError, match=r"a.npz is no zip"):
+    with pytest.raises(ValueError, match=r"a.npz is not a zip file"):
         open_dataset(tmp_path)
 
 
 def test_other_keys_of_a_dict(tmp_path):
     first, second = ({f"obs/{key}": np.zeros((5, 2)) for key in keys} for keys in ("ab", "ac"))
     save(tmp_path, arrays(obs=None, **first), arrays(obs=None, **second))
-    with pytest.raises(ValueError, match=r"001.npz observes obs/a, obs/c; expected obs/a, obs/b"):
+    with pytest.raises(ValueError, match=r"observations obs/a, obs/c; expected obs/a, obs/b"):
         list(open_dataset(tmp_path))
 
 
 def test_pictures_of_floats(tmp_path):
     picture = np.zeros((5, 3, 16, 16), np.uint8)
     save(tmp_path, arrays(obs=picture), arrays(obs=picture / 255))
-    with pytest.raises(ValueError, match=r"obs is float64; expected pictures as uint8"):
+    with pytest.raises(ValueError, match=r"obs is float64; expected images as uint8"):
         list(open_dataset(tmp_path))
     with pytest.raises(ValueError, match=r"001.npz: The observation is a box of shape \(3, 16"):
         open_dataset(tmp_path / "001.npz")
@@ -285,16 +309,61 @@ def test_pictures_of_floats(tmp_path):
 @pytest.mark.parametrize(
     ("about", "message"),
     [
-        ("action_dim: [2", r"dataset.yaml is no YAML \("),
+        ("action_dim: [2", r"dataset.yaml is not valid YAML \("),
         ("action_dim: many", "dataset.yaml has action_dim 'many'"),
         ("discrete: 2", "dataset.yaml has discrete 2"),
         ("obs_shape: [4]", r"has observations \(3,\) but dataset.yaml says \[4\]; correct or"),
         ("action_dim: [2, 3]", r"has action_dim \[2, 3\] but discrete is False"),
         ("action_dim: 3", r"000.npz: The actions have shape \(4, 2\); expected \[N, \*\(3,\)\]"),
-        ("discrete: true\naction_dim: 2", "expected choices, which are integers, as 000.npz and d"),
+        (
+            "discrete: true\naction_dim: 2",
+            "choices, which are integers, as in 000.npz and d",
+        ),
     ],
 )
 def test_a_wrong_dataset_yaml(tmp_path, about, message):
-    (save(tmp_path, arrays()) / "dataset.yaml").write_text(about)
+    (save(tmp_path, arrays()) / "dataset.yaml").write_text(f"format: 1\n{about}")
     with pytest.raises(ValueError, match=message):
         list(open_dataset(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("about", "found"), [("action_dim: 2", "no format"), ("format: 2", "format 2"), ("- 1", "no f")]
+)
+def test_dataset_yaml_of_another_version(tmp_path, about, found):
+    (save(tmp_path, arrays()) / "dataset.yaml").write_text(about)
+    with pytest.raises(ValueError, match=f"has {found}.* record the dataset again.* 'format: 1'"):
+        open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["${env.id}", "${oc.env:HOME}", "x${.y}"])
+def test_dataset_yaml_is_never_resolved(tmp_path, value):
+    text = f"format: 1\nenv: {{_target_: a.b, deep: [{{id: '{value}'}}]}}\n"
+    (save(tmp_path, arrays()) / "dataset.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"dataset.yaml contains .* interpolations are not allow"):
+        open_dataset(tmp_path)
+
+
+def test_dataset_yaml_never_makes_objects(tmp_path):
+    text = f"format: 1\nenv: !!python/object/apply:os.mkdir ['{tmp_path / 'made'}']\n"
+    (save(tmp_path, arrays()) / "dataset.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"dataset.yaml is not valid YAML \(line 2 has a tag"):
+        open_dataset(tmp_path)
+    assert not (tmp_path / "made").exists()
+
+
+# ---- what stays readable -------------------------------------------------------------------------
+
+
+def test_datasets_of_format_1_stay_readable():
+    """The fixture: python -m worldloom.collect env=gymnasium env.id=CartPole-v1 env.time_limit=6
+
+    policy=random episodes=2 out=tests/fixtures/dataset
+    """
+    data = open_dataset(Path(__file__).parents[1] / "fixtures" / "dataset")
+    assert data.obs.shape == (4,) and data.actions.discrete and data.actions.action_dim == 2
+    assert data.lengths == [6, 6] and data.env["id"] == "CartPole-v1"
+    for episode in data:
+        assert episode.obs.shape == (7, 4) and episode.obs.dtype == np.float32
+        assert episode.actions.shape == (6, 2) and (episode.actions.sum(1) == 1).all()
+        assert (episode.rewards == 1).all() and (episode.terminated, episode.truncated) == (0, 1)

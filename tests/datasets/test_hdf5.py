@@ -119,10 +119,10 @@ def test_actions_outside_ask_for_the_environment(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"terminals": None}, "a.hdf5 has no terminals but actions, infos, .*D4RL's layout"),
-        ({"observations": None}, "has no observations but"),
-        ({"rewards": np.zeros(9)}, r"rewards has shape \(9,\) but actions \(10, 2\); expected as"),
-        ({"rewards": np.zeros((10, 2))}, r"has shape \(10, 2\) .* rows, of one number each"),
+        ({"terminals": None}, "a.hdf5 has no terminals, only actions, infos, .*D4RL's layout"),
+        ({"observations": None}, "has no observations, only"),
+        ({"rewards": np.zeros(9)}, r"rewards has shape \(9,\) but actions \(10, 2\); expected the"),
+        ({"rewards": np.zeros((10, 2))}, r"has shape \(10, 2\) .* rows, with one number each"),
         ({"next_observations": np.zeros((9, 2))}, r"next_observations has shape \(9, 2\)"),
         ({"rewards": np.full(10, np.nan)}, r"rows 0 to 3: rewards holds nan at index \[0\]"),
         ({"observations": np.full((10, 2), np.nan)}, r"a.hdf5: observations holds nan at index"),
@@ -137,7 +137,7 @@ def test_what_is_wrong_is_named(tmp_path, changes, message):
 
 def test_no_rows(tmp_path):
     empty = {name: array[:0] for name, array in table().items() if array is not None}
-    with pytest.raises(ValueError, match=r"a.hdf5 holds no steps"):
+    with pytest.raises(ValueError, match=r"a.hdf5 has no steps"):
         open_dataset(write(tmp_path / "a.hdf5", **empty))
 
 

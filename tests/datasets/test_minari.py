@@ -100,7 +100,7 @@ def test_it_fits_the_environment_or_is_refused(make):
     obs, actions = ObsSpec.from_space(VECTOR), ActionSpec.from_space(BOX)
     assert len(open_dataset(folder, obs, actions)) == 1
     other = ActionSpec.from_space(spaces.Box(-1, 1, (2,)))
-    with pytest.raises(ValueError, match=r"lie in Box\(\[-2.*of the environment in Box\(-1.0, 1"):
+    with pytest.raises(ValueError, match=r"are in Box\(\[-2.*of the environment in Box\(-1.0, 1"):
         open_dataset(folder, obs, other)
     four = ObsSpec.from_space(spaces.Box(-9, 9, (4,)))
     with pytest.raises(ValueError, match=r"observations has shape \(4, 3\), .*expected \(4,\), as"):
@@ -129,17 +129,17 @@ def test_broken_ones(make):
     about = folder / "data" / "metadata.json"
     text = json.loads(about.read_text())
     about.write_text(json.dumps({k: v for k, v in text.items() if k != "action_space"}))
-    with pytest.raises(ValueError, match=r"metadata.json has no action_space; expected"):
+    with pytest.raises(ValueError, match=r"metadata.json has no action_space; create"):
         open_dataset(folder)
     about.write_text("{")
-    with pytest.raises(ValueError, match=r"metadata.json is no JSON"):
+    with pytest.raises(ValueError, match=r"metadata.json is not valid JSON"):
         open_dataset(folder)
 
 
 def test_actions_outside_the_space(make):
     wrong = episode(3, VECTOR, BOX)
     wrong["actions"][2, 1] = 1.5
-    with pytest.raises(ValueError, match=r"episode 0: The action .*1.5\] at index 2 lies outside"):
+    with pytest.raises(ValueError, match=r"episode 0: The action .*1.5\] at index 2 is outside"):
         list(open_dataset(make([wrong], VECTOR, BOX)))
 
 

@@ -20,7 +20,7 @@ def save(file, width=2):
 
 def test_nothing_there(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"no file or folder gone/x-v0, nor a data set of"):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder gone/x-v0, and no Minari da"):
         open_dataset("gone/x-v0")
 
 

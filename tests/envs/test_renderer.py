@@ -13,15 +13,21 @@ from worldloom.envs.suites.gymnasium import make_env
 def on_linux_without_a_choice(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("MUJOCO_GL", "")
-    renderer._failure.cache_clear()
+    renderer._probe.cache_clear()
     yield
-    renderer._failure.cache_clear()
+    renderer._probe.cache_clear()
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Let use_renderer find MuJoCo although it may be missing; each test replaces the probe."""
+    monkeypatch.setattr(renderer, "_is_installed", lambda package: package == "mujoco")
 
 
 @pytest.mark.parametrize(
     ("broken", "chosen"), [((), "egl"), (("egl",), "osmesa"), (("osmesa",), "egl")]
 )
-def test_the_first_renderer_that_works_is_used(monkeypatch, broken, chosen):
+def test_the_first_renderer_that_works_is_used(installed, monkeypatch, broken, chosen):
     tried = []
 
     def run(command, env, **kwargs):
@@ -38,14 +44,14 @@ def test_the_first_renderer_that_works_is_used(monkeypatch, broken, chosen):
     assert len(tried) <= 2  # the choice is made once
 
 
-def test_the_users_choice_stays(monkeypatch):
+def test_the_users_choice_stays(installed, monkeypatch):
     monkeypatch.setenv("MUJOCO_GL", "glfw")
     monkeypatch.setattr(subprocess, "run", None)  # trying anything would raise
     renderer.use_renderer("mujoco")
     assert os.environ["MUJOCO_GL"] == "glfw"
 
 
-def test_without_a_renderer_the_message_says_what_to_install(monkeypatch):
+def test_without_a_renderer_the_message_says_what_to_install(installed, monkeypatch):
     monkeypatch.setattr(renderer, "PROBE", "raise OSError('libGL is not here')")
     message = r"egl: OSError: libGL is not here.*apt install libegl1"
     with pytest.raises(renderer.RendererError, match=message):

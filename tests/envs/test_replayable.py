@@ -27,7 +27,7 @@ from worldloom.envs.suites import (
     robotics,
 )
 from worldloom.envs.suites.gymnasium import make_env
-from worldloom.envs.vector import Rows, make_vector_env
+from worldloom.envs.vector import RowStream, make_vector_env
 
 # No process can import this file by its name.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -37,7 +37,7 @@ FIELDS = ("rewards", "is_first", "is_last", "is_terminal")
 def rows_of(make, num_envs=1, workers=0, timeout=60.0):
     env = make_vector_env(make, num_envs, workers, timeout)
     obs_spec = ObsSpec.from_space(env.single_observation_space)
-    return Rows(env, obs_spec, ActionSpec.from_space(env.single_action_space))
+    return RowStream(env, obs_spec, ActionSpec.from_space(env.single_action_space))
 
 
 def moved(rows, seed, ticks):
@@ -310,7 +310,9 @@ def test_where_the_seed_is_ignored_only_this_environment_begins_anew(caplog):
     again.load_state_dict(rows.state_dict())
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert re.match(r"the episode of environment 1 could not .*led elsewhere", record.getMessage())
+    assert re.match(
+        r"the episode of environment 1 could not .*a different result", record.getMessage()
+    )
     assert rows._lengths.tolist() == [2, 2, 2] and again._lengths.tolist() == [2, 0, 2]
     assert again.is_first.tolist() == [False, True, False] and again.rewards[1] == 0
     assert again._returns.tolist() == [rows._returns[0], 0.0, rows._returns[2]]
@@ -329,7 +331,7 @@ def test_what_raises_while_it_is_played_again_begins_anew(caplog):
     rows.reset(0)
     rows.step(np.array([[0.9]], np.float32))  # 1.8 in the environment's units
     again.load_state_dict(rows.state_dict())
-    assert "environment 0 could not be played again (ZeroDivisionError: of the simulator)" in (
+    assert "environment 0 could not be replayed (ZeroDivisionError: of the simulator)" in (
         caplog.text
     )
     assert again.is_first.all() and len(again.step(np.zeros((1, 1)))) == 0
@@ -348,7 +350,7 @@ def test_an_episode_that_is_over_must_be_over_again(caplog):
     moved(rows, 0, 7)
     assert rows.is_last.all()
     again.load_state_dict(rows.state_dict())
-    assert "led elsewhere" in caplog.text and again.is_first.all() and not again.is_last.any()
+    assert "a different result" in caplog.text and again.is_first.all() and not again.is_last.any()
 
 
 def test_other_rewards_are_noticed(caplog):
@@ -358,11 +360,11 @@ def test_other_rewards_are_noticed(caplog):
     rows, again = (rows_of(partial(paid, wage)) for wage in (1.0, 1.5))
     moved(rows, 0, 4)
     again.load_state_dict(rows.state_dict())
-    assert "led elsewhere" in caplog.text and again.is_first.all()
+    assert "a different result" in caplog.text and again.is_first.all()
 
 
 def test_episodes_without_end_are_not_remembered(monkeypatch, caplog):
-    monkeypatch.setattr("worldloom.envs.replayable.LONGEST", 6)
+    monkeypatch.setattr("worldloom.envs.replayable.MAX_STEPS", 6)
     rows, again = (rows_of(partial(gym.make, "Pendulum-v1")) for _ in range(2))
     moved(rows, 0, 6)
     again.load_state_dict(rows.state_dict())
@@ -453,7 +455,7 @@ def test_a_worker_that_is_dead_when_it_is_saved_ends_nothing(caplog):
     assert "environment 0 cannot be saved: the process was killed by SIGKILL" in caplog.text
     assert snapshot(rows) == before
     there.load_state_dict(state)
-    assert "environment 0 could not be played again (it could not be saved)" in caplog.text
+    assert "environment 0 could not be replayed (it could not be saved)" in caplog.text
     assert there.is_first[0] and (there.is_first[1:] == rows.is_first[1:]).all()
     rows.step(rows.action_spec.sample(rng, 3))
     assert rows.restarts == 1 and rows.is_first[0]

@@ -8,7 +8,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.suites.gymnasium import make_env
-from worldloom.envs.vector import Rows, episode_length, frames_per_step, make_vector_env
+from worldloom.envs.vector import RowStream, episode_length, frames_per_step, make_vector_env
 from worldloom.envs.workers import WorkerError, WorkerVectorEnv
 from worldloom.envs.wrappers import ActionRepeat
 
@@ -51,7 +51,7 @@ class Scripted(gym.Env):
 
 def rows_of(env):
     obs_spec = ObsSpec.from_space(env.single_observation_space)
-    return Rows(env, obs_spec, ActionSpec.from_space(env.single_action_space))
+    return RowStream(env, obs_spec, ActionSpec.from_space(env.single_action_space))
 
 
 def scripted_rows(*lengths):
@@ -149,7 +149,7 @@ def test_one_environment_for_all_is_refused():
 @pytest.mark.parametrize(("workers", "error"), [(0, TypeError), (1, WorkerError)])
 def test_what_is_no_environment_is_refused(workers, error):
     old = type("OldEnv", (type("Env", (), {"__module__": "gym.core"}),), {})
-    with pytest.raises(error, match=r"OldEnv, an environment of the old gym; expected a gymn"):
+    with pytest.raises(error, match=r"OldEnv, an environment of old gym; expected a gymn"):
         make_vector_env(old, workers=workers)
     with pytest.raises(error, match=r"returned a builtins\.NoneType; expected a gymnasium.Env"):
         make_vector_env(lambda: None, workers=workers)

@@ -25,8 +25,8 @@ from gymnasium.vector import SyncVectorEnv
 
 from worldloom.envs.process import EnvProcess
 from worldloom.envs.spaces import ActionSpec, ObsSpec
-from worldloom.envs.vector import Rows, make_vector_env
-from worldloom.envs.workers import MAX_CRASHES, WorkerError, measured_workers, step_seconds
+from worldloom.envs.vector import RowStream, make_vector_env
+from worldloom.envs.workers import MAX_CRASHES, WorkerError, choose_workers, measure_step
 
 # No process can import this file by its name.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -200,7 +200,7 @@ def test_everything_is_as_from_a_sync_vector_env(num_envs, workers, nested):
 
 def test_rows_and_their_episodes_are_the_same_too():
     here, there = make_vector_env(Lottery, 5), make_vector_env(Lottery, 5, 2)
-    a, b = Rows(here, **specs_of(here)), Rows(there, **specs_of(there))
+    a, b = RowStream(here, **specs_of(here)), RowStream(there, **specs_of(there))
     a.reset(1)
     b.reset(1)
     ended = []
@@ -347,7 +347,7 @@ def test_after_an_interrupted_step_a_reset_is_needed(tmp_path, monkeypatch):
 
 def test_a_killed_worker_is_replaced_and_the_others_go_on(tmp_path, caplog):
     with mortals(tmp_path, 3, 2, {}) as env:
-        rows = Rows(env, **specs_of(env))
+        rows = RowStream(env, **specs_of(env))
         rows.reset(10)
         rows.step(np.zeros((3, 1)))
         old = rows.obs
@@ -400,7 +400,7 @@ def test_fresh_seeds_reproduce_and_differ(tmp_path):
 )
 def test_whatever_happens_to_a_worker(tmp_path, caplog, fate, call, reason):
     with mortals(tmp_path, 2, 2, {0: (call, fate)}, timeout=1.5 if fate == "hang" else 60) as env:
-        rows = Rows(env, **specs_of(env))
+        rows = RowStream(env, **specs_of(env))
         rows.reset(0)
         hit = int(rows.obs[1, 0] == 0)  # which of the two was made first
         for step in range(call - 1):
@@ -431,7 +431,7 @@ def test_a_later_reset_may_crash_too(tmp_path):
 
 @pytest.mark.parametrize(
     ("fate", "words"),
-    [("raise", [r"ValueError: a simulated bug; mend", r"in step\n", r"a simulated\nbug$"]),
+    [("raise", [r"ValueError: a simulated bug; fix", r"in step\n", r"a simulated\nbug$"]),
      ("kill", [r"killed by SIGKILL", r"env\.workers=0, which runs it in the main process$"])],
 )  # fmt: skip
 def test_crash_after_crash_is_no_accident(tmp_path, caplog, fate, words):
@@ -525,7 +525,7 @@ def test_a_measurement_is_short_and_bears_interruptions(clock):
     for seconds, steps in ((1e-6, 201), (0.0039, 40), (0.02, 9), (0.2, 4)):
         env = Timed(seconds, clock)
         # Above 0.15 seconds it ends, but not before 3 steps; one more does not count.
-        assert step_seconds(env) == pytest.approx(seconds, rel=1e-6) and env.steps == steps
+        assert measure_step(env) == pytest.approx(seconds, rel=1e-6) and env.steps == steps
         assert env.resets > steps / 5  # episodes are 5 steps at most
 
 
@@ -533,8 +533,8 @@ def test_auto_gives_processes_only_to_what_is_slow(monkeypatch, caplog, clock):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
     slow, quick = partial(Timed, 0.002, clock), partial(Timed, 0.0004, clock)
-    assert [measured_workers(slow(), n) for n in (1, 2, 3, 8)] == [0, 2, 3, 3]
-    assert measured_workers(quick(), 8) == 0
+    assert [choose_workers(slow(), n) for n in (1, 2, 3, 8)] == [0, 2, 3, 3]
+    assert choose_workers(quick(), 8) == 0
     assert caplog.messages[-1] == "env.workers=auto: 0 (a step takes 0.40 ms, 3 cores)"
     assert len(caplog.messages) == 4
     env = make_vector_env(slow, 2, workers="auto")
@@ -542,12 +542,12 @@ def test_auto_gives_processes_only_to_what_is_slow(monkeypatch, caplog, clock):
     env.close()
     assert isinstance(make_vector_env(quick, 2, workers="auto"), SyncVectorEnv)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
-    assert measured_workers(slow(), 8) == 0
+    assert choose_workers(slow(), 8) == 0
 
 
 def test_what_goes_wrong_while_measuring_is_told_as_it_is(tmp_path):
     with pytest.raises(ValueError, match="a simulated"):
-        measured_workers(Mortal(tmp_path, {0: (3, "raise")}), 2)
+        choose_workers(Mortal(tmp_path, {0: (3, "raise")}), 2)
 
 
 # ---- what the replay gets -----------------------------------------------------------------------

@@ -109,7 +109,7 @@ def test_stacked_images_hold_the_newest_frames_oldest_first(channels_last):
 def test_stacks_are_made_of_images_alone():
     env = make_env("worldloom/Catch-v0", image_size=32, frame_stack=3)
     assert env.observation_space.shape == (32, 32, 9)
-    with pytest.raises(ValueError, match=r"frame_stack=2 was given, but .* observes no image"):
+    with pytest.raises(ValueError, match=r"frame_stack=2 was given, but .* has no images"):
         make_env("CartPole-v1", frame_stack=2)
     with pytest.raises(
         ValueError, match=r"frame_stack is 0; expected at least 1; set env\.frame_stack=1"

@@ -18,7 +18,7 @@ from worldloom.app.run_dir import stands_alone
 from worldloom.app.task import RUNNING, Task
 from worldloom.datasets import Dataset, open_dataset
 from worldloom.datasets.folder import read_about
-from worldloom.envs.spaces import flatten
+from worldloom.trees import flatten_tree
 
 
 def settled(cfg: DictConfig) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def words_to_trust(env: Mapping[str, Any]) -> str:
     ):
         return ""
     named = {key: value for key, value in env.items() if key not in (*RUNNING, "_target_")}
-    options = {key: value for key, value in flatten(named).items() if value is not None}
+    options = {key: value for key, value in flatten_tree(named).items() if value is not None}
     words = [f"env={ours[1]}"] if ours else ["env=custom", f"env._target_={env['_target_']}"]
     words += [f"++env.{key.replace('/', '.')}={value}" for key, value in options.items()]
     return " ".join(words)

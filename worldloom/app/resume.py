@@ -11,8 +11,8 @@ from worldloom.app.build import settled
 from worldloom.app.compose import composed, with_implied
 from worldloom.app.run_dir import CONFIG, SCORES, is_claimed, read_config
 from worldloom.app.saved_config import command, require_trusted, resolve_saved
-from worldloom.envs.spaces import flatten
 from worldloom.presets import config_dir
+from worldloom.trees import flatten_tree
 
 # What a run cannot change any more, with the keys of it that it can.
 FIXED: dict[str, tuple[str, ...]] = {
@@ -107,7 +107,7 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def require_changeable(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Return what a resumed run changes, as lines to print; refuse by name what it cannot."""
-    before, after = flatten(comparable(saved)), flatten(comparable(wanted))
+    before, after = flatten_tree(comparable(saved)), flatten_tree(comparable(wanted))
     lines, refused = [], []
     for key in sorted({*before, *after}):
         old, new = before.get(key), after.get(key)

@@ -18,7 +18,7 @@ from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.suites.custom import make_env as make_custom_env
 from worldloom.envs.suites.custom import split_options
 from worldloom.envs.vector import episode_length, frames_per_step, make_vector_env
-from worldloom.envs.workers import measured_workers
+from worldloom.envs.workers import choose_workers
 from worldloom.errors import suggest
 from worldloom.factory import build_model, import_target
 
@@ -57,7 +57,7 @@ class Task:
             times = episode_length(probe.envs[0]), frames_per_step(probe.envs[0])
             running = {k: env[k] for k in RUNNING if k in env and collects}
             if running.get("workers") == "auto":
-                running["workers"] = measured_workers(probe.envs[0], running.get("num_envs", 1))
+                running["workers"] = choose_workers(probe.envs[0], running.get("num_envs", 1))
         finally:
             probe.close()
         return cls(obs, actions, *times, make_env, running)

@@ -2,8 +2,9 @@
 
 usage: python -m worldloom.envs.check env=<suite> [env.KEY=VALUE …] [steps=1000] [seed=0]
 
-Acts at random and prints one table: observations and what a model gets of them, actions, rewards,
-ends of episodes, seeds and speed; then every problem found. Exits with 1 if there is one.
+Steps the environment with random actions and prints a table of observations (also as models see
+them), actions, rewards, episodes, seeds and speed, followed by all problems. Exits with 1 if there
+are problems.
 """
 
 import sys
@@ -13,19 +14,19 @@ from worldloom.app.compose import readable_errors
 from worldloom.app.saved_config import checked, env_section, split_words
 from worldloom.app.task import blaming, env_maker
 from worldloom.check.environment import EnvProblems, check_env
+from worldloom.errors import require_positive
 
 
 @dataclass
 class CheckConfig:
-    """How long to look, and from which seed."""
+    """Number of steps, and the seed of the first episode."""
 
     steps: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a number of steps that shows nothing."""
-        if self.steps < 1:
-            raise ValueError(f"steps is {self.steps}; expected at least 1")
+        """Raise ValueError for less than one step."""
+        require_positive(steps=self.steps)
 
 
 def main() -> None:

@@ -11,15 +11,17 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from worldloom.envs.spaces import ActionSpec, ObsSpec, flatten
+from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.vector import episode_length
-from worldloom.envs.workers import WORTH_SECONDS
+from worldloom.envs.workers import SLOW_STEP
+from worldloom.trees import flatten_tree
 
-COMPARED = 25  # steps of an episode that are repeated with the same seed
+COMPARED_STEPS = 25  # steps of an episode that are repeated with the same seed
+MAX_SECONDS = 10.0
 
 
 class EnvProblems(ValueError):
-    """What is wrong with an environment; `problems` holds one string per finding."""
+    """Problems of an environment; `problems` holds one string for each."""
 
     def __init__(self, report: "EnvReport") -> None:
         self.report, self.problems = report, report.problems
@@ -28,9 +30,9 @@ class EnvProblems(ValueError):
 
 @dataclass
 class EnvReport:
-    """What was seen of an environment. `str(report)` is the table.
+    """Properties of an environment; `str(report)` formats them as a table.
 
-    problems: what keeps models from learning in it. remarks: what may be meant so.
+    problems: errors that prevent models from learning. remarks: things that may be intended.
     """
 
     name: str
@@ -40,37 +42,23 @@ class EnvReport:
     remarks: list[str] = field(default_factory=list)
 
     def add(self, problem: str) -> None:
-        """Note a problem, once."""
+        """Add a problem unless it was added before."""
         if problem not in self.problems:
             self.problems.append(problem)
 
     def __str__(self) -> str:
-        lines = [self.name]
-        head = ("observation", "space", "seen", "the model sees")
+        head = ("observation", "space", "values", "the model sees")
         table = [head, *self.rows] if self.rows else []
-        widths = [max(len(row[i]) for row in table) for i in range(4)] if table else []
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines = [self.name]
         for row in table:
             cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
             lines.append("  " + "  ".join(cells).rstrip())
         lines += [f"{name:<10}{text}" for name, text in self.facts.items()]
         for title, found in (("remark", self.remarks), ("problem", self.problems)):
             lines += [f"{title} {number}: {text}" for number, text in enumerate(found, 1)]
-        lines.append("nothing is wrong" if not self.problems else "mend the problems above")
+        lines.append("fix the problems above" if self.problems else "no problems found")
         return "\n".join(lines)
-
-
-@dataclass
-class _Episodes:
-    """What random actions brought about."""
-
-    low: dict[str, float] = field(default_factory=dict)
-    high: dict[str, float] = field(default_factory=dict)
-    rewards: list[float] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    terminated: int = 0
-    truncated: int = 0
-    success: bool = False
-    seconds: float = 0.0
 
 
 def check_env(
@@ -82,20 +70,26 @@ def check_env(
     image: str | None = None,
     vector: str | None = None,
 ) -> EnvReport:
-    """Act at random in an environment and return what was seen of it.
+    """Step an environment with random actions and return a report.
 
     env: an environment, or a function that makes one.
-    steps: of how many steps, at most; slow environments make fewer, of some ten seconds.
-    keep, image, vector: what models see, as in `ObsSpec.from_space`.
+    steps: number of steps; fewer if they would take more than about ten seconds.
+    keep, image, vector: the observations of models, as in `ObsSpec.from_space`.
 
     Raises:
         EnvProblems: a ValueError with the table and every problem: what is wrong, what was expected
-            and how to mend it.
+            and how to fix it.
     """
     made: Any = env if isinstance(env, gym.Env) else env()
     report = EnvReport(str(made))
     try:
-        _look(report, made, steps, seed, {"keep": keep, "image": image, "vector": vector})
+        if isinstance(made, gym.Env):
+            _Check(report, made, seed).run(steps, keep=keep, image=image, vector=vector)
+        else:
+            report.add(
+                f"the environment is a {type(made).__module__}.{type(made).__qualname__}; expected "
+                "a gymnasium.Env; derive it from gymnasium.Env"
+            )
     finally:
         if made is not env and hasattr(made, "close"):
             made.close()
@@ -104,204 +98,204 @@ def check_env(
     return report
 
 
-def _look(report: EnvReport, env: Any, steps: int, seed: int, choice: dict[str, Any]) -> None:
-    if not isinstance(env, gym.Env):
-        report.add(
-            f"it is a {type(env).__module__}.{type(env).__qualname__}; expected a gymnasium.Env; "
-            "derive it from gymnasium.Env"
-        )
-        return
-    try:
-        obs_spec = ObsSpec.from_space(env.observation_space, **choice)
-        action_spec = ActionSpec.from_space(env.action_space)
-    except ValueError as error:
-        report.add(str(error))
-        return
-    episodes = _Episodes()
-    try:
-        _check_seeds(report, env, action_spec, seed)
-        _run(report, env, action_spec, steps, seed, episodes)
-    except _Stop:
-        pass
-    except Exception as error:
-        report.add(f"it raised {type(error).__name__}{_place(error)}: {error}; mend that first")
-    _describe(report, env, obs_spec, action_spec, episodes)
+class _StopCheck(Exception):
+    """A problem that makes further steps useless was reported."""
 
 
-class _Stop(Exception):
-    """Nothing more can be found out."""
+class _Check:
+    """A check in progress: the environment, and statistics of its steps."""
 
+    def __init__(self, report: EnvReport, env: gym.Env, seed: int) -> None:
+        self.report, self.env, self.seed = report, env, seed
+        self.low: dict[str, float] = {}
+        self.high: dict[str, float] = {}
+        self.rewards: list[float] = []
+        self.lengths: list[int] = []
+        self.terminated = 0
+        self.has_success = False
+        self.seconds = 0.0
 
-def _check_seeds(report: EnvReport, env: gym.Env, actions: ActionSpec, seed: int) -> None:
-    """Compare episodes of the same seed, and of another."""
-    first, again, other = (_trace(report, env, actions, s) for s in (seed, seed, seed + 1))
-    if not _same(first, again):
-        report.add(
-            f"reset(seed={seed}) twice and the same actions gave different episodes; expected the "
-            "same; draw all that is random from self.np_random, after super().reset(seed=seed)"
-        )
-    text = "the same seed gives the same episode"
-    if _same(first, other):
-        report.remarks.append(
-            "another seed gives the same episode; where starts should differ, draw them from "
-            "self.np_random"
-        )
-    elif not report.problems:
-        report.facts["seeds"] = f"{text}, another seed another one"
+    def run(self, steps: int, **choice: str | None) -> None:
+        """Check spaces, seeds and steps, and fill the report."""
+        try:
+            obs_spec = ObsSpec.from_space(self.env.observation_space, **choice)
+            self.actions = ActionSpec.from_space(self.env.action_space)
+        except ValueError as error:
+            self.report.add(str(error))
+            return
+        try:
+            self._check_seeds()
+            self._run_episodes(steps)
+        except _StopCheck:
+            pass
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{Path(frame.filename).name}:{frame.lineno}"
+            self.report.add(
+                f"the environment raised {type(error).__name__} in {place}: {error}; fix this first"
+            )
+        self._describe_spaces(obs_spec)
+        if self.rewards:
+            self._describe_steps()
 
+    def _check_seeds(self) -> None:
+        """Compare two episodes of the same seed, and one of another seed."""
+        first, again, other = (self._trace(s) for s in (self.seed, self.seed, self.seed + 1))
+        if first != again:
+            self.report.add(
+                f"two episodes with reset(seed={self.seed}) and the same actions differ; expected "
+                "equal ones; draw all random numbers from self.np_random, after "
+                "super().reset(seed=seed)"
+            )
+        if first == other:
+            self.report.remarks.append(
+                "another seed gives the same episode; if episodes should differ, draw their start "
+                "from self.np_random"
+            )
+        elif not self.report.problems:
+            text = "equal seeds give equal episodes, another seed a different one"
+            self.report.facts["seeds"] = text
 
-def _trace(report: EnvReport, env: gym.Env, actions: ActionSpec, seed: int) -> list[Any]:
-    """Return all that a few steps from a seed return."""
-    rng = np.random.default_rng(0)
-    seen: list[Any] = [_arrays(_reset(report, env, seed))]
-    for _ in range(COMPARED):
-        obs, reward, terminated, truncated, _ = _step(report, env, actions, rng)
-        seen += [_arrays({"obs": obs, "reward": reward}), terminated, truncated]
-        if terminated or truncated:
-            break
-    return seen
+    def _trace(self, seed: int) -> list[Any]:
+        """Return everything that the first steps of an episode return, in comparable form."""
+        rng = np.random.default_rng(0)
+        trace: list[Any] = [_make_comparable(self._reset(seed))]
+        for _ in range(COMPARED_STEPS):
+            obs, reward, terminated, truncated, _ = self._step(rng)
+            trace.append((_make_comparable({"obs": obs, "reward": reward}), terminated, truncated))
+            if terminated or truncated:
+                break
+        return trace
 
+    def _run_episodes(self, steps: int) -> None:
+        rng, length = np.random.default_rng(self.seed), 0
+        start = time.perf_counter()
+        obs, checking = self._reset(self.seed), 0.0
+        for _ in range(steps):
+            before = time.perf_counter()
+            self._check_obs(obs)
+            checking += time.perf_counter() - before
+            obs, reward, terminated, truncated, info = self._step(rng)
+            length += 1
+            self.rewards.append(float(reward))
+            self.has_success |= "success" in info
+            if terminated or truncated:
+                self.lengths.append(length)
+                self.terminated += bool(terminated)
+                self._check_obs(obs)
+                obs, length = self._reset(None), 0
+            self.seconds = time.perf_counter() - start - checking
+            if self.seconds > MAX_SECONDS:
+                break
 
-def _run(
-    report: EnvReport, env: gym.Env, actions: ActionSpec, steps: int, seed: int, seen: _Episodes
-) -> None:
-    rng, length = np.random.default_rng(seed), 0
-    start = time.perf_counter()
-    obs, lent = _reset(report, env, seed), 0.0
-    for _ in range(steps):
-        looked = time.perf_counter()
-        _check_obs(report, env, obs, seen)
-        lent += time.perf_counter() - looked
-        obs, reward, terminated, truncated, info = _step(report, env, actions, rng)
-        length += 1
-        seen.rewards.append(float(reward))
-        seen.success |= "success" in info
-        if terminated or truncated:
-            seen.lengths.append(length)
-            seen.terminated += bool(terminated)
-            seen.truncated += bool(truncated and not terminated)
-            _check_obs(report, env, obs, seen)
-            obs, length = _reset(report, env, None), 0
-        seen.seconds = time.perf_counter() - start - lent
-        if seen.seconds > 10.0:
-            break
+    def _reset(self, seed: int | None) -> Any:
+        result: Any = self.env.reset(seed=seed)
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+            self.report.add(
+                f"reset returned {_describe_type(result)}; expected the tuple (obs, info) with a "
+                "dict as info, as in gymnasium and in gym since version 0.26"
+            )
+            raise _StopCheck
+        return result[0]
 
+    def _step(self, rng: np.random.Generator) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        action = self.actions.decode(self.actions.sample(rng, 1))[0]
+        result: Any = self.env.step(action)
+        if not (isinstance(result, tuple) and len(result) == 5 and isinstance(result[4], dict)):
+            self.report.add(
+                f"step returned {_describe_type(result)}; expected the tuple (obs, reward, "
+                "terminated, truncated, info); a time limit sets truncated, the end of the task "
+                "terminated"
+            )
+            raise _StopCheck
+        _, reward, terminated, truncated, _ = result
+        for name, flag in (("terminated", terminated), ("truncated", truncated)):
+            if not isinstance(flag, bool | np.bool_):
+                self.report.add(f"{name} is {flag!r}; expected True or False; return bool({name})")
+        if not np.isscalar(reward) and np.size(reward) != 1:
+            self.report.add(f"the reward is {reward!r}; expected one number; return float(reward)")
+            raise _StopCheck
+        if not math.isfinite(float(reward)):
+            self.report.add(f"the reward is {reward}; expected a finite number")
+        return result
 
-def _reset(report: EnvReport, env: gym.Env, seed: int | None) -> Any:
-    result: Any = env.reset(seed=seed)
-    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
-        report.add(
-            f"reset returned {_kind(result)}; expected the tuple (obs, info), info a dict; this is "
-            "how gymnasium has it since gym 0.26"
-        )
-        raise _Stop
-    return result[0]
+    def _check_obs(self, obs: Any) -> None:
+        """Compare one observation with its space, key by key."""
+        spaces, arrays = flatten_tree(self.env.observation_space), flatten_tree(obs)
+        if set(spaces) != set(arrays):
+            self.report.add(
+                f"an observation has the keys {sorted(arrays)}, but the observation space "
+                f"{sorted(spaces)}; return exactly the keys of the space"
+            )
+            raise _StopCheck
+        for key, space in spaces.items():
+            self._check_array(key, arrays[key], space)
 
-
-def _step(
-    report: EnvReport, env: gym.Env, actions: ActionSpec, rng: np.random.Generator
-) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-    action = actions.decode(actions.sample(rng, 1))[0]
-    result: Any = env.step(action)
-    if not (isinstance(result, tuple) and len(result) == 5 and isinstance(result[4], dict)):
-        report.add(
-            f"step returned {_kind(result)}; expected the tuple (obs, reward, terminated, "
-            "truncated, info); a time limit is truncated, an end of the task terminated"
-        )
-        raise _Stop
-    _, reward, terminated, truncated, _ = result
-    for name, flag in (("terminated", terminated), ("truncated", truncated)):
-        if not isinstance(flag, bool | np.bool_):
-            report.add(f"{name} is {flag!r}; expected True or False; return bool({name})")
-    if not np.isscalar(reward) and np.size(reward) != 1:
-        report.add(f"the reward is {reward!r}; expected one number; return float(reward)")
-        raise _Stop
-    if not math.isfinite(float(reward)):
-        report.add(f"the reward is {reward}; expected a finite number")
-    return result
-
-
-def _check_obs(report: EnvReport, env: gym.Env, obs: Any, seen: _Episodes) -> None:
-    """Hold one observation against its space, key by key."""
-    spaces, arrays = flatten(env.observation_space), flatten(obs)
-    if set(spaces) != set(arrays):
-        report.add(
-            f"an observation has {sorted(arrays)} but the observation space {sorted(spaces)}; "
-            "return every key, and no other"
-        )
-        raise _Stop
-    for key, space in spaces.items():
+    def _check_array(self, key: str, value: Any, space: gym.Space) -> None:
         what = f"the observation '{key}'" if key else "the observation"
-        value = np.asarray(arrays[key])
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            report.add(f"{what} holds NaN or infinity; expected finite numbers")
-            continue
-        if value.shape != (space.shape or ()):
-            report.add(f"{what} has shape {value.shape}; its space says {space.shape}")
-            raise _Stop
-        if isinstance(space, gym.spaces.Box) and value.dtype != space.dtype:
-            report.add(f"{what} is {value.dtype}; its space says {space.dtype}; return that")
-        elif not space.contains(arrays[key]):
-            got = f"reaches from {value.min()} to {value.max()}"
-            report.add(f"{what} {got}, outside its space {space}; widen the space, or clip")
-        if value.size and value.dtype.kind in "fiub":
-            seen.low[key] = min(seen.low.get(key, math.inf), float(value.min()))
-            seen.high[key] = max(seen.high.get(key, -math.inf), float(value.max()))
+        array = np.asarray(value)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            self.report.add(f"{what} holds NaN or infinity; expected finite numbers")
+            return
+        if array.shape != (space.shape or ()):
+            self.report.add(f"{what} has shape {array.shape}, but its space {space.shape}")
+            raise _StopCheck
+        if isinstance(space, gym.spaces.Box) and array.dtype != space.dtype:
+            self.report.add(
+                f"{what} is {array.dtype}, but its space {space.dtype}; return {space.dtype}"
+            )
+        elif not space.contains(value):
+            values = f"has values from {array.min()} to {array.max()}"
+            self.report.add(f"{what} {values}, outside its space {space}; widen the space, or clip")
+        if array.size and array.dtype.kind in "fiub":
+            self.low[key] = min(self.low.get(key, math.inf), float(array.min()))
+            self.high[key] = max(self.high.get(key, -math.inf), float(array.max()))
+
+    def _describe_spaces(self, obs_spec: ObsSpec) -> None:
+        for key, space in flatten_tree(self.env.observation_space).items():
+            values = f"{self.low[key]:.4g} to {self.high[key]:.4g}" if key in self.low else "none"
+            model = obs_spec.describe(key) if key in obs_spec.parts else "nothing (left out)"
+            self.report.rows.append((key or "obs", _format_space(space), values, model))
+        kind = "one-hot choices" if self.actions.discrete else "continuous in [-1, 1]"
+        space = _format_space(self.env.action_space)
+        self.report.facts["actions"] = f"{space}: {self.actions.action_dim}, {kind}"
+
+    def _describe_steps(self) -> None:
+        facts, steps = self.report.facts, len(self.rewards)
+        low, mean, high = min(self.rewards), float(np.mean(self.rewards)), max(self.rewards)
+        facts["rewards"] = f"{low:.4g} to {high:.4g} per step, {mean:.4g} on average"
+        limit = episode_length(self.env)
+        limit_text = f"time limit {limit:,} steps" if limit else "no time limit"
+        ends = f"{self.terminated} terminated, {len(self.lengths) - self.terminated} truncated"
+        if self.lengths:
+            ends += f" after {min(self.lengths):,} to {max(self.lengths):,} steps"
+        facts["episodes"] = f"{steps:,} random steps: {ends}; {limit_text}"
+        if not self.lengths and not limit:
+            self.report.remarks.append(
+                f"no episode ended in {steps:,} steps, and there is no time limit; set "
+                "env.time_limit, or use gymnasium.wrappers.TimeLimit"
+            )
+        if limit and self.lengths and max(self.lengths) > limit:
+            self.report.add(f"an episode had {max(self.lengths):,} steps despite its {limit_text}")
+        if self.has_success:
+            facts["success"] = 'info["success"] exists; its mean is logged as eval/success'
+        per_step = self.seconds / steps
+        advice = "use workers" if per_step > SLOW_STEP else "fastest without workers"
+        rate = 1 / max(per_step, 1e-9)
+        facts["speed"] = f"{rate:,.0f} steps/s, resets included: {advice}"
 
 
-def _describe(
-    report: EnvReport, env: gym.Env, obs_spec: ObsSpec, actions: ActionSpec, seen: _Episodes
-) -> None:
-    for key, space in flatten(env.observation_space).items():
-        ranged = f"{seen.low[key]:.4g} to {seen.high[key]:.4g}" if key in seen.low else "nothing"
-        model = obs_spec.describe(key) if key in obs_spec.parts else "nothing: left out"
-        report.rows.append((key or "obs", _short(space), ranged, model))
-    kind = "one-hot choices" if actions.discrete else "continuous in [-1, 1]"
-    report.facts["actions"] = f"{_short(env.action_space)}: {actions.action_dim}, {kind}"
-    if not seen.rewards:
-        return
-    low, mean, high = min(seen.rewards), float(np.mean(seen.rewards)), max(seen.rewards)
-    report.facts["rewards"] = f"{low:.4g} to {high:.4g} a step, {mean:.4g} on average"
-    limit = episode_length(env)
-    limited = f"time limit {limit:,} steps" if limit else "no time limit"
-    ends = f"{seen.terminated} terminated, {seen.truncated} truncated"
-    if seen.lengths:
-        ends += f" after {min(seen.lengths):,} to {max(seen.lengths):,} steps"
-    report.facts["episodes"] = f"{len(seen.rewards):,} steps at random: {ends}; {limited}"
-    if not seen.lengths and not limit:
-        report.remarks.append(
-            f"no episode ended in {len(seen.rewards):,} steps and there is no time limit; set one "
-            "by env.time_limit, or wrap it in gymnasium.wrappers.TimeLimit"
-        )
-    if limit and seen.lengths and max(seen.lengths) > limit:
-        report.add(f"an episode of {max(seen.lengths):,} steps outlived its {limited}")
-    if seen.success:
-        report.facts["success"] = 'info["success"] is there: its mean is logged as eval/success'
-    per_step = seen.seconds / len(seen.rewards)
-    pays = per_step > WORTH_SECONDS
-    advice = "processes of their own pay" if pays else "best stepped in one process"
-    report.facts["speed"] = f"{1 / max(per_step, 1e-9):,.0f} steps/s, resets included: {advice}"
+def _make_comparable(obs: Any) -> dict[str, Any]:
+    """Return the arrays of an observation as bytes, so that NaN equals NaN."""
+    arrays = {key: np.asarray(value) for key, value in flatten_tree(obs).items()}
+    return {
+        key: (x.shape, x.dtype, x.tolist() if x.dtype == object else x.tobytes())
+        for key, x in arrays.items()
+    }
 
 
-def _arrays(obs: Any) -> dict[str, np.ndarray]:
-    return {key: np.array(value) for key, value in flatten(obs).items()}
-
-
-def _same(first: list[Any], second: list[Any]) -> bool:
-    return len(first) == len(second) and all(
-        a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
-        if isinstance(a, dict)
-        else a == b
-        for a, b in zip(first, second, strict=True)
-    )
-
-
-def _equal(a: np.ndarray, b: np.ndarray) -> bool:
-    return np.array_equal(a, b, equal_nan=a.dtype.kind == "f" == b.dtype.kind)
-
-
-def _short(space: gym.Space) -> str:
-    """Write a space on one short line; bounds that are arrays as their extremes."""
+def _format_space(space: gym.Space) -> str:
+    """Format a space on one short line; array bounds as their extremes."""
     if isinstance(space, gym.spaces.MultiDiscrete):
         return f"MultiDiscrete({space.nvec.size} choices of up to {space.nvec.max()})"
     if not isinstance(space, gym.spaces.Box):
@@ -309,12 +303,7 @@ def _short(space: gym.Space) -> str:
     return f"Box({space.low.min():.4g}, {space.high.max():.4g}, {space.shape}, {space.dtype})"
 
 
-def _kind(value: Any) -> str:
+def _describe_type(value: Any) -> str:
     if not isinstance(value, tuple):
         return f"a {type(value).__name__}"
     return f"({', '.join(type(part).__name__ for part in value)})"
-
-
-def _place(error: Exception) -> str:
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f" in {Path(frame.filename).name}:{frame.lineno}"

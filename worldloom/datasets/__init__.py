@@ -1,14 +1,14 @@
-"""Recorded experience: one way to read each format in which it is kept.
+"""Datasets of recorded episodes, with one reader for each file format.
 
-`open_dataset` tells the formats apart. All of them become the same episodes, as models see them;
-worldloom/datasets/folder.py documents the format that worldloom writes itself.
+All formats become the same episodes, as models see them. worldloom/datasets/folder.py documents the
+format that worldloom writes.
 """
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from worldloom.datasets.episode import Dataset, Episode, require_agreement
+from worldloom.datasets.episode import Dataset, Episode, require_same_spaces
 from worldloom.datasets.folder import open_folder
 from worldloom.datasets.hdf5 import SUFFIXES, open_hdf5
 from worldloom.datasets.minari import open_minari
@@ -22,25 +22,25 @@ Reader = Callable[[Path, ObsSpec | None, ActionSpec | None], Dataset]
 def open_dataset(
     path: str | Path, obs: ObsSpec | None = None, actions: ActionSpec | None = None
 ) -> Dataset:
-    """Open a folder of episodes, HDF5 files in D4RL's layout, or a data set of Minari.
+    """Open a folder of episodes, HDF5 files in D4RL's layout, or a Minari dataset.
 
-    path: of a folder or file, or the id of a data set of Minari.
-    obs, actions: of the environment in which a model will act, which the data must fit.
+    path: folder, file, or id of a Minari dataset.
+    obs, actions: of the environment in which a model will act; the data must match them.
 
     Raises:
-        FileNotFoundError: there is nothing at the path.
-        ValueError: it holds no data, or none that fits; names the file and what is wrong in it.
+        FileNotFoundError: nothing exists at the path.
+        ValueError: the data is missing, broken or does not match; names the file and the problem.
         ImportError: h5py or minari is missing; names the extra that installs it.
     """
-    reader, found = _detect(Path(path).expanduser())
+    reader, found = _find_reader(Path(path).expanduser())
     dataset = reader(found, obs, actions)
     if obs is not None and actions is not None:
-        require_agreement(dataset, obs, actions)
+        require_same_spaces(dataset, obs, actions)
     return dataset
 
 
-def _detect(path: Path) -> tuple[Reader, Path]:
-    """Tell from what lies at a path how it is read."""
+def _find_reader(path: Path) -> tuple[Reader, Path]:
+    """Return the reader for a path, and the path that it reads."""
     if path.is_dir():
         if any((folder / "metadata.json").is_file() for folder in (path, path / "data")):
             return open_minari, path
@@ -48,24 +48,24 @@ def _detect(path: Path) -> tuple[Reader, Path]:
     elif path.is_file():
         suffixes = {path.suffix}
     else:
-        return open_minari, _downloaded(path)
+        return open_minari, _find_minari(path)
     npz, hdf5 = ".npz" in suffixes, bool(suffixes & {*SUFFIXES})
     if npz == hdf5:
         raise ValueError(
             f"{path} holds {'both .npz and HDF5 files' if npz else 'no data'}; expected .npz files,"
-            " one per episode (worldloom/datasets/folder.py says what is in them), HDF5 files in "
-            "D4RL's layout (.hdf5, .h5), or a data set of Minari (data/metadata.json)"
+            " one per episode (see worldloom/datasets/folder.py), HDF5 files in D4RL's layout "
+            "(.hdf5, .h5), or a Minari dataset (data/metadata.json)"
         )
     return open_folder if npz else open_hdf5, path
 
 
-def _downloaded(path: Path) -> Path:
-    """Return the folder of a data set of Minari by its id."""
+def _find_minari(path: Path) -> Path:
+    """Return the folder of a downloaded Minari dataset by its id."""
     root = os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets"
     folder = Path(root) / path
     if not (folder / "data" / "metadata.json").is_file():
         raise FileNotFoundError(
-            f"there is no file or folder {path}, nor a data set of Minari with this id in {root}; "
-            "set data.path to what there is (MINARI_DATASETS_PATH says where Minari's lie)"
+            f"there is no file or folder {path}, and no Minari dataset with this id in {root}; set "
+            "data.path to an existing dataset (MINARI_DATASETS_PATH is the folder of Minari's)"
         )
     return folder

@@ -1,9 +1,9 @@
-"""Episodes of a data set as models see them, and the checks on the way there.
+"""Episodes of a dataset as models see them, and the checks of recorded arrays.
 
 Letters used in shapes: N steps of an episode, A = width of an action.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,17 +11,18 @@ import numpy as np
 from gymnasium import Space, spaces
 
 from worldloom.envs.spaces import ActionSpec, Obs, ObsSpec
+from worldloom.trees import flatten_tree
 
 Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Episode:
-    """An episode in Gymnasium's order: the reward that followed action t stands at t.
+    """An episode in Gymnasium's order: the reward that followed action t has index t.
 
-    source: where it was read, for messages.
-    obs: [N + 1, *shape] as `ObsSpec.encode` returns them, or a dict of such; [N, *shape] where
-        what the last action led to is not known.
+    source: file and place that it was read from, for messages.
+    obs: [N + 1, *shape] as returned by `ObsSpec.encode`, or a dict of arrays; [N, *shape] if the
+        observation after the last action is not known.
     actions: [N, A] float32 in [-1, 1], or one-hot. rewards: [N] float32.
     """
 
@@ -36,11 +37,11 @@ class Episode:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set whose sizes are known and whose episodes are read one after the other.
+    """A dataset of known size, whose episodes are read one after the other.
 
-    path: as it was named. obs, actions: what models see and do in it.
-    lengths: steps of each episode. read: begins reading all episodes.
-    env: the section of a run's configuration that made its environment, where it says so.
+    path: as given by the user. obs, actions: spaces of the data, as models see them.
+    lengths: steps of each episode. read: starts reading all episodes.
+    env: section of the configuration that made its environment, if the dataset contains it.
     """
 
     path: str
@@ -65,19 +66,19 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Specs:
-    """How the arrays of a file become episodes.
+class Schema:
+    """Conversion of the arrays of a file to episodes.
 
-    like: what says so, for messages: "expected …, as {like}".
-    advice: what to do about actions that lie outside the action space; a sentence.
+    reference: what the arrays have to match, for messages: "expected ..., as in {reference}".
+    advice: how to fix actions outside the action space; a sentence.
     """
 
     obs: ObsSpec
     actions: ActionSpec
-    like: str
+    reference: str
     advice: str
 
-    def episode(
+    def make_episode(
         self,
         source: str,
         obs: Any,
@@ -89,26 +90,27 @@ class Specs:
         *,
         name: str = "obs",
     ) -> Episode:
-        """Check an episode's arrays and turn them into what models see.
+        """Check the arrays of an episode and convert them for models.
 
-        obs: an array, or a dict of them, nested too. name: what the file calls them.
+        obs: an array, or a nested dict of arrays. name: the file's name for them.
 
         Raises:
-            ValueError: names the source, the array and where in it.
+            ValueError: names the source, the array and the index.
         """
         steps = len(actions)
         if steps == 0:
-            raise ValueError(f"{source} has no actions; expected at least one step; leave it out")
-        require_numbers(source, "actions", actions)
-        require_numbers(source, "rewards", rewards)
+            raise ValueError(f"{source} has no actions; expected at least one step; delete it")
+        require_numbers(f"{source}: actions", actions)
+        require_numbers(f"{source}: rewards", rewards)
         if rewards.shape != (steps,):
             raise ValueError(
                 f"{source}: rewards has shape {rewards.shape}; expected ({steps},), one for each "
                 "action"
             )
+        arrays = {k: np.asarray(x) for k, x in flatten_tree(obs, prefix=name).items()}
         return Episode(
             source,
-            self._encode_obs(source, named(obs, name), steps, name),
+            self._encode_obs(source, arrays, steps, name),
             self._encode_actions(source, actions),
             rewards.astype(np.float32),
             bool(terminated),
@@ -118,37 +120,43 @@ class Specs:
 
     def _encode_obs(self, source: str, arrays: Arrays, steps: int, name: str) -> Obs:
         parts = {f"{name}/{key}" if key else name: part for key, part in self.obs.parts.items()}
-        arrays = without(arrays, self.obs.dropped, name)
+        arrays = drop_keys(arrays, self.obs.dropped, name)
         if set(arrays) != set(parts):
             raise ValueError(
-                f"{source} observes {', '.join(sorted(arrays))}; expected "
-                f"{', '.join(sorted(parts))}, as {self.like}"
+                f"{source} has the observations {', '.join(sorted(arrays))}; expected "
+                f"{', '.join(sorted(parts))}, as in {self.reference}"
             )
-        encoded = {}
-        for key, array in arrays.items():
-            require_numbers(source, key, array)
-            if len(array) not in (steps, steps + 1):
-                raise ValueError(
-                    f"{source}: {key} has {len(array)} rows for {steps} actions; expected "
-                    f"{steps + 1}, the last one being what the last action led to"
-                )
-            part = parts[key]
-            if part.dtype == "uint8" and array.dtype != np.uint8:
-                raise ValueError(
-                    f"{source}: {key} is {array.dtype}; expected pictures as uint8 from 0 to 255, "
-                    f"as {self.like}"
-                )
-            try:
-                seen = part.encode(array)
-            except (ValueError, IndexError) as error:  # as a choice that is none, or of wrong axes
-                raise ValueError(f"{source}: {key} does not fit {self.like} ({error})") from error
-            if seen.shape[1:] != part.shape:
-                raise ValueError(
-                    f"{source}: {key} has shape {array.shape}, which models see as {seen.shape[1:]}"
-                    f"; expected {part.shape}, as {self.like}"
-                )
-            encoded[key.removeprefix(name).removeprefix("/")] = seen
+        encoded = {
+            key.removeprefix(name).removeprefix("/"): self._encode_part(
+                f"{source}: {key}", array, parts[key], steps
+            )
+            for key, array in arrays.items()
+        }
         return encoded.get("", encoded)
+
+    def _encode_part(self, what: str, array: np.ndarray, part: Any, steps: int) -> np.ndarray:
+        """Check and convert one array of the observations; what: its source and name."""
+        require_numbers(what, array)
+        if len(array) not in (steps, steps + 1):
+            raise ValueError(
+                f"{what} has {len(array)} rows for {steps} actions; expected {steps + 1}, the last "
+                "one after the last action"
+            )
+        if part.dtype == "uint8" and array.dtype != np.uint8:
+            raise ValueError(
+                f"{what} is {array.dtype}; expected images as uint8 from 0 to 255, as in "
+                f"{self.reference}"
+            )
+        try:
+            encoded = part.encode(array)
+        except (ValueError, IndexError) as error:  # an invalid choice, or a wrong number of axes
+            raise ValueError(f"{what} does not match {self.reference} ({error})") from error
+        if encoded.shape[1:] != part.shape:
+            raise ValueError(
+                f"{what} has shape {array.shape}, which becomes {encoded.shape[1:]} for models; "
+                f"expected {part.shape}, as in {self.reference}"
+            )
+        return encoded
 
     def _encode_actions(self, source: str, actions: np.ndarray) -> np.ndarray:
         space, (steps, *width) = self.actions.space, actions.shape
@@ -156,9 +164,9 @@ class Specs:
             kinds = ("numbers in [-1, 1]", "choices, which are integers")
             raise ValueError(
                 f"{source}: actions are {actions.dtype}; expected {kinds[self.actions.discrete]}, "
-                f"as {self.like}"
+                f"as in {self.reference}"
             )
-        if np.prod(width) == np.prod(space.shape or ()) == 1:  # with an axis of its own or without
+        if np.prod(width) == np.prod(space.shape or ()) == 1:  # with or without an axis for it
             actions = actions.reshape(steps, *(space.shape or ()))
         try:
             return self.actions.encode(actions)
@@ -166,48 +174,41 @@ class Specs:
             raise ValueError(f"{source}: {error} {self.advice}") from error
 
 
-def named(obs: Any, name: str) -> Arrays:
-    """Return the arrays of an observation by the names that messages use: "obs", "obs/camera"."""
-    if not isinstance(obs, Mapping):
-        return {name: np.asarray(obs)}
-    leaves: Arrays = {}
-    for key, value in obs.items():
-        leaves |= named(value, f"{name}/{key}" if key else name)
-    return leaves
-
-
-def without(arrays: Arrays, dropped: Collection[str], name: str = "obs") -> Arrays:
-    """Leave out the arrays that models do not see."""
+def drop_keys(arrays: Arrays, dropped: Collection[str], name: str = "obs") -> Arrays:
+    """Return the arrays without those that models do not see."""
     return {k: x for k, x in arrays.items() if k.removeprefix(f"{name}/") not in dropped}
 
 
-def require_numbers(source: str, name: str, array: np.ndarray) -> None:
-    """Refuse an array that holds no numbers, or some that are not finite in float32."""
+def require_numbers(what: str, array: np.ndarray) -> None:
+    """Raise ValueError for an array without numbers, or with numbers not finite in float32.
+
+    what: source and name of the array, for the message.
+    """
     if array.dtype.kind not in "fiub" or array.ndim == 0:
         raise ValueError(
-            f"{source}: {name} is {array.dtype} of shape {array.shape}; expected an array of "
-            "numbers with one row per step"
+            f"{what} is {array.dtype} of shape {array.shape}; expected an array of numbers with "
+            "one row per step"
         )
     if array.dtype.kind != "f":
         return
-    with np.errstate(over="ignore"):  # too large a number becomes infinite, which is reported
+    with np.errstate(over="ignore"):  # too large numbers become infinite, which is reported
         finite = np.isfinite(array.astype(np.float32, copy=False))
     if not finite.all():
         at = np.argwhere(~finite)[0].tolist()
         raise ValueError(
-            f"{source}: {name} holds {array[tuple(at)]} at index {at}; only finite numbers can be "
-            "trained on; mend the episode or leave it out"
+            f"{what} holds {array[tuple(at)]} at index {at}; expected finite numbers; fix the "
+            "episode or delete it"
         )
 
 
 def infer_obs(source: str, arrays: Arrays, name: str = "obs") -> ObsSpec:
-    """Work out what models see of an episode's arrays: pictures if 3-D uint8, else vectors."""
+    """Infer the observations from an episode's arrays: images if 3-D uint8, else vectors."""
     boxes: dict[str, Space] = {}
     for key, array in arrays.items():
-        require_numbers(source, key, array)
-        picture = array.dtype == np.uint8 and array.ndim == 4
-        bounds = (0, 255, array.shape[1:], np.uint8) if picture else (-np.inf, np.inf)
-        shape = () if picture else (array.shape[1:],)
+        require_numbers(f"{source}: {key}", array)
+        image = array.dtype == np.uint8 and array.ndim == 4
+        bounds = (0, 255, array.shape[1:], np.uint8) if image else (-np.inf, np.inf)
+        shape = () if image else (array.shape[1:],)
         boxes[key.removeprefix(name).removeprefix("/")] = spaces.Box(*bounds, *shape)
     try:
         return ObsSpec.from_space(boxes[""] if "" in boxes else spaces.Dict(boxes))
@@ -215,8 +216,8 @@ def infer_obs(source: str, arrays: Arrays, name: str = "obs") -> ObsSpec:
         raise ValueError(f"{source}: {error}") from error
 
 
-def model_actions(action_dim: int | tuple[int, ...], discrete: bool) -> ActionSpec:
-    """Return the space of a model's own actions: choices counted from 0, or [-1, 1]."""
+def make_action_spec(action_dim: int | tuple[int, ...], discrete: bool) -> ActionSpec:
+    """Return the action space of models: choices counted from 0, or [-1, 1]."""
     if not discrete:
         assert isinstance(action_dim, int)
         return ActionSpec.from_space(spaces.Box(-1.0, 1.0, (action_dim,)))
@@ -225,19 +226,19 @@ def model_actions(action_dim: int | tuple[int, ...], discrete: bool) -> ActionSp
     return ActionSpec.from_space(spaces.MultiDiscrete(list(action_dim)))
 
 
-def choices_up_to(most: np.ndarray) -> ActionSpec:
-    """Return the choices of which these integers (of each group, or a single one) are the last."""
-    sizes = tuple(int(n) + 1 for n in most.reshape(-1))
-    return model_actions(sizes if len(sizes) > 1 else sizes[0], True)
+def infer_choices(largest: np.ndarray) -> ActionSpec:
+    """Return the action space of choices, given the largest integer of each group (or of one)."""
+    sizes = tuple(int(n) + 1 for n in largest.reshape(-1))
+    return make_action_spec(sizes if len(sizes) > 1 else sizes[0], True)
 
 
-def require_agreement(dataset: Dataset, obs: ObsSpec, actions: ActionSpec) -> None:
-    """Refuse an environment in which models see or do something else than in the data."""
+def require_same_spaces(dataset: Dataset, obs: ObsSpec, actions: ActionSpec) -> None:
+    """Raise ValueError if models see other spaces in an environment than in the data."""
     ours, theirs = _describe(dataset.obs, dataset.actions), _describe(obs, actions)
     if ours != theirs:
         raise ValueError(
-            f"the data set {dataset.path} has {ours}, but the environment has {theirs}; choose the "
-            "environment that the data set was made in, or env=none to train without one"
+            f"the dataset {dataset.path} has {ours}, but the environment has {theirs}; choose the "
+            "environment in which the dataset was recorded, or env=none to train without one"
         )
 
 

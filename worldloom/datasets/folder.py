@@ -1,23 +1,23 @@
-"""A folder of episodes, one `.npz` each: what `python -m worldloom.collect` writes.
+"""Folders of episodes, one `.npz` file each: the format of `python -m worldloom.collect`.
 
-A file holds an episode of N actions in Gymnasium's order, in the names and units of models. Write
-one with `numpy.savez(file, **arrays)`. The files are read in the order of their names.
+A file holds an episode of N actions in Gymnasium's order, with the names and units of models. It
+can be written with `numpy.savez(file, **arrays)`. Files are read in the order of their names.
 
     obs         [N + 1, ...]  before each action and after the last: numbers, or images as uint8,
                               channels first. obs/KEY for each key of dict observations instead.
     actions     [N, A]        floats in [-1, 1], from each joint's lowest to its highest value; or
-                [N]           integers for choices, counted from 0; [N, groups] for several at once
-    rewards     [N]           what followed each action
-    terminated  bool          the environment ended the episode; a time limit does not
-    truncated   bool          it was cut off, as by a time limit; may be left out
-    success     bool          the task was solved; may be left out
+                [N]           integers for choices, counted from 0; [N, groups] for several groups
+    rewards     [N]           received after each action
+    terminated  bool          the environment ended the episode; false for a time limit
+    truncated   bool          the episode was cut off, for example by a time limit; optional
+    success     bool          the task was solved; optional
 
 With only N observations the last action, its reward and `terminated` cannot be used.
 
-Beside the files may lie a `dataset.yaml` with any of `action_dim` (number of joints or of choices;
-a list for several groups), `discrete`, `obs_shape` and `env` (the section of a run's configuration
-that made the environment); its `episodes` and `steps` are for people. Without it shapes are those
-of the first file, and there are as many choices as the largest integer tells.
+A file `dataset.yaml` in the folder is optional. It has `format: 1` and any of `action_dim` (number
+of joints or choices; a list for several groups), `discrete`, `obs_shape` and `env` (the section of
+the configuration that made the environment); `episodes` and `steps` are only information. Without
+it, the first file determines the shapes, and the largest integer the number of choices.
 """
 
 import zipfile
@@ -28,161 +28,162 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
-from yaml import YAMLError
 
 from worldloom.datasets.episode import (
     Arrays,
     Dataset,
     Episode,
-    Specs,
-    choices_up_to,
+    Schema,
+    drop_keys,
+    infer_choices,
     infer_obs,
-    model_actions,
+    make_action_spec,
     require_numbers,
-    without,
 )
 from worldloom.envs.spaces import ActionSpec, ObsSpec
+from worldloom.files import read_yaml
+from worldloom.trees import map_tree
 
 ABOUT = "dataset.yaml"
+FORMAT = 1
 FLAGS = ("terminated", "truncated", "success")
+LAYOUT = "see worldloom/datasets/folder.py"
+KINDS = {"action_dim": int | list, "discrete": bool, "obs_shape": list | dict, "env": dict}
 
 
 def open_folder(
     path: Path, obs: ObsSpec | None = None, actions: ActionSpec | None = None
 ) -> Dataset:
-    """Open a folder of episodes, or a single one.
+    """Open a folder of episodes, or a single episode.
 
-    obs, actions: of the environment, where it is known: which keys models do not see, and how
-        many choices there are.
+    obs, actions: of the environment, if it is known: the keys that models do not see, and the
+        number of choices.
     """
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     about = read_about(path)
     first = _load(files[0])
     dropped = () if obs is None else obs.dropped
-    spec = replace(infer_obs(str(files[0]), without(_obs(first), dropped)), dropped=dropped)
-    shape = about.get("obs_shape", spec.shape)
+    spec = replace(infer_obs(str(files[0]), drop_keys(_get_obs(first), dropped)), dropped=dropped)
+    inferred = map_tree(int, spec.shape, sequence=list)
+    shape = about.get("obs_shape", inferred)
     if isinstance(shape, dict):
         shape = {key: x for key, x in shape.items() if key not in dropped}
-    if plain(shape) != plain(spec.shape):
+    if shape != inferred:
         raise ValueError(
             f"{files[0]} has observations {spec.shape} but {ABOUT} says {shape}; correct or "
             f"delete {path / ABOUT}"
         )
-    lengths, most = _scan(files)
-    specs = Specs(
+    lengths, largest = _scan_actions(files)
+    schema = Schema(
         spec,
-        _actions(first["actions"], most, about, actions),
-        like=f"{files[0].name} and {ABOUT} have it" if about else f"{files[0].name} has it",
-        advice="Count choices from 0; store others as (action - middle) / half of their range.",
+        _infer_actions(first["actions"], largest, about, actions),
+        f"{files[0].name} and {ABOUT}" if about else files[0].name,
+        "Count choices from 0; store others as (action - middle) / half of their range.",
     )
 
     def read() -> Iterator[Episode]:
-        return (_episode(file, specs) for file in files)
+        return (_read_episode(file, schema) for file in files)
 
-    return Dataset(str(path), specs.obs, specs.actions, lengths, read, about.get("env"))
+    return Dataset(str(path), schema.obs, schema.actions, lengths, read, about.get("env"))
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Read dataset.yaml of a folder; nothing if there is none."""
+    """Return the contents of a folder's dataset.yaml as plain data; {} if there is none."""
     file = path / ABOUT
     if not file.is_file():
         return {}
-    try:
-        about: Any = OmegaConf.to_container(OmegaConf.load(file))
-    except (YAMLError, OSError, ValueError) as error:
-        raise ValueError(f"{file} is no YAML ({error}); correct or delete it") from error
-    if not isinstance(about, dict):
+    about = read_yaml(file, "correct or delete it")
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        found = about.get("format") if isinstance(about, dict) else None
+        version = "no format" if found is None else f"format {found}"
         raise ValueError(
-            f"{file} holds no keys; expected those that worldloom/datasets/folder.py lists; "
-            "correct or delete it"
+            f"{file} has {version}, so another version of worldloom wrote it; expected format "
+            f"{FORMAT}; record the dataset again, or, if you wrote the file, add 'format: {FORMAT}'"
         )
-    kinds = {"action_dim": int | list, "discrete": bool, "obs_shape": list | dict, "env": dict}
-    for key, kind in kinds.items():
-        if about.get(key) is not None and not isinstance(about[key], kind):
-            raise ValueError(
-                f"{file} has {key} {about[key]!r}; worldloom/datasets/folder.py says what it means"
-            )
-    return {key: value for key, value in about.items() if value is not None}
+    about = {key: value for key, value in about.items() if value is not None}
+    for key, kind in KINDS.items():
+        if key in about and not isinstance(about[key], kind):
+            raise ValueError(f"{file} has {key} {about[key]!r}, which is not valid; {LAYOUT}")
+    return about
 
 
 def _load(file: Path, names: Sequence[str] | None = None) -> Arrays:
-    """Read the arrays of a file, or those of some names."""
+    """Read all arrays of a file, or those with the given names."""
     if not zipfile.is_zipfile(file):
         with file.open("rb") as opened:
-            cut = opened.read(2) == b"PK"
+            truncated = opened.read(2) == b"PK"
         raise ValueError(
-            f"{file} is {'a zip that was cut off' if cut else 'no zip'}; expected arrays written "
-            "by numpy.savez; copy it again or delete it"
+            f"{file} is {'a truncated' if truncated else 'not a'} zip file; expected arrays "
+            "written by numpy.savez; copy it again or delete it"
         )
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            held = arrays.files
-            names = held if names is None else names
-            found = {name: arrays[name] for name in names if name in held}
+            available = arrays.files
+            names = available if names is None else names
+            found = {name: arrays[name] for name in names if name in available}
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{file} cannot be read ({error}); expected arrays of numbers written by numpy.savez; "
             "copy it again or delete it"
         ) from error
     for name in ("actions", "rewards", "obs"):
-        wanted = name != "obs" or names is held
-        if wanted and not any(key == name or key.startswith(f"{name}/") for key in found):
+        required = name != "obs" or names is available
+        if required and not any(key == name or key.startswith(f"{name}/") for key in found):
             raise ValueError(
-                f"{file} holds no {name} but {', '.join(held) or 'nothing'}; expected the arrays "
-                "that worldloom/datasets/folder.py lists"
+                f"{file} has no array {name}, only {', '.join(available) or 'nothing'}; {LAYOUT}"
             )
     return found
 
 
-def _obs(arrays: Arrays) -> Arrays:
+def _get_obs(arrays: Arrays) -> Arrays:
     return {k: array for k, array in arrays.items() if k == "obs" or k.startswith("obs/")}
 
 
-def _episode(file: Path, specs: Specs) -> Episode:
-    arrays, source = _load(file), str(file)
+def _read_episode(file: Path, schema: Schema) -> Episode:
+    arrays = _load(file)
     flags = {name: arrays[name] for name in FLAGS if name in arrays}
     if "terminated" not in flags:
         raise ValueError(
-            f"{file} does not say whether the episode terminated; add terminated=True or False"
+            f"{file} has no array terminated; add terminated=True if the environment ended the "
+            "episode, or else False"
         )
     for name, flag in flags.items():
         if flag.size != 1 or flag.dtype.kind not in "biuf":
             raise ValueError(
-                f"{file}: {name} has shape {flag.shape}; expected a single bool, which tells how "
-                f"the episode ended: {name}={name}[-1]"
+                f"{file}: {name} has shape {flag.shape}; expected a single bool for the end of the "
+                f"episode; use {name}={name}[-1]"
             )
-    known = {name: bool(flag.reshape(())) for name, flag in flags.items()}
-    obs = {key.removeprefix("obs").removeprefix("/"): x for key, x in _obs(arrays).items()}
-    return specs.episode(
-        source,
-        obs,
+    values = {name: bool(flag.reshape(())) for name, flag in flags.items()}
+    obs = {key.removeprefix("obs").removeprefix("/"): x for key, x in _get_obs(arrays).items()}
+    return schema.make_episode(
+        str(file),
+        obs.get("", obs),
         arrays["actions"],
         arrays["rewards"],
-        known["terminated"],
-        known.get("truncated", False),
-        known.get("success"),
+        values["terminated"],
+        values.get("truncated", False),
+        values.get("success"),
     )
 
 
-def _scan(files: Sequence[Path]) -> tuple[list[int], np.ndarray | None]:
-    """Return the steps of each episode, and the largest choice of each group (if integers)."""
-    lengths, most = [], None
+def _scan_actions(files: Sequence[Path]) -> tuple[list[int], np.ndarray | None]:
+    """Return the steps of each episode, and the largest integer of each group of choices."""
+    lengths, largest = [], None
     for file in files:
         actions = _load(file, ("actions", "rewards"))["actions"]
-        require_numbers(str(file), "actions", actions)
+        require_numbers(f"{file}: actions", actions)
         lengths.append(len(actions))
         if actions.dtype.kind != "f" and actions.size:
-            largest = actions.max(0)
-            most = largest if most is None or most.shape != largest.shape else most
-            most = np.maximum(most, largest)
-    return lengths, most
+            new = actions.max(0)
+            largest = new if largest is None or largest.shape != new.shape else largest
+            largest = np.maximum(largest, new)
+    return lengths, largest
 
 
-def _actions(
-    example: np.ndarray, most: np.ndarray | None, about: dict[str, Any], env: ActionSpec | None
+def _infer_actions(
+    example: np.ndarray, largest: np.ndarray | None, about: dict[str, Any], env: ActionSpec | None
 ) -> ActionSpec:
-    """Work out what the actions are: as dataset.yaml says, as the environment, or as they look."""
+    """Return the action space given by dataset.yaml, by the environment, or by the actions."""
     discrete = about.get("discrete", example.dtype.kind != "f")
     if "action_dim" in about:
         dim = about["action_dim"]
@@ -190,17 +191,10 @@ def _actions(
             raise ValueError(
                 f"{ABOUT} has action_dim {dim} but discrete is {discrete}; expected a number"
             )
-        return model_actions(tuple(dim) if isinstance(dim, list) else dim, discrete)
+        return make_action_spec(tuple(dim) if isinstance(dim, list) else dim, discrete)
     if env is not None and env.discrete and discrete:
-        return model_actions(env.action_dim, True)
+        return make_action_spec(env.action_dim, True)
     if not discrete:
-        return model_actions(int(example.shape[1]) if example.ndim == 2 else 1, False)
-    assert most is not None
-    return choices_up_to(most)
-
-
-def plain(value: Any) -> Any:
-    """Turn tuples into lists, as YAML has them."""
-    if isinstance(value, dict):
-        return {key: plain(part) for key, part in value.items()}
-    return [plain(part) for part in value] if isinstance(value, tuple | list) else value
+        return make_action_spec(int(example.shape[1]) if example.ndim == 2 else 1, False)
+    assert largest is not None
+    return infer_choices(largest)

@@ -1,4 +1,4 @@
-"""Write a folder of episodes; worldloom/datasets/folder.py says what lies in it."""
+"""Writer of folders of episodes; their format is documented in worldloom/datasets/folder.py."""
 
 import os
 from pathlib import Path
@@ -7,48 +7,53 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from worldloom.datasets.episode import Dataset, Episode, model_actions, require_agreement
-from worldloom.datasets.folder import ABOUT, FLAGS, open_folder, plain, read_about
+from worldloom.datasets.episode import Dataset, Episode, make_action_spec, require_same_spaces
+from worldloom.datasets.folder import ABOUT, FLAGS, FORMAT, open_folder, read_about
 from worldloom.envs.spaces import ActionSpec, ObsSpec
+from worldloom.files import write_text
 
 
 class FolderWriter:
-    """Write episodes into a folder, next to those that are there; none is ever overwritten.
+    """Write episodes into a folder, next to existing ones; no file is ever overwritten.
 
-    obs, actions: what models see and do, the same as in the episodes that are there.
-    env: the section of the configuration that made the environment.
-    seen: how many episodes were there before.
+    obs, actions: spaces as models see them; must match existing episodes.
+    env: section of the configuration that made the environment.
+    existing: number of episodes that the folder held before.
     """
 
     def __init__(
         self, folder: Path, obs: ObsSpec, actions: ActionSpec, env: dict[str, Any] | None = None
     ) -> None:
         self.folder = folder
-        self.choices = model_actions(actions.action_dim, True) if actions.discrete else None
-        self.seen = self._next = len(list(folder.glob("*.npz")))
+        self.choices = make_action_spec(actions.action_dim, True) if actions.discrete else None
+        self.existing = self._next = len(list(folder.glob("*.npz")))
         spaces = {"action_dim": actions.action_dim, "discrete": actions.discrete}
-        if self.seen:
-            require_agreement(open_folder(folder, obs, actions), obs, actions)
-            kept = {k: v for k, v in read_about(folder).items() if k not in ("episodes", "steps")}
-            self._write_about(kept)  # counts are there again when all is written
-            return
+        about = {"env": env, **spaces, "obs_shape": obs.shape}
+        if self.existing:
+            require_same_spaces(open_folder(folder, obs, actions), obs, actions)
+            about = read_about(folder)
+        counts = ("episodes", "steps")  # `finish` writes them
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._write_about({"env": env, **spaces, "obs_shape": obs.shape})
+            self._write_about({key: x for key, x in about.items() if key not in counts})
         except OSError as error:
             raise ValueError(
-                f"{folder} cannot be written ({error.strerror}); choose a folder that can be"
+                f"{folder} cannot be written ({error.strerror}); choose another folder"
             ) from error
 
     def add(self, episode: Episode) -> Path:
-        """Write one episode under a free number; the file appears when it is complete."""
+        """Write one episode under a free number; the file appears when it is complete.
+
+        Several writers may share a folder: the one that creates a number's temporary file
+        (exclusively, so no existing file or link is ever opened) owns the number.
+        """
         arrays = self._arrays(episode)
         while True:
             file = self.folder / f"{self._next:06}.npz"
             temporary = self.folder / f".{file.stem}.tmp"
             self._next += 1
             try:
-                opened = temporary.open("xb")  # who makes it has the number, so two can write
+                opened = temporary.open("xb")
             except FileExistsError:
                 continue
             try:
@@ -62,7 +67,7 @@ class FolderWriter:
                 temporary.unlink(missing_ok=True)
 
     def finish(self) -> Dataset:
-        """Write into dataset.yaml how much the folder holds, and open it."""
+        """Write the numbers of episodes and steps to dataset.yaml, and open the dataset."""
         dataset = open_folder(self.folder)
         counts = {"episodes": len(dataset), "steps": dataset.steps}
         self._write_about(read_about(self.folder) | counts)
@@ -79,6 +84,5 @@ class FolderWriter:
         return arrays | {name: flag for name, flag in flags.items() if flag is not None}
 
     def _write_about(self, about: dict[str, Any]) -> None:
-        temporary = self.folder / f".{ABOUT}.tmp"
-        temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(plain(about))))
-        os.replace(temporary, self.folder / ABOUT)
+        text = OmegaConf.to_yaml(OmegaConf.create({"format": FORMAT, **about}))
+        write_text(self.folder / ABOUT, text)

@@ -1,8 +1,8 @@
-"""One process that runs environments, and the pipe by which its parent talks to it.
+"""A process that runs environments, and the pipe between it and its parent.
 
-Each request (name, argument) gets one answer (done, value). Where done is false the value is
-(summary, traceback) and the process ends. A closed pipe ends it too, so it outlives no parent.
-While a long request is worked on, (None, None) comes now and then as a sign of life.
+Each request (name, argument) gets one answer (done, value). If done is False, value is (summary,
+traceback) of an exception and the process ends. The process also ends when its pipe is closed, so
+it does not outlive its parent. During a long request it sends (None, None) as a heartbeat.
 """
 
 import faulthandler
@@ -17,39 +17,36 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from worldloom.envs.replayable import LocalVectorEnv
 
-# Of the infos only what `Rows` reads crosses the pipe: a value and its mask, and what a restored
-# environment has lost. Others can be huge.
+# The keys of infos that are sent to the parent: those that `RowStream` reads. Others can be huge.
 INFOS = ("success", "_success", "lost")
-# What making the environments may take at least, however short the timeout of a step.
+# Time allowed for making the environments, even if the timeout of a step is shorter.
 START_SECONDS = 120.0
-# SLURM may send it to all processes of a job, ahead of a time limit; Windows has none.
+# SLURM may send SIGUSR1 to all processes of a job ahead of its time limit. Windows has no SIGUSR1.
 USER_SIGNALS = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
-# Patience with a process that was asked to end.
-CLOSE_SECONDS = 5.0
-# Between signs of life.
-ALIVE_SECONDS = 0.25
+CLOSE_SECONDS = 5.0  # time that a process has to end before it is killed
+HEARTBEAT_SECONDS = 0.25
 
 
-class Crash(Exception):
-    """A process died, raised or gave no answer; reason is one line, trace may be empty."""
+class Crash(NamedTuple):
+    """A process died, raised or did not answer; reason is one line, trace may be empty."""
 
-    def __init__(self, reason: str, trace: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.trace = reason, trace
+    reason: str
+    trace: str = ""
 
 
 class EnvProcess:
-    """The process of environments `indices`, as its parent sees it.
+    """The parent's handle of a process that runs the environments `indices`.
 
     make_envs: pickled function that makes these environments, stepped together.
-    waiting: whether it owes an answer, or was never started or already ended.
-    crashes: since an episode of it ended; restarts: all of them. Whoever restarts it counts them.
+    waiting: whether an answer is pending, or the process was never started or has ended.
+    crashes: number of crashes since one of its episodes ended. restarts: number of replacements.
+        Both are counted by the caller.
     """
 
     def __init__(self, make_envs: bytes, indices: range, timeout: float) -> None:
@@ -62,49 +59,61 @@ class EnvProcess:
         self._process: Any = None
         self._pipe: Any = None
 
+    def __str__(self) -> str:
+        numbers = ", ".join(map(str, self.indices))
+        return f"environment{'s' * (len(self.indices) > 1)} {numbers}"
+
     def start(self) -> None:
-        """Start a process with new environments; it is ready for a request at once."""
-        # Forked ones hang if their parent has rendered before, so they start clean.
-        clean = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        context: Any = multiprocessing.get_context(clean)
-        if clean == "forkserver":
-            context.set_forkserver_preload([__name__])  # imported once for all of them
-        # A pipe of its own: what a predecessor may still say is never heard.
+        """Start a process with new environments; requests can be sent at once."""
+        # A forked process hangs if its parent has rendered before.
+        methods = multiprocessing.get_all_start_methods()
+        method = "forkserver" if "forkserver" in methods else "spawn"
+        context: Any = multiprocessing.get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload([__name__])  # imported once for all processes
+        # A new pipe, so that late messages from the previous process are dropped.
         pipe, theirs = context.Pipe()
         arguments = (theirs, self._make_envs, dict(os.environ))
-        process = context.Process(target=_work, args=arguments, daemon=True)
-        with _hidden_main(), _single_threaded():
+        process = context.Process(target=_run_envs, args=arguments, daemon=True)
+        with _prepare_parent():
             process.start()
         theirs.close()
         self._process, self._pipe = process, pipe
         self._limit = max(self._timeout, START_SECONDS)
 
+    def make_ready(self) -> None:
+        """Replace the process if it owes the answer to an interrupted request.
+
+        That answer might be taken for the answer to the next request.
+        """
+        if self.waiting:
+            EnvProcess.stop([self], 0.0)
+            self.start()
+
     def ask(self, name: str, argument: Any = None) -> None:
-        """Send a request; `answer` will notice if nobody is there to hear it."""
+        """Send a request; if the process is dead, `answer` reports it."""
         self.waiting, self._asked = True, time.monotonic()
         with suppress(OSError):
             self._pipe.send((name, argument))
 
     def answer(self) -> Any:
-        """Wait for the answer to the last request; raise Crash if there is none in time."""
+        """Wait for the answer to the last request; return a Crash if it does not come in time."""
         done = None
         while done is None:
             try:
                 if not self._pipe.poll(max(0.0, self._asked + self._limit - time.monotonic())):
-                    raise Crash(f"no answer within {self._limit:g} seconds")
+                    return Crash(f"no answer within {self._limit:g} seconds")
                 done, value = self._pipe.recv()
             except (EOFError, OSError):
-                raise Crash(self._death()) from None
+                return Crash(self._describe_death())
             self._asked = time.monotonic()
         self.waiting, self._limit = False, self._timeout
-        if not done:
-            raise Crash(*value)
-        return value
+        return value if done else Crash(*value)
 
-    def _death(self) -> str:
+    def _describe_death(self) -> str:
         if self._process is None:
-            return "the process was ended, for it could not be saved"
-        self._process.join(1.0)  # the pipe closes a little before the exit code is known
+            return "the process was ended because it could not be saved"
+        self._process.join(1.0)  # the pipe closes shortly before the exit code is known
         code = self._process.exitcode or 0
         if code >= 0:
             return f"the process ended with exit code {code}"
@@ -113,7 +122,7 @@ class EnvProcess:
 
     @staticmethod
     def stop(processes: Iterable["EnvProcess"], patience: float = CLOSE_SECONDS) -> None:
-        """End processes by closing their pipes; kill those that are still there afterwards."""
+        """End processes by closing their pipes; kill those that still run after `patience`."""
         started = [process for process in processes if process._process is not None]
         for process in started:
             process.waiting = True
@@ -128,43 +137,33 @@ class EnvProcess:
 
 
 @contextmanager
-def _hidden_main() -> Iterator[None]:
-    """Keep a new process from importing the main script, which would run it a second time.
+def _prepare_parent() -> Iterator[None]:
+    """Hide the main script from a new process, and limit numpy in the process to one thread.
 
-    Nothing of it is missed: cloudpickle sends what is defined there by value.
+    The process would run the script a second time, without need: cloudpickle sends what the script
+    defines by value. The fork server reads OMP_NUM_THREADS once, when it imports numpy; a value
+    set by the user is kept.
     """
-    main = sys.modules["__main__"]
+    main, threads = sys.modules["__main__"], os.environ.get("OMP_NUM_THREADS")
     sys.modules["__main__"] = ModuleType("__main__")
+    os.environ["OMP_NUM_THREADS"] = threads or "1"
     try:
         yield
     finally:
         sys.modules["__main__"] = main
-
-
-@contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Give a process one thread for its numbers, unless the user says otherwise.
-
-    The fork server takes this from its environment when it imports numpy, once.
-    """
-    given = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = given or "1"
-    try:
-        yield
-    finally:
-        if given is None:
+        if threads is None:
             del os.environ["OMP_NUM_THREADS"]
 
 
-def _work(pipe: Any, make_envs: bytes, environ: dict[str, str]) -> None:
-    """Run environments at the parent's requests, in a process of their own."""
+def _run_envs(pipe: Any, make_envs: bytes, environ: dict[str, str]) -> None:
+    """Make environments and answer the parent's requests; the main function of the process."""
     for number in (signal.SIGINT, signal.SIGTERM, *USER_SIGNALS):
-        # They go to the whole group, and it is the parent that decides. Not SIG_IGN, which
-        # simulators that an environment starts as programs would inherit.
+        # Signals to the process group are handled by the parent. SIG_IGN would be inherited by
+        # simulators that an environment starts as programs.
         signal.signal(number, lambda *_: None)
     if sys.stderr is not None:
         faulthandler.enable()
-    os.environ.update(environ)  # a fork server has that of when it was started
+    os.environ.update(environ)  # a fork server has the variables of its start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     threading.Thread(target=_end_with_parent, daemon=True).start()
     done, value = _attempt(lambda: pickle.loads(make_envs)())
@@ -172,7 +171,7 @@ def _work(pipe: Any, make_envs: bytes, environ: dict[str, str]) -> None:
     try:
         while done:
             request = pipe.recv()
-            done, value = _attempt(_answer, envs, *request, _signs_of_life(pipe))
+            done, value = _attempt(_answer, envs, *request, _make_heartbeat(pipe))
             pipe.send((done, value))
         if envs is None:
             pipe.send((done, value))
@@ -183,7 +182,7 @@ def _work(pipe: Any, make_envs: bytes, environ: dict[str, str]) -> None:
 
 
 def _end_with_parent() -> None:
-    """End the process even in the middle of a step that never ends."""
+    """End the process when its parent ends, even in the middle of a step that never returns."""
     parent: Any = multiprocessing.parent_process()
     parent.join()
     time.sleep(CLOSE_SECONDS)
@@ -193,26 +192,26 @@ def _end_with_parent() -> None:
 def _attempt(fn: Callable[..., Any], *args: Any) -> tuple[bool, Any]:
     try:
         return True, fn(*args)
-    except BaseException as error:  # sys.exit in an environment too
+    except BaseException as error:  # also sys.exit in an environment
         summary = " ".join(f"{type(error).__name__}: {error}".split())
         return False, (summary, traceback.format_exc())
 
 
-def _signs_of_life(pipe: Any) -> Callable[[], None]:
-    """Return a function that tells the parent, if some time has passed, that work goes on."""
+def _make_heartbeat(pipe: Any) -> Callable[[], None]:
+    """Return a function that sends a heartbeat unless the last one was sent just before."""
     last = time.monotonic()
 
-    def alive() -> None:
+    def beat() -> None:
         nonlocal last
-        if time.monotonic() > last + ALIVE_SECONDS:
+        if time.monotonic() > last + HEARTBEAT_SECONDS:
             last = time.monotonic()
             pipe.send((None, None))
 
-    return alive
+    return beat
 
 
-def _answer(envs: LocalVectorEnv, name: str, argument: Any, alive: Callable[[], None]) -> Any:
-    """Do what was asked; reset, step and restore answer as a step does."""
+def _answer(envs: LocalVectorEnv, name: str, argument: Any, beat: Callable[[], None]) -> Any:
+    """Execute a request; reset, step and restore return the five parts of a step."""
     if name == "spaces":
         return envs.single_observation_space, envs.single_action_space
     if name == "save":
@@ -220,7 +219,7 @@ def _answer(envs: LocalVectorEnv, name: str, argument: Any, alive: Callable[[], 
     if name == "step":
         *arrays, infos = envs.step(argument)
     elif name == "restore":
-        *arrays, infos = envs.restore(argument, alive)
+        *arrays, infos = envs.restore(argument, beat)
     else:
         obs, infos = envs.reset(seed=argument)
         arrays = [obs, np.zeros(envs.num_envs), *np.zeros((2, envs.num_envs), bool)]

@@ -1,4 +1,4 @@
-"""Choose a renderer for MuJoCo's pictures that needs no screen."""
+"""Choice and repair of MuJoCo's offscreen renderers."""
 
 import functools
 import importlib
@@ -11,32 +11,32 @@ from typing import Any
 
 import numpy as np
 
-# The first that works: the graphics card (or its software stand-in), then plain software.
-CANDIDATES = ("egl", "osmesa")
+# In order of preference: the graphics card (or its software substitute), then software only.
+RENDERERS = ("egl", "osmesa")
 PROBE = "import mujoco; context = mujoco.GLContext(16, 16); context.make_current(); context.free()"
 
 
 class RendererError(ValueError):
-    """No renderer works on this machine; says what to install."""
+    """No renderer works on this machine; the message says what to install."""
 
 
 def make_current(env: Any) -> None:
-    """Make gymnasium's MuJoCo renderer of an environment draw into its own picture again.
+    """Make the OpenGL contexts of an environment's MuJoCo renderers current.
 
-    It believes that it always does, but where several environments render in one process the
-    newest has taken its place, or, if that was closed, none: pictures would be black.
+    Gymnasium assumes that a context stays current. Where several environments render in one
+    process, the newest one replaces it, and closing an environment leaves none: images are black.
     """
-    for renderer in _renderers(env):
+    for renderer in _find_renderers(env):
         renderer.viewer.make_context_current()
 
 
 def place_camera(env: Any) -> None:
-    """Turn gymnasium's free camera of an environment to where its model stands at rest.
+    """Point gymnasium's free camera at the model in its rest position.
 
-    It is turned to where the first episode began, so later pictures would not follow from their
-    own episode's seed. To be called once, after the first picture.
+    Gymnasium points it at the first state of the first episode, so later images would not depend
+    on the seed of their episode alone. Call this once, after the first render.
     """
-    for renderer in _renderers(env):
+    for renderer in _find_renderers(env):
         if "lookat" in (getattr(renderer, "default_cam_config", None) or {}):
             continue
         mujoco: Any = importlib.import_module("mujoco")
@@ -46,48 +46,52 @@ def place_camera(env: Any) -> None:
         renderer.viewer.cam.lookat[:] = np.median(rest.geom_xpos, axis=0)
 
 
-def _renderers(env: Any) -> list[Any]:
-    """Return gymnasium's MuJoCo renderers of an environment that have drawn before."""
+def _find_renderers(env: Any) -> list[Any]:
+    """Return gymnasium's MuJoCo renderers of an environment that have rendered before."""
     inner = env.unwrapped
-    owners = (inner, getattr(inner, "env", None))
+    owners = (inner, getattr(inner, "simulator", None))
     found = (getattr(owner, "mujoco_renderer", None) for owner in owners)
     return [renderer for renderer in found if getattr(renderer, "viewer", None) is not None]
 
 
 def use_renderer(package: str) -> None:
-    """Set MUJOCO_GL to a renderer that works here, unless the user has set it.
+    """Set MUJOCO_GL to a renderer that works on this machine, unless the user has set it.
 
-    To be called before MuJoCo is imported, and only for tasks that render.
+    Call this before MuJoCo is imported, and only for tasks that render.
 
-    package: what renders with MuJoCo.
+    package: package that renders with MuJoCo.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
         RendererError: no renderer works.
     """
     for name in (package, "mujoco"):
-        if importlib.util.find_spec(name) is None:
+        if not _is_installed(name):
             raise ModuleNotFoundError(f"No module named '{package}'", name=package)
     for name in ("OpenGL.acceleratesupport", "absl"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # they tell of every import
+        logging.getLogger(name).setLevel(logging.WARNING)  # they log every import
     if not sys.platform.startswith("linux") or os.environ.get("MUJOCO_GL"):
         return
-    working = next((name for name in CANDIDATES if _failure(name) is None), None)
+    working = next((name for name in RENDERERS if _probe(name) is None), None)
     if working is None:
-        tried = "; ".join(f"{name}: {_failure(name)}" for name in CANDIDATES)
+        errors = "; ".join(f"{name}: {_probe(name)}" for name in RENDERERS)
         raise RendererError(
-            f"pixels were asked for but MuJoCo can render with neither of them ({tried}); install "
-            "one with apt install libegl1 libegl-mesa0 libgl1-mesa-dri (or libosmesa6), or set "
-            "MUJOCO_GL=glfw where there is a screen"
+            f"pixels are observed, but none of MuJoCo's renderers works ({errors}); install one "
+            "with apt install libegl1 libegl-mesa0 libgl1-mesa-dri (or libosmesa6), or set "
+            "MUJOCO_GL=glfw on a machine with a screen"
         )
     os.environ["MUJOCO_GL"] = working
 
 
-@functools.cache
-def _failure(name: str) -> str | None:
-    """Return why a renderer does not work, or None if it does.
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
-    Asked in a process of its own, for MuJoCo decides when it is imported and never again.
+
+@functools.cache
+def _probe(name: str) -> str | None:
+    """Return the error of a renderer, or None if it works.
+
+    It is tried in a new process, because MuJoCo chooses its renderer when it is imported.
     """
     done = subprocess.run(
         [sys.executable, "-c", PROBE],

@@ -1,4 +1,4 @@
-"""Several copies of an environment at once, as the rows that a replay stores.
+"""Vector environments, and the stream of rows that a replay stores.
 
 Letters used in shapes: N environments, A = width of a model's action.
 """
@@ -16,19 +16,19 @@ from gymnasium.wrappers import TimeLimit
 
 from worldloom.envs.replayable import LocalVectorEnv
 from worldloom.envs.spaces import ActionSpec, Obs, ObsSpec
-from worldloom.envs.workers import WorkerVectorEnv, measured_workers
+from worldloom.envs.workers import WorkerVectorEnv, choose_workers
 from worldloom.envs.wrappers import ActionRepeat
 
 log = logging.getLogger(__name__)
 
 MakeEnv = Callable[[], gym.Env]
-MAX_TIMEOUT = 86_400  # seconds; the system's way of waiting cannot count to infinity
+MAX_TIMEOUT = 86_400  # seconds; select() does not accept infinity
 
 
 def episode_length(env: gym.Env) -> int | None:
-    """Return after how many decisions a time limit truncates an episode; None for no limit.
+    """Return the number of steps after which a time limit truncates an episode, or None.
 
-    A wrapper that repeats actions makes decisions fewer than the simulator's steps.
+    A step of the outermost wrapper may repeat its action in several steps of the simulator.
     """
     repeat = 1
     while isinstance(env, gym.Wrapper):
@@ -41,9 +41,9 @@ def episode_length(env: gym.Env) -> int | None:
 
 
 def frames_per_step(env: gym.Env) -> int:
-    """Return how many steps of the simulator a decision is.
+    """Return the number of simulator steps per step of the outermost wrapper.
 
-    An environment that repeats actions by itself says so in an attribute `frames_per_step`.
+    An environment that repeats actions itself has an attribute `frames_per_step`.
     """
     frames = getattr(env.unwrapped, "frames_per_step", 1)
     while isinstance(env, gym.Wrapper):
@@ -61,33 +61,33 @@ def make_vector_env(
     """Make N copies of an environment that are stepped together.
 
     make_env: any function without arguments that returns a new gymnasium environment.
-    workers: 0 steps the copies one after the other in this process. More share them out to so many
-        processes, which is worth it when a step takes over 1 ms; "auto" measures that first.
-    timeout: seconds that a worker has for a step before it is replaced, as one that crashed is.
+    workers: number of processes that step the copies, which pays if a step takes over 1 ms; 0
+        steps them one after the other in this process; "auto" measures a step and chooses.
+    timeout: seconds for a step before a worker is replaced, as after a crash.
 
-    The step after an end ignores its action and returns the next episode's first observation
-    (gymnasium's NEXT_STEP autoreset); `Rows` turns that into rows.
+    The step after the end of an episode ignores its action and returns the next episode's first
+    observation (gymnasium's NEXT_STEP autoreset); `RowStream` turns that into rows.
     """
     if not callable(make_env):
         raise TypeError(
-            f"make_env is {make_env!r}; expected a function that makes an environment; wrap what "
-            "you have: make_vector_env(lambda: gymnasium.make('CartPole-v1'))"
+            f"make_env is {make_env!r}; expected a function that makes an environment; for example "
+            "make_vector_env(lambda: gymnasium.make('CartPole-v1'))"
         )
     if isinstance(workers, str) and workers != "auto":
         raise ValueError(f"workers is {workers!r}; expected a number or auto; set env.workers=auto")
     if num_envs < 1 or (workers != "auto" and workers < 0):
         raise ValueError(
             f"Got num_envs={num_envs} and workers={workers}; expected at least one environment "
-            "and no negative number of workers; set env.num_envs=1 and env.workers=0"
+            "and at least 0 workers; set env.num_envs=1 and env.workers=0"
         )
     if not 0 < timeout <= MAX_TIMEOUT:
         raise ValueError(
             f"timeout is {timeout}; expected seconds, above 0 and at most {MAX_TIMEOUT} (a day); "
-            "set it to several times what the slowest reset takes"
+            "set it to several times the duration of the slowest reset"
         )
     if workers == "auto":
-        probe = _make_checked(make_env)
-        workers = measured_workers(probe, num_envs)
+        probe = _make_env(make_env)
+        workers = choose_workers(probe, num_envs)
         probe.close()
     make_envs = partial(_make_envs, make_env)
     if workers:
@@ -97,7 +97,7 @@ def make_vector_env(
 
 def _make_envs(make_env: MakeEnv, num_envs: int) -> LocalVectorEnv:
     """Make environments that are stepped one after the other in this process."""
-    env = LocalVectorEnv(partial(_make_checked, make_env), num_envs)
+    env = LocalVectorEnv(partial(_make_env, make_env), num_envs)
     if len({id(copy.unwrapped) for copy in env.envs}) < num_envs:
         raise ValueError(
             f"make_env returned the same {env.envs[0]} more than once for num_envs={num_envs}; "
@@ -106,26 +106,26 @@ def _make_envs(make_env: MakeEnv, num_envs: int) -> LocalVectorEnv:
     return env
 
 
-def _make_checked(make_env: MakeEnv) -> gym.Env:
+def _make_env(make_env: MakeEnv) -> gym.Env:
     env: Any = make_env()
     if isinstance(env, gym.Env):
         return env
     kind = f"{type(env).__module__}.{type(env).__qualname__}"
     old = any(base.__module__.split(".")[0] == "gym" for base in type(env).__mro__)
     raise TypeError(
-        f"make_env returned a {kind}{', an environment of the old gym' if old else ''}; expected "
-        "a gymnasium.Env, whose reset returns (obs, info) and whose step returns (obs, reward, "
+        f"make_env returned a {kind}{', an environment of old gym' if old else ''}; expected a "
+        "gymnasium.Env, whose reset returns (obs, info) and whose step returns (obs, reward, "
         "terminated, truncated, info); derive it from gymnasium.Env"
     )
 
 
-class Rows:
-    """A vector environment as a stream of rows, one per environment and tick.
+class RowStream:
+    """A vector environment as a stream of rows, one per environment and step.
 
-    After `reset` and after each `step` these describe the present row of every environment:
+    After `reset` and after each `step`, these attributes are the current row of each environment:
 
-    obs: [N, *obs_shape], or a dict of such, as models see them.
-    rewards: [N] float32; what arrived with obs; 0 in an episode's first row.
+    obs: [N, *obs_shape], or a dict of arrays, as models see them.
+    rewards: [N] float32, received together with obs; 0 in an episode's first row.
     is_first, is_last, is_terminal: [N] bool.
     """
 
@@ -162,22 +162,22 @@ class Rows:
         self._lengths = np.zeros(self.num_envs, np.int64)
 
     def step(self, actions: np.ndarray) -> list[tuple[int, dict[str, float]]]:
-        """Act with model actions [N, A] and move on to the next rows.
+        """Act with model actions [N, A] and advance to the next rows.
 
-        Where the present row is an episode's last, the action is ignored and the next row is a
-        new episode's first. So it is where an environment crashed in its worker: the episode is
-        abandoned, without a last row. Returns (environment, {"return", "length", "success" if the
-        environment's info has it}) for the episodes that ended.
+        After the last row of an episode the action is ignored, and the next row is the first of a
+        new episode. If an environment crashes in its worker, its episode ends without a last row.
+        Returns (environment, {"return", "length", "success" if the environment's info has it}) for
+        the episodes that ended.
         """
         *row, infos = self.env.step(self.action_spec.decode(actions))
         self.is_first = self.is_last | infos.get("restarted", False)
-        rewards = self._take(*row)
+        rewards = self._set_row(*row)
         self._returns = np.where(self.is_first, 0.0, self._returns + rewards)
         self._lengths = np.where(self.is_first, 0, self._lengths + 1)
-        return [(int(i), self._summary(int(i), infos)) for i in np.flatnonzero(self.is_last)]
+        return [(int(i), self._summarize(int(i), infos)) for i in np.flatnonzero(self.is_last)]
 
     def state_dict(self) -> dict[str, Any] | None:
-        """Return what brings the present rows back, as arrays and plain data.
+        """Return the state that restores the current rows, as arrays and plain data.
 
         None before the first reset, and for environments that `make_vector_env` has not made.
         """
@@ -191,44 +191,43 @@ class Rows:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Bring back the present rows; the next step is that of the saved environments.
+        """Restore the current rows by replaying the current episodes.
 
-        Where an environment does not come to the same row again, a new episode begins.
+        An environment that does not reach the same row again starts a new episode.
         """
         if len(state["is_first"]) != self.num_envs:
             raise ValueError(
-                f"env.num_envs is {self.num_envs} but the checkpoint's {len(state['is_first'])}; "
-                "expected the same number, for the episodes under way go on; set env.num_envs="
-                f"{len(state['is_first'])}"
+                f"env.num_envs is {self.num_envs}, but the checkpoint has the episodes of "
+                f"{len(state['is_first'])} environments; set env.num_envs={len(state['is_first'])}"
             )
         env: Any = self.env
         steps = sum(len(episode["actions"]) for episode in state["envs"]["episodes"])
-        log.info("playing %d steps again, up to where the run was saved", steps)
+        log.info("replaying %d steps up to the state in which the run was saved", steps)
         *row, infos = env.restore(state["envs"])
         lost = infos.get("lost", np.full(self.num_envs, ""))
         for index in np.flatnonzero(lost != ""):
             log.warning(
-                "the episode of environment %d could not be played again (%s), so a new one "
-                "begins; what was collected of it stays in the replay",
+                "the episode of environment %d could not be replayed (%s), so a new one starts; "
+                "the rows collected from it stay in the replay",
                 index,
                 lost[index],
             )
-        begun = (lost != "") | infos.get("restarted", False)
-        self._take(*row)
-        self.is_first = state["is_first"] | begun
-        self._returns = np.where(begun, 0.0, state["returns"])
-        self._lengths = np.where(begun, 0, state["lengths"])
+        started = (lost != "") | infos.get("restarted", False)
+        self._set_row(*row)
+        self.is_first = state["is_first"] | started
+        self._returns = np.where(started, 0.0, state["returns"])
+        self._lengths = np.where(started, 0, state["lengths"])
 
-    def _take(
+    def _set_row(
         self, obs: Any, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray
     ) -> np.ndarray:
-        """Take over a row but for what was before it; return the rewards as they are."""
+        """Set the current row except for `is_first`; return the rewards unchanged."""
         self.obs = self.obs_spec.encode(obs)
         self.rewards = rewards.astype(np.float32)
         self.is_last, self.is_terminal = terminated | truncated, terminated
         return rewards
 
-    def _summary(self, index: int, infos: dict[str, Any]) -> dict[str, float]:
+    def _summarize(self, index: int, infos: dict[str, Any]) -> dict[str, float]:
         episode = {"return": float(self._returns[index]), "length": int(self._lengths[index])}
         if "success" in infos and infos["_success"][index]:
             episode["success"] = float(infos["success"][index])

@@ -1,4 +1,4 @@
-"""What may be put around any environment: action repeat, pixels, sizes, stacks, a time limit.
+"""Wrappers for any environment: time limit, action repeat, pixels, image size, frame stack.
 
 Letters used in shapes: H, W height and width, C channels.
 """
@@ -9,38 +9,42 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 from PIL import Image
 
+from worldloom.envs.extras import suggest_extra
 from worldloom.envs.renderer import make_current, place_camera
-from worldloom.envs.spaces import flatten, is_channels_last, is_image
-from worldloom.envs.suites.extras import naming_the_extra
+from worldloom.envs.spaces import is_channels_last, is_image
+from worldloom.trees import flatten_tree
 
 
 def wrap(
     env: gym.Env,
-    *,
+    time_limit: int | None = None,
     action_repeat: int = 1,
+    frame_stack: int = 1,
     pixels: bool = False,
     image_size: int | None = None,
-    frame_stack: int = 1,
 ) -> gym.Env:
-    """Put the wrappers around an environment that its configuration asks for.
+    """Put the wrappers around an environment that its settings require.
 
-    action_repeat: do each action so many times; their rewards are summed.
-    pixels: observe the rendered picture, [size, size, 3] (64 by default), and nothing else.
-    image_size: side in pixels to which images are resized; a multiple of 16.
-    frame_stack: newest images that are observed at once, on top of each other along their channels,
+    time_limit: simulator steps (not affected by `action_repeat`) after which an episode is
+        truncated.
+    action_repeat: number of times that each action is applied; the rewards are summed.
+    frame_stack: number of newest images observed at once, concatenated along their channels, the
         oldest first; for models without memory, such as TD-MPC2.
+    pixels: observe only the rendered image, [size, size, 3], 64 pixels a side by default.
+    image_size: side in pixels to which images are resized; a multiple of 16.
     """
-    for name, value, usual in (
-        ("action_repeat", action_repeat, 1),
-        ("frame_stack", frame_stack, 1),
-        ("image_size", image_size, None),
-    ):
-        if value != usual and (not isinstance(value, int) or value < 1):
+    given = {"action_repeat": action_repeat, "frame_stack": frame_stack, "image_size": image_size}
+    for name, value in given.items():
+        off = None if name == "image_size" else 1
+        if value != off and (not isinstance(value, int) or value < 1):
             raise ValueError(
-                f"{name} is {value}; expected at least 1; set env.{name}={usual or 'null'} for none"
+                f"{name} is {value}; expected at least 1; set env.{name}={off or 'null'} for none"
             )
+    if time_limit is not None:
+        env = TimeLimit(env, time_limit)
     if action_repeat > 1:
         env = ActionRepeat(env, action_repeat)
     if pixels:
@@ -51,7 +55,7 @@ def wrap(
 
 
 class ActionRepeat(gym.Wrapper):
-    """Do every action several times, or until the episode ends, and sum the rewards."""
+    """Apply every action several times, or until the episode ends, and sum the rewards."""
 
     def __init__(self, env: gym.Env, repeat: int) -> None:
         super().__init__(env)
@@ -69,7 +73,7 @@ class ActionRepeat(gym.Wrapper):
 
 
 class RenderedObservation(gym.ObservationWrapper):
-    """Observe the rendered picture, [size, size, 3] uint8, instead of the observation."""
+    """Replace the observation by the rendered image, [size, size, 3] uint8."""
 
     def __init__(self, env: gym.Env, size: int) -> None:
         super().__init__(env)
@@ -80,116 +84,118 @@ class RenderedObservation(gym.ObservationWrapper):
     def observation(self, observation: Any) -> np.ndarray:
         """Render the environment; its own observation is dropped."""
         name = str(self.unwrapped)
-        with naming_the_extra(name):
+        with suggest_extra(name):
             make_current(self.env)
             if not self._placed:
-                self.env.render()  # there is no camera before
+                self.env.render()  # the first call creates the camera
                 place_camera(self.env)
                 self._placed = True
             frame: Any = self.env.render()
         if not isinstance(frame, np.ndarray) or frame.shape[2:] != (3,):
             raise TypeError(
                 f"{name} rendered {getattr(frame, 'shape', type(frame).__name__)}; expected an "
-                "RGB picture [H, W, 3]; set env.pixels=false if it cannot render 'rgb_array'"
+                "RGB image [H, W, 3]; set env.pixels=false if it cannot render 'rgb_array'"
             )
         return resize_image(frame, self.size)
 
 
-class ResizedImages(gym.ObservationWrapper):
-    """Resize every image of the observations; other arrays stay as they are."""
+class _ImageWrapper(gym.ObservationWrapper):
+    """Change every image of the observations; other arrays stay as they are."""
 
-    def __init__(self, env: gym.Env, size: int) -> None:
+    def __init__(self, env: gym.Env, setting: str, advice: str) -> None:
         super().__init__(env)
-        self.size = size
-        if not any(is_image(space) for space in flatten(env.observation_space).values()):
+        space = env.observation_space
+        if not any(is_image(leaf) for leaf in flatten_tree(space).values()):
             raise ValueError(
-                f"image_size={size} was given, but {env.unwrapped} observes no image but "
-                f"{env.observation_space}; expected images (3-D uint8); set env.pixels=true to "
-                "observe what it renders, or leave env.image_size out"
+                f"{setting} was given, but the observation space of {env.unwrapped}, {space}, has "
+                f"no images; expected a 3-D box of uint8; {advice}"
             )
-        self.observation_space = self._resized_space(env.observation_space)
+        self.observation_space = self._change_space(space)
 
     def observation(self, observation: Any) -> Any:
-        """Resize the images of one observation."""
-        return self._resized(self.env.observation_space, observation)
+        """Change the images of one observation."""
+        return self._change(self.env.observation_space, observation, "")
 
-    def _resized_space(self, space: spaces.Space) -> spaces.Space:
+    def change_shape(self, shape: list[int], axis: int) -> None:
+        """Change the shape of an image, a list of which item `axis` is the channels."""
+        raise NotImplementedError
+
+    def change_image(self, key: str, image: np.ndarray, axis: int) -> np.ndarray:
+        """Change an image with its channels along `axis`; key: its place in the observation."""
+        raise NotImplementedError
+
+    def _change_space(self, space: Any) -> spaces.Space:
         if isinstance(space, spaces.Dict):
-            return spaces.Dict({key: self._resized_space(value) for key, value in space.items()})
+            return spaces.Dict({key: self._change_space(part) for key, part in space.items()})
         if not is_image(space):
             return space
-        shape = space.shape or ()
-        last = is_channels_last(shape)
-        new = (self.size, self.size, shape[2]) if last else (shape[0], self.size, self.size)
-        return spaces.Box(0, 255, new, np.uint8)
+        shape = list(space.shape)
+        self.change_shape(shape, _channel_axis(space))
+        return spaces.Box(0, 255, tuple(shape), np.uint8)
 
-    def _resized(self, space: spaces.Space, obs: Any) -> Any:
+    def _change(self, space: Any, obs: Any, key: str) -> Any:
         if isinstance(space, spaces.Dict):
-            return {key: self._resized(value, obs[key]) for key, value in space.items()}
-        if not is_image(space):
-            return obs
-        if is_channels_last(space.shape or ()):
-            return resize_image(obs, self.size)
-        return np.moveaxis(resize_image(np.moveaxis(obs, 0, -1), self.size), -1, 0)
+            return {k: self._change(part, obs[k], f"{key}/{k}") for k, part in space.items()}
+        return self.change_image(key, obs, _channel_axis(space)) if is_image(space) else obs
 
 
-class StackedImages(gym.ObservationWrapper):
-    """Observe the last images of an episode along their channels; other arrays stay as they are.
+class ResizedImages(_ImageWrapper):
+    """Resize every image of the observations."""
 
-    At its start the first image stands for those that there were not.
+    def __init__(self, env: gym.Env, size: int) -> None:
+        self.size = size
+        advice = "set env.pixels=true to observe rendered images, or leave env.image_size out"
+        super().__init__(env, f"image_size={size}", advice)
+
+    def change_shape(self, shape: list[int], axis: int) -> None:
+        """Set height and width."""
+        shape[:] = [n if i == axis else self.size for i, n in enumerate(shape)]
+
+    def change_image(self, key: str, image: np.ndarray, axis: int) -> np.ndarray:
+        """Resize one image."""
+        if axis == 2:
+            return resize_image(image, self.size)
+        return np.moveaxis(resize_image(np.moveaxis(image, axis, -1), self.size), -1, axis)
+
+
+class StackedImages(_ImageWrapper):
+    """Concatenate the last images of an episode along their channels.
+
+    At the start of an episode its first image is repeated.
     """
 
     def __init__(self, env: gym.Env, stack: int) -> None:
-        super().__init__(env)
-        leaves = flatten(env.observation_space)
-        if not any(is_image(space) for space in leaves.values()):
-            raise ValueError(
-                f"frame_stack={stack} was given, but {env.unwrapped} observes no image but "
-                f"{env.observation_space}; expected images (3-D uint8); leave env.frame_stack out"
-            )
         self.stack = stack
         self._frames: dict[str, deque[np.ndarray]] = {}
-        self.observation_space = self._mapped(self._stacked_space, env.observation_space)
+        super().__init__(env, f"frame_stack={stack}", "leave env.frame_stack out")
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        """Forget the images of the last episode."""
+        """Drop the images of the last episode."""
         self._frames = {}
         return super().reset(seed=seed, options=options)
 
-    def observation(self, observation: Any) -> Any:
-        """Return the observation with its newest images stacked."""
-        return self._mapped(self._stacked, self.env.observation_space, observation)
+    def change_shape(self, shape: list[int], axis: int) -> None:
+        """Multiply the channels."""
+        shape[axis] *= self.stack
 
-    def _stacked_space(self, key: str, space: spaces.Space) -> spaces.Space:
-        shape = list(space.shape or ())
-        shape[2 if is_channels_last(space.shape or ()) else 0] *= self.stack
-        return spaces.Box(0, 255, tuple(shape), np.uint8)
-
-    def _stacked(self, key: str, space: spaces.Space, image: np.ndarray) -> np.ndarray:
-        image = image.copy()  # an environment may draw into the same array again
+    def change_image(self, key: str, image: np.ndarray, axis: int) -> np.ndarray:
+        """Return the newest images, this one last."""
+        image = image.copy()  # an environment may reuse the array
         frames = self._frames.setdefault(key, deque([image] * self.stack, self.stack))
         if frames[-1] is not image:
             frames.append(image)
-        return np.concatenate(frames, axis=2 if is_channels_last(space.shape or ()) else 0)
+        return np.concatenate(frames, axis)
 
-    def _mapped(self, fn: Any, space: Any, obs: Any = None, key: str = "") -> Any:
-        """Apply fn to every image of a space, or of an observation of it."""
-        if isinstance(space, spaces.Dict):
-            parts = {
-                k: self._mapped(fn, s, None if obs is None else obs[k], f"{key}/{k}")
-                for k, s in space.items()
-            }
-            return spaces.Dict(parts) if obs is None else parts
-        if not is_image(space):
-            return space if obs is None else obs
-        return fn(key, space) if obs is None else fn(key, space, obs)
+
+def _channel_axis(space: spaces.Space) -> int:
+    return 2 if is_channels_last(space.shape or ()) else 0
 
 
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize [H, W, C] uint8 to [size, size, C] by averaging areas (repeating pixels if larger)."""
+    """Resize [H, W, C] uint8 to [size, size, C]: average areas, or repeat pixels if larger."""
     if image.shape[:2] == (size, size):
         return image
-    # Channel by channel: Pillow knows no 9 channels, and would weigh colours by a fourth one.
+    # Channel by channel: Pillow has no mode for 9 channels, and treats a fourth one as alpha.
     planes = [Image.fromarray(plane) for plane in np.moveaxis(image, -1, 0)]
     box = Image.Resampling.BOX
     return np.stack([np.asarray(plane.resize((size, size), box)) for plane in planes], axis=-1)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from worldloom.acting import Actor, Memory
 from worldloom.envs.spaces import ActionSpec, ObsSpec
-from worldloom.envs.vector import Rows
+from worldloom.envs.vector import RowStream
 from worldloom.protocol import LatentState
 from worldloom.trees import map_tree
 
@@ -43,7 +43,7 @@ class Collector:
         random_steps: int = 0,
         frames_per_step: int = 1,
     ) -> None:
-        self.rows = Rows(env, obs_spec, action_spec)
+        self.rows = RowStream(env, obs_spec, action_spec)
         self.actor, self.buffer = actor, buffer
         self.random_steps, self.frames_per_step = random_steps, frames_per_step
         self.num_envs = self.rows.num_envs

@@ -249,10 +249,10 @@ def test_near_misses_are_suggested():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(lives="discount"), r"env.lives is 'discount'; expected 'unused' or 'reset' \(no "),
+        (dict(lives="discount"), r"env.lives is 'discount'; expected 'unused' or 'reset' \(a "),
         (dict(protocol="atari200m"), r"expected one of atari, atari100k"),
         (dict(actions="few"), r"expected 'all' or 'needed'"),
-        (dict(pixels=False), r"expected true, as Atari is observed from pictures only"),
+        (dict(pixels=False), r"Atari can be observed from images only"),
         (dict(action_repeat=0), r"env.action_repeat is 0; expected at least 1"),
         (dict(sticky=25), r"env.sticky is 25; expected a probability"),
     ],
@@ -263,7 +263,7 @@ def test_errors_say_what_is_possible(settings, message):
 
 
 def test_two_protocols_at_once_are_refused():
-    with pytest.raises(ValueError, match=r"env.protocol is 'atari'; expected atari100k, as env.ga"):
+    with pytest.raises(ValueError, match=r"env.protocol is 'atari'; expected atari100k as in "):
         make_env("atari100k_pong", protocol="atari")
 
 

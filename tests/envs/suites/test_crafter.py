@@ -20,14 +20,14 @@ def env():
 
 
 def kill(env):
-    env.unwrapped.world._player.health = 0
+    env.unwrapped.simulator._player.health = 0
 
 
 def test_spaces_and_the_first_steps_are_crafters(env):
     image, _ = env.reset(seed=5)
     assert env.observation_space == spaces.Box(0, 255, (64, 64, 3), np.uint8)
     assert image in env.observation_space and env.action_space == spaces.Discrete(17)
-    by_hand = crafter.Env(seed=env.unwrapped.world._seed)
+    by_hand = crafter.Env(seed=env.unwrapped.simulator._seed)
     assert (image == by_hand.reset()).all()
     for action in np.random.default_rng(0).integers(17, size=9):
         image, reward, terminated, truncated, _ = env.step(action)
@@ -40,7 +40,7 @@ def test_spaces_and_the_first_steps_are_crafters(env):
 def test_death_terminates_and_achievements_are_told(env):
     env.reset()
     assert env.step(NOOP)[4] == {}
-    env.unwrapped.world._player.achievements["collect_wood"] = 3
+    env.unwrapped.simulator._player.achievements["collect_wood"] = 3
     kill(env)
     _, reward, terminated, truncated, info = env.step(NOOP)
     assert terminated and not truncated
@@ -83,7 +83,7 @@ def test_the_time_limit_truncates_and_rewards_can_be_off():
 
 
 def test_pictures_cannot_be_switched_off():
-    with pytest.raises(ValueError, match=r"Crafter is observed from pictures only; leave env.pix"):
+    with pytest.raises(ValueError, match=r"Crafter can be observed from images only; leave env.pi"):
         make_env(pixels=False)
 
 

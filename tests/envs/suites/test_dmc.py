@@ -117,7 +117,7 @@ def test_seeds_reproduce_and_differ():
 def test_a_discount_of_zero_terminates():
     env = make_env("cartpole-balance")
     env.reset(seed=0)
-    task = env.unwrapped.env.task
+    task = env.unwrapped.simulator.task
     task.get_termination = lambda physics: 0.0
     *_, terminated, truncated, _ = env.step(env.action_space.sample())
     assert (terminated, truncated) == (True, False)
@@ -145,7 +145,7 @@ def test_a_state_task_loads_none_though_one_is_named():
 
 
 def test_tasks_without_bounds_are_refused():
-    with pytest.raises(ValueError, match=r"'lqr-lqr_2_1', whose actions have no bounds"):
+    with pytest.raises(ValueError, match=r"'lqr-lqr_2_1', whose actions are practically unbounded"):
         make_env("lqr-lqr_2_1")
 
 

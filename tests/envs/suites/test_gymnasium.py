@@ -135,7 +135,7 @@ def raising(error):
             r"'worldloom\[pixels\]'",
         ),
         (ModuleNotFoundError("No module named 'ale_py'"), r"'worldloom\[atari\]'"),
-        (ModuleNotFoundError("No module named 'mine'"), "install what the message names"),
+        (ModuleNotFoundError("No module named 'mine'"), "install the package named above"),
     ],
 )
 def test_missing_packages_name_our_extra(error, remedy):
@@ -167,5 +167,5 @@ def test_environments_that_render_nothing_are_refused(monkeypatch):
     monkeypatch.setattr(Counter, "metadata", {"render_modes": ["rgb_array"], "render_fps": 1})
     monkeypatch.setattr(Counter, "render", lambda self: None)
     env = make_env("Test/Counter-v0", pixels=True)
-    with pytest.raises(TypeError, match=r"rendered NoneType; expected an RGB picture"):
+    with pytest.raises(TypeError, match=r"rendered NoneType; expected an RGB image"):
         env.reset()

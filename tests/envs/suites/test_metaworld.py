@@ -27,7 +27,7 @@ def goal(env, seed=None):
 def simulator(env):
     """Meta-World's own environment, with the goal that ours has drawn."""
     by_hand = metaworld.ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE["reach-v3-goal-observable"](seed=1)
-    by_hand._last_rand_vec = env.unwrapped.env._last_rand_vec
+    by_hand._last_rand_vec = env.unwrapped.simulator._last_rand_vec
     by_hand.reset()
     return by_hand
 
@@ -98,7 +98,7 @@ def test_a_goal_can_be_fixed():
     env = make_env("reach", fixed_goal=1)
     assert goal(env, seed=3) == goal(env) == goal(env, seed=4) != fixed[0]
     for wrong in (True, -1, "first"):
-        with pytest.raises(ValueError, match=rf"env.fixed_goal is {wrong!r}; expected a number fr"):
+        with pytest.raises(ValueError, match=rf"env.fixed_goal is {wrong!r}; expected false, or a"):
             make_env("reach", fixed_goal=wrong)
 
 

@@ -1,9 +1,8 @@
-"""Atari games under the published protocols, behind gymnasium's API.
+"""Atari games under the published protocols.
 
-A frame is one of the emulator's, 60 to a second; a decision is `action_repeat` of them.
+The emulator shows 60 frames per second; a step of the environment is `action_repeat` frames.
 """
 
-import difflib
 import math
 import re
 from collections import deque
@@ -14,38 +13,33 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.wrappers import TimeLimit
 from PIL import Image
 
-from worldloom.envs.suites.extras import naming_the_extra
+from worldloom.envs.extras import suggest_extra
+from worldloom.envs.suites.settings import find_task, require, require_pixels
+from worldloom.envs.suites.simulator import SimulatorEnv
 from worldloom.envs.wrappers import wrap
 
 NOOP = 0
-STICKY = 0.25  # the published probability, wherever actions are sticky
+STICKY = 0.25  # the published probability of sticky actions
 BRIGHTNESS = np.array((299, 587, 114), np.int32)  # thousandths of red, green and blue
-
-
-def _check(name: str, value: Any, right: bool, expected: str) -> None:
-    """Raise a readable error if a setting is not right."""
-    if not right:
-        raise ValueError(f"env.{name} is {value!r}; expected {expected}; set env.{name} to that")
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a game is played; the names are those of the settings in the configuration.
+    """Rules of a game; the names are those of the settings in the configuration.
 
-    image_size: side of the square picture, reached from 160x210 by Pillow's bilinear filter.
-    gray: weigh the colours into one channel, after resizing.
+    image_size: side of the square image, resized from 160x210 by Pillow's bilinear filter.
+    gray: combine the colours into one channel, after resizing.
     actions: "all" 18 of the joystick, or the "needed" ones, which differ from game to game.
-    sticky: probability with which a frame does the action of the frame before instead.
+    sticky: probability that a frame repeats the action of the previous frame.
     action_repeat: frames for which an action is held; their rewards are summed.
-    pooling: newest frames of a decision whose brightest values are seen, for sprites that flicker.
-    noops: greatest number of frames to wait at the start; the number is random.
-    lives: "unused", or "reset": losing a life ends the episode, as terminated, and the next one
-        is a new game.
-    time_limit: frames after which an episode is truncated, rounded up to whole decisions; those
-        waited at the start do not count.
+    pooling: number of newest frames of a step whose maximum is observed, for flickering sprites.
+    noops: upper bound of the random number of frames without action at the start of an episode.
+    lives: "unused", or "reset": losing a life terminates the episode, and the next one is a new
+        game.
+    time_limit: frames after which an episode is truncated, rounded up to whole steps; the frames
+        without action at the start do not count.
     """
 
     image_size: int
@@ -59,19 +53,19 @@ class Protocol:
     time_limit: int = 108_000
 
     def __post_init__(self) -> None:
-        _check("actions", self.actions, self.actions in ("all", "needed"), "'all' or 'needed'")
-        _check("sticky", self.sticky, 0 <= self.sticky <= 1, "a probability, such as 0.25")
-        _check("noops", self.noops, self.noops >= 0, "0 or more")
+        require("actions", self.actions, self.actions in ("all", "needed"), "'all' or 'needed'")
+        require("sticky", self.sticky, 0 <= self.sticky <= 1, "a probability, such as 0.25")
+        require("noops", self.noops, self.noops >= 0, "0 or more")
         for name in ("action_repeat", "pooling", "time_limit", "image_size"):
-            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        # A life could also end the value but not the episode ("discount"). An environment of
-        # gymnasium cannot say so; the official code reads it and then overwrites it.
-        known = "'unused' or 'reset' (no environment can say that a value ends but play goes on)"
-        _check("lives", self.lives, self.lives in ("unused", "reset"), known)
+            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        # The official code has a third choice, "discount": a lost life ends the return but not the
+        # episode. Gymnasium has no signal for that, and the official code overwrites it.
+        choices = "'unused' or 'reset' (a return that ends before its episode is not supported)"
+        require("lives", self.lives, self.lives in ("unused", "reset"), choices)
 
 
-# As the official DreamerV3 code has them (commit e3f0224), but for two things: it also reports the
-# time limit as a termination, and its grey comes out one lower for 1 colour in 20,000.
+# From the official DreamerV3 code (commit e3f0224), with two differences: the official code also
+# reports the time limit as a termination, and its grey is one lower for 1 colour in 20,000.
 PROTOCOLS = {
     "atari": Protocol(image_size=96, gray=True, actions="all", sticky=STICKY),
     "atari100k": Protocol(image_size=64, gray=False, actions="needed", sticky=0.0),
@@ -96,14 +90,14 @@ def make_env(
 ) -> gym.Env:
     """Make a game, such as pong (Pong, atari100k_pong, ALE/Pong-v5).
 
-    protocol: a name of `PROTOCOLS`; None for the one that the game begins with, else atari100k.
-    image_size ... time_limit: as in `Protocol`; None leaves what the protocol says. sticky may be
-        true, for the published probability.
+    protocol: a name of `PROTOCOLS`; None for the prefix of the game, or atari100k without a prefix.
+    image_size ... time_limit: as in `Protocol`; None for the protocol's value. sticky=True means
+        the published probability.
     frame_stack: as in `worldloom.envs.wrappers.wrap`.
-    pixels: must be true, for nothing else is observed.
+    pixels: must be true, because there are no other observations.
     """
-    _check("pixels", pixels, bool(pixels), "true, as Atari is observed from pictures only")
-    with naming_the_extra(f"atari game {game}"):
+    require_pixels(pixels, "Atari")
+    with suggest_extra(f"atari game {game}"):
         from ale_py import roms
     rom, prefix = _find(game, roms.get_all_rom_ids())
     if isinstance(sticky, bool):
@@ -117,39 +111,35 @@ def make_env(
         time_limit=time_limit,
     )
     chosen = {name: value for name, value in given.items() if value is not None}
-    rules = replace(_protocol(game, protocol, prefix), **chosen)
-    env: gym.Env = AtariGame(rom, rules)
-    env = TimeLimit(env, math.ceil(rules.time_limit / rules.action_repeat))
-    return wrap(env, frame_stack=frame_stack)
+    rules = replace(_get_protocol(game, protocol, prefix), **chosen)
+    steps = math.ceil(rules.time_limit / rules.action_repeat)
+    return wrap(AtariGame(rom, rules), steps, frame_stack=frame_stack)
 
 
-class AtariGame(gym.Env):
-    """A game of the Arcade Learning Environment; a step is a decision, of `action_repeat` frames.
+class AtariGame(SimulatorEnv):
+    """A game of the Arcade Learning Environment; a step is `action_repeat` frames.
 
     Observations are [size, size, 1 or 3] uint8; `render` returns the whole screen in colour.
-    Every game is the first one after the console was switched on: in some (assault, beam_rider)
-    the memory that a game leaves behind changes the next, and an episode should follow from its
-    seed and actions alone.
+    Every episode starts from the state in which the console was switched on: in some games
+    (assault, beam_rider) the memory left by a game changes the next, and an episode must depend
+    on its seed and actions only.
     """
-
-    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 (as in gym.Env)
-    render_mode = "rgb_array"
 
     def __init__(self, rom: str, rules: Protocol) -> None:
         import ale_py
         from ale_py import roms
 
-        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # first: a new one says hello
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # hides the welcome message
         self.ale: Any = ale_py.ALEInterface()
-        # Actions stick in `step`: the emulator reads a seed for it only where it loads a game,
-        # which takes as long as a hundred decisions.
+        # `step` implements sticky actions: the emulator reads a seed only when it loads a game,
+        # which takes as long as a hundred steps.
         self.ale.setFloat("repeat_action_probability", 0.0)
-        self.ale.setInt("random_seed", 1)  # decides nothing any more, but 0 is the time of day
+        self.ale.setInt("random_seed", 1)  # has no effect, but 0 would mean the time of day
         path: Any = roms.get_rom_path(rom)
         self.ale.loadROM(path)
         self._switched_on = self.ale.cloneSystemState()
         self.frames_per_step = rules.action_repeat
-        self.rom, self.rules = rom, rules
+        self.rom, self.rules, self.name = rom, rules, f"atari {rom}"
         self._held: Any = NOOP  # the action that a sticky frame repeats
         every = rules.actions == "all"
         self.actions = self.ale.getLegalActionSet() if every else self.ale.getMinimalActionSet()
@@ -161,7 +151,7 @@ class AtariGame(gym.Env):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start a game and let a random number of frames pass."""
+        """Start a game and skip a random number of frames."""
         super().reset(seed=seed)
         self.ale.restoreSystemState(self._switched_on)
         self.ale.reset_game()
@@ -174,7 +164,7 @@ class AtariGame(gym.Env):
         return self._obs(), {}
 
     def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """Hold an action for some frames; terminated is the game's end."""
+        """Hold an action for some frames; terminated means that the game is over."""
         reward, lives, sticky = 0.0, self.ale.lives(), self.rules.sticky
         for left in reversed(range(self.rules.action_repeat)):
             if not sticky or self.np_random.random() >= sticky:
@@ -193,9 +183,6 @@ class AtariGame(gym.Env):
         """Return the newest frame, [210, 160, 3] uint8."""
         return self.ale.getScreenRGB()
 
-    def __str__(self) -> str:
-        return f"<atari {self.rom}>"
-
     def _obs(self) -> np.ndarray:
         size = (self.rules.image_size, self.rules.image_size)
         pooled = Image.fromarray(reduce(np.maximum, self._screens))
@@ -206,26 +193,21 @@ class AtariGame(gym.Env):
 
 
 def _find(game: str, known: list[str]) -> tuple[str, str | None]:
-    """Return the emulator's name of a game, and the protocol that the game's prefix names."""
-    names = {name.replace("_", ""): name for name in known}
+    """Return the emulator's name of a game, and the protocol in the prefix of the game."""
+    games = {name.replace("_", ""): name for name in known}
     first, _, rest = game.lower().replace("-", "_").partition("_")
     prefix = first if first in PROTOCOLS else None
     plain = re.sub(r"^ale/|-v\d$", "", rest if prefix else game.lower())
     wanted = re.sub(r"[^a-z0-9]", "", plain)
-    if wanted in names:
-        return names[wanted], prefix
-    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4) or ["pong", "breakout"]
-    examples = ", ".join(names[name] for name in near)
-    raise ValueError(
-        f"env.game is '{game}', which is no Atari game; expected one such as {examples}; set "
-        "env.game to one of them"
-    )
+    examples = ("pong", "breakout")
+    found = find_task(games, wanted, given=game, suite="Atari", setting="game", examples=examples)
+    return found, prefix
 
 
-def _protocol(game: str, name: str | None, prefix: str | None) -> Protocol:
-    """Return the protocol that was asked for, by its name or before the game's."""
+def _get_protocol(game: str, name: str | None, prefix: str | None) -> Protocol:
+    """Return the protocol with this name, or named by the prefix of the game."""
     name = name or prefix or "atari100k"
-    _check("protocol", name, name in PROTOCOLS, f"one of {', '.join(PROTOCOLS)}")
-    agree = prefix in (None, name)
-    _check("protocol", name, agree, f"{prefix}, as env.game={game} says, or the game without it")
+    require("protocol", name, name in PROTOCOLS, f"one of {', '.join(PROTOCOLS)}")
+    same = prefix in (None, name)
+    require("protocol", name, same, f"{prefix} as in env.game={game}, or a game without prefix")
     return PROTOCOLS[name]

@@ -1,6 +1,6 @@
-"""Catch: a ball falls, a paddle moves along the floor; the smallest game worth a world model.
+"""Catch: a paddle has to catch a falling ball; the smallest task for a world model.
 
-Needs no simulator and no renderer, so it is what examples and tests train on.
+It needs neither a simulator nor a renderer, so examples and tests train on it.
 """
 
 from typing import Any
@@ -15,9 +15,9 @@ PADDLE = (64, 160, 255)
 class Catch(gym.Env):
     """Move left, stay or move right (actions 0, 1, 2) to be under the ball when it lands.
 
-    The ball starts in a random column and falls one row a step, so an episode has `rows - 1`
-    steps. The reward is +1 for a catch and -1 for a miss, both in the last step, and 0 before.
-    Observations are pictures [size, size, 3] uint8.
+    The ball starts in a random column and falls one row per step, so an episode has `rows - 1`
+    steps. The last step gives a reward of +1 for a catch or -1 for a miss, all others 0.
+    Observations are images [image_size, image_size, 3] uint8.
     """
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012 (as in gym.Env)
@@ -27,9 +27,9 @@ class Catch(gym.Env):
     ) -> None:
         if not (2 <= rows <= image_size and 2 <= columns <= image_size):
             raise ValueError(
-                f"Catch got rows={rows}, columns={columns}, image_size={image_size}; expected from "
-                "2 rows and columns up to one for each pixel; lower env.rows and env.columns or "
-                "raise env.image_size"
+                f"Catch got rows={rows}, columns={columns}, image_size={image_size}; expected at "
+                "least 2 rows and columns, and at most one per pixel; lower env.rows and "
+                "env.columns or raise env.image_size"
             )
         if image_size % 16:
             raise ValueError(
@@ -61,14 +61,14 @@ class Catch(gym.Env):
         return self.render(), 1.0 if caught else -1.0, True, False, {"success": caught}
 
     def render(self) -> np.ndarray:
-        """Paint ball and paddle as rectangles, [size, size, 3] uint8."""
+        """Paint ball and paddle as rectangles, [image_size, image_size, 3] uint8."""
         image = np.zeros((self.size, self.size, 3), np.uint8)
         image[self._cell(self.rows - 1, self.paddle)] = PADDLE
         image[self._cell(self.row, self.column)] = BALL
         return image
 
     def _cell(self, row: int, column: int) -> tuple[slice, slice]:
-        """Pixels of a cell; cells differ by a pixel where the size is no multiple of the grid."""
+        """Return the pixels of a cell; their sizes may differ by one pixel."""
         return (
             slice(row * self.size // self.rows, (row + 1) * self.size // self.rows),
             slice(column * self.size // self.columns, (column + 1) * self.size // self.columns),

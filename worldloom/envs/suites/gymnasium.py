@@ -1,17 +1,17 @@
-"""Any gymnasium id as an environment that models can learn."""
+"""Environments registered with gymnasium, by their ids."""
 
-import difflib
 import importlib
 from typing import Any
 
 import gymnasium as gym
 
 import worldloom.envs.suites.catch  # noqa: F401  (registers worldloom/Catch-v0)
+from worldloom.envs.extras import suggest_extra
 from worldloom.envs.renderer import use_renderer
-from worldloom.envs.suites.extras import naming_the_extra
 from worldloom.envs.wrappers import wrap
+from worldloom.errors import find_similar
 
-# Packages whose ids gymnasium knows only after their import -> how those ids begin.
+# Packages that register their ids when they are imported -> prefixes of these ids.
 PACKAGES = {
     "ale_py": ("ALE/",),
     "minigrid": ("MiniGrid-", "BabyAI-"),
@@ -33,34 +33,28 @@ def make_env(
 ) -> gym.Env:
     """Make the environment that is registered under a gymnasium id.
 
-    pixels, image_size, action_repeat, frame_stack: as in `worldloom.envs.wrappers.wrap`. Without
-        pixels no renderer is touched.
-    time_limit: steps of the simulator (not of `action_repeat`) after which an episode is truncated,
-        instead of the limit that is registered with the id.
-    kwargs: go to the environment.
+    image_size, pixels, action_repeat, frame_stack: as in `worldloom.envs.wrappers.wrap`. No
+        renderer is loaded without pixels.
+    time_limit: simulator steps after which an episode is truncated, instead of the limit that is
+        registered with the id.
+    kwargs: passed to the environment.
     """
     if time_limit is not None:
         kwargs["max_episode_steps"] = time_limit
-    with naming_the_extra(id):
-        spec = _registered(id)
+    with suggest_extra(id):
+        spec = _find_spec(id)
         if pixels:
             kwargs["render_mode"] = "rgb_array"
             if str(spec.entry_point).startswith(MUJOCO):
                 use_renderer("mujoco")
-                # Drawn at this size: 480 pixels a side take two to six times as long in software.
+                # At the default of 480 pixels a side, software takes two to six times as long.
                 kwargs = {"width": image_size or 64, "height": image_size or 64, **kwargs}
         env = gym.make(spec, **kwargs)
-    return wrap(
-        env,
-        action_repeat=action_repeat,
-        pixels=pixels,
-        image_size=image_size,
-        frame_stack=frame_stack,
-    )
+    return wrap(env, None, action_repeat, frame_stack, pixels, image_size)
 
 
-def _registered(id: str) -> Any:
-    """Return what gymnasium knows of an id, importing the package that registers it first."""
+def _find_spec(id: str) -> Any:
+    """Return the specification of an id; first import the package that registers it."""
     package = next((name for name, starts in PACKAGES.items() if id.startswith(starts)), None)
     module, _, name = id.rpartition(":")
     if package or module:
@@ -68,10 +62,9 @@ def _registered(id: str) -> Any:
     try:
         return gym.spec(name)
     except gym.error.Error as error:
-        names = {known.lower(): known for known in gym.registry}
-        near = [names[name] for name in difflib.get_close_matches(name.lower(), names, cutoff=0.4)]
+        similar = find_similar(name, gym.registry, 3, 0.4) or list(gym.registry)[:3]
         raise ValueError(
-            f"There is no environment '{id}' ({error}); expected an id that gymnasium knows, "
-            f"such as {', '.join(near or sorted(names.values())[:3])}; set env.id to one, or to "
-            "'module:id' if importing a module registers yours"
+            f"There is no environment '{id}' ({error}); expected a registered id, such as "
+            f"{', '.join(similar)}; set env.id to one, or to 'module:id' if importing a module "
+            "registers yours"
         ) from error

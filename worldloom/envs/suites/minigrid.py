@@ -1,6 +1,5 @@
-"""MiniGrid and BabyAI tasks, from their symbols or from pixels, behind gymnasium's API."""
+"""MiniGrid and BabyAI tasks, from their symbols or from pixels."""
 
-import difflib
 import io
 import re
 from contextlib import redirect_stdout
@@ -9,12 +8,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.wrappers import TimeLimit
 
-from worldloom.envs.suites.extras import naming_the_extra
+from worldloom.envs.extras import suggest_extra
+from worldloom.envs.suites.settings import find_task, require
 from worldloom.envs.wrappers import resize_image, wrap
 
-# All words in the missions of the package's own tasks; commas are words.
+# All words in the missions of the package's tasks; commas are words.
 WORDS = (  # noqa: SIM905 (a list of them is hard to read)
     ", a after and at avoid ball behind blue box door end fetch find from front get go goal green "
     "grey hallway in key lava left matching must near next object of on open opening pick purple "
@@ -35,39 +34,34 @@ def make_env(
 ) -> gym.Env:
     """Make a task, such as DoorKey-5x5 (MiniGrid-DoorKey-5x5-v0, BabyAI-GoToObj).
 
-    pixels: observe a picture [size, size, 3] instead of the symbols; its size is 64 by default.
-    view: what the picture shows: what the "agent" sees, or the "full" grid.
-    words: how many words of a mission are observed, where missions differ between episodes.
+    pixels: observe an image [size, size, 3] instead of the symbols; its size is 64 by default.
+    view: what the image shows: what the "agent" sees, or the "full" grid.
+    words: number of words of a mission that are observed, if missions differ between episodes.
     action_repeat, frame_stack: as in `worldloom.envs.wrappers.wrap`.
-    time_limit: steps after which an episode is truncated, instead of the task's own limit; the
-        reward of a success falls linearly to 0.1 at that step.
+    time_limit: steps after which an episode is truncated, instead of the task's limit; the reward
+        of a success decreases linearly to 0.1 at that step.
     """
-    if view not in ("agent", "full"):
-        raise ValueError(
-            f"env.view is '{view}'; expected 'agent' or 'full'; set env.view to one of them"
-        )
+    require("view", view, view in ("agent", "full"), "'agent' or 'full'")
     if image_size is not None and not pixels:
         raise ValueError(
-            f"env.image_size is {image_size}, but symbols are observed, which are no picture; set "
-            "env.pixels=true, or leave env.image_size out"
+            f"env.image_size is {image_size}, but symbols are observed, which are not an image; "
+            "set env.pixels=true, or leave env.image_size out"
         )
-    with naming_the_extra(f"minigrid task {task}"):
+    with suggest_extra(f"minigrid task {task}"):
         import minigrid  # noqa: F401  (registers the tasks)
     limit = {} if time_limit is None else {"max_steps": time_limit}
     env = gym.make(_find(task), disable_env_checker=True, **limit)
-    fixed: Any = env.unwrapped
-    # BabyAI draws a limit with each mission, and has 0 until then: no length is known of these.
-    if fixed.max_steps:
-        env = TimeLimit(env, fixed.max_steps)
+    inner: Any = env.unwrapped
     env = GridObservation(Success(env), view if pixels else None, image_size or 64, words)
-    return wrap(env, action_repeat=action_repeat, frame_stack=frame_stack)
+    # BabyAI draws a limit with each mission and has 0 before: these tasks have no known length.
+    return wrap(env, inner.max_steps or None, action_repeat, frame_stack)
 
 
 class Success(gym.Wrapper):
-    """Say in the info of an episode's last step whether the task was solved."""
+    """Add "success" to the info of an episode's last step."""
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
-        """Act once; only a solved task ends with a reward."""
+        """Act once; an episode ends with a reward only if the task was solved."""
         obs, reward, terminated, truncated, info = self.env.step(action)
         if terminated or truncated:
             info["success"] = bool(terminated and float(reward) > 0)
@@ -75,14 +69,13 @@ class Success(gym.Wrapper):
 
 
 class GridObservation(gym.ObservationWrapper):
-    """Observe symbols as choices rather than as the colours of a picture, or a real picture.
+    """Observe symbols as choices rather than as the colours of an image, or a rendered image.
 
     Symbols are {"image": object, colour and state of each cell in view, "direction"}, which models
-    see as one-hot vectors. A picture stands alone. In both cases "mission" comes along, as the
-    words in their order, if it may differ between episodes (0 for no word); the mission of a task
-    that has but one is dropped, for it says nothing.
+    see as one-hot vectors. If missions differ between episodes, "mission" is observed, too: the
+    numbers of its words, 0 for no word.
 
-    view: "agent" or "full" for a picture, None for symbols.
+    view: "agent" or "full" for an image, None for symbols.
     """
 
     def __init__(self, env: gym.Env, view: str | None, size: int, words: int) -> None:
@@ -90,41 +83,40 @@ class GridObservation(gym.ObservationWrapper):
         from minigrid.core import constants
 
         self.grid: Any = env.unwrapped
-        seen: Any = self.grid.observation_space
+        space: Any = self.grid.observation_space
         self.view, self.size, self.words = view, size, words
-        self.told = _varies(seen["mission"])
-        # One number more for all words that are not of the package.
-        mission = {"mission": spaces.MultiDiscrete([len(WORDS) + 2] * words)} if self.told else {}
+        self.reads = _varies(space["mission"])
+        # One more number for all other words.
+        mission = {"mission": spaces.MultiDiscrete([len(WORDS) + 2] * words)} if self.reads else {}
         if view is not None:
             image: Any = spaces.Box(0, 255, (size, size, 3), np.uint8)
             self.observation_space = spaces.Dict({"image": image, **mission}) if mission else image
             return
         kinds = (constants.OBJECT_TO_IDX, constants.COLOR_TO_IDX, constants.STATE_TO_IDX)
-        cells = seen["image"].shape[:2]
+        cells = space["image"].shape[:2]
         sizes = np.broadcast_to([len(kind) for kind in kinds], (*cells, len(kinds)))
         image = spaces.MultiDiscrete(sizes.copy())
-        direction = seen["direction"]
-        parts = {"image": image, "direction": direction, **mission}
+        parts = {"image": image, "direction": space["direction"], **mission}
         self.observation_space = spaces.Dict(parts)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
-        """Start an episode, without a line on the console for every level that BabyAI rejects."""
+        """Start an episode; hide the line that BabyAI prints for every level that it rejects."""
         with redirect_stdout(io.StringIO()):
             return super().reset(seed=seed, options=options)
 
     def observation(self, observation: Any) -> Any:
-        """Return the picture, or the symbols with their direction, and the mission if it varies."""
-        mission = {"mission": self._read(observation["mission"])} if self.told else {}
+        """Return the image, or the symbols and the direction, with the mission if it varies."""
+        mission = {"mission": self._read(observation["mission"])} if self.reads else {}
         if self.view is None:
             image = observation["image"].astype(np.int64)
             return {"image": image, "direction": observation["direction"], **mission}
-        picture = resize_image(self._draw(), self.size)
-        return {"image": picture, **mission} if mission else picture
+        image = resize_image(self._draw(), self.size)
+        return {"image": image, **mission} if mission else image
 
     def _draw(self) -> np.ndarray:
-        """Draw the grid or the agent's part of it, with few more pixels than are needed.
+        """Draw the grid or the agent's part of it in tiles of the smallest sufficient size.
 
-        Standard tiles of 32 pixels take two to three times as long.
+        MiniGrid's default tiles of 32 pixels take two to three times as long.
         """
         pov, cells = self.view == "agent", min(self.grid.width, self.grid.height)
         cells = self.grid.agent_view_size if pov else cells
@@ -132,43 +124,35 @@ class GridObservation(gym.ObservationWrapper):
 
     def _read(self, mission: str) -> np.ndarray:
         """Return the numbers of a mission's words."""
-        read = re.findall(r"\w+|,", mission.lower())
-        if len(read) > self.words:
+        words = re.findall(r"\w+|,", mission.lower())
+        if len(words) > self.words:
             raise ValueError(
-                f"The mission '{mission}' has {len(read)} words, but {self.words} are observed; "
-                f"set env.words={len(read)} or more"
+                f"The mission '{mission}' has {len(words)} words, but {self.words} are observed; "
+                f"set env.words={len(words)} or more"
             )
-        numbers = np.zeros(self.words, np.int64)
-        known = len(WORDS) + 1
-        numbers[: len(read)] = [WORDS.index(w) + 1 if w in WORDS else known for w in read]
+        numbers, other = np.zeros(self.words, np.int64), len(WORDS) + 1
+        numbers[: len(words)] = [WORDS.index(w) + 1 if w in WORDS else other for w in words]
         return numbers
 
 
 def _varies(space: Any) -> bool:
-    """Tell whether a mission may differ between episodes; BabyAI's spaces do not say."""
+    """Return whether missions may differ between episodes; BabyAI's spaces do not tell."""
     choices = space.ordered_placeholders or []
     return type(space).__name__ == "BabyAIMissionSpace" or any(len(c) > 1 for c in choices)
 
 
 def _find(task: str) -> str:
-    """Return the id of a task in any of its spellings; the newest version if none is given."""
+    """Return the id of a task in any of its spellings; the newest version by default."""
     if task in gym.registry:
         return task
-    names: dict[str, str] = {}
-    # In this order MiniGrid wins over BabyAI where both have a name, and the newest version.
+    tasks: dict[str, str] = {}
+    # Later ids replace earlier ones: MiniGrid's those of BabyAI, and newer versions older ones.
     for id in sorted(id for id in gym.registry if id.startswith(("BabyAI-", "MiniGrid-"))):
         for name in (id, re.sub(r"-v\d+$", "", id)):
-            names |= {_plain(name): id, _plain(name.partition("-")[2]): id}
-    wanted = _plain(task)
-    if wanted in names:
-        return names[wanted]
-    near = difflib.get_close_matches(wanted, names, n=3, cutoff=0.4)
-    examples = ", ".join(sorted({names[name] for name in near})) or "MiniGrid-DoorKey-5x5-v0"
-    raise ValueError(
-        f"env.task is '{task}', which is no MiniGrid task; expected one such as {examples}; set "
-        "env.task to one of them"
-    )
+            tasks |= {_normalize(name): id, _normalize(name.partition("-")[2]): id}
+    examples = ("doorkey5x5", "babyaigotoobj")
+    return find_task(tasks, _normalize(task), given=task, suite="MiniGrid", examples=examples)
 
 
-def _plain(name: str) -> str:
+def _normalize(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
