@@ -4,6 +4,7 @@ import csv
 import os
 import re
 import sys
+from ast import literal_eval
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import pytest
 import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from worldloom import create_world_model, run
@@ -21,6 +21,8 @@ from worldloom.app.build import settle_env, words_to_trust
 from worldloom.app.compose import composed, validate
 from worldloom.collect import CollectConfig, collect
 from worldloom.datasets import open_dataset
+from worldloom.replay.block_files import BlockFiles
+from worldloom.replay.row_format import row_bytes
 
 DREAMER = ["model=dreamerv3_size1m", "model.deter=32", "model.hidden=8", "model.units=8"]
 DREAMER += ["model.classes=4", "model.stoch=4", "model.imag_length=5"]
@@ -128,7 +130,13 @@ def test_what_training_remembers_is_written_back(finished):
     checkpoint = torch.load(finished[0] / "checkpoints" / "last.ckpt", weights_only=True)
     state = checkpoint["ReplayDataModule"]["buffer"]
     folder = finished[0] / "checkpoints" / "replay"
-    blocks = [load_file(folder / name)["latents['deter']"] for name in sorted(state["files"])]
+    layout = {name: x.partition("(") for name, x in state["layout"].items() if "latents" in name}
+    fields = {name: (literal_eval("(" + x[2]), np.dtype(x[0])) for name, x in layout.items()}
+    files, size = BlockFiles(folder), sum(row_bytes(*field) for field in fields.values())
+    blocks = []
+    for name, crc in state["files"].items():
+        rows = (folder / name).stat().st_size // size
+        blocks.append(torch.tensor(files.read(name, crc, fields, rows)["latents['deter']"]))
     blocks += [tail["latents['deter']"] for tail in state["tails"] if tail]
     written = torch.cat([block.float().abs().sum(1) for block in blocks]) > 0
     assert written.any() and not written.all()

@@ -259,7 +259,7 @@ def test_a_flipped_byte_in_a_replay_chunk_is_found_and_left_out(server, tmp_path
     name = "dreamerv3, pixels in files"
     folder = killed_late(server, name, tmp_path)
     files = sorted((folder / "checkpoints" / "replay").iterdir())
-    damaged = next(file for file in files if "latents" not in file.name)
+    damaged = next(file for file in files if "-rows." in file.name)
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)

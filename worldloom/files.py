@@ -13,13 +13,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 
 @contextmanager
-def atomic_write(file: Path) -> Iterator[BinaryIO]:
+def atomic_write(file: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces `file` when the block ends without an exception.
 
     The temporary file is created in the same folder under a random name (O_EXCL, so neither an
     existing file nor a symbolic link is ever opened), with permissions according to the umask. Its
     contents and its name are flushed to the disk. A symbolic link called `file` is replaced, its
     target is left alone. After an exception `file` is unchanged.
+
+    sync: flush contents and name; with False the caller has to, before it relies on the file.
 
     Raises:
         OSError: the file cannot be written, for example because the disk is full.
@@ -29,12 +31,14 @@ def atomic_write(file: Path) -> Iterator[BinaryIO]:
         with temporary.open("xb") as stream:
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())
+            if sync:
+                os.fsync(stream.fileno())
         os.replace(temporary, file)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(file.parent)
+    if sync:
+        sync_folder(file.parent)
 
 
 def write_text(file: Path, text: str) -> None:

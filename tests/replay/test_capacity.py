@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from worldloom.protocol import ReplayField
-from worldloom.training import ReplayBuffer, capacity
+from worldloom.replay import capacity
+from worldloom.training import ReplayBuffer
 
 
 def test_more_than_the_free_memory_is_refused(monkeypatch):

@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worldloom.protocol import ReplayField
-from worldloom.replay.store import Scratch
-from worldloom.training import ReplayBuffer, chunks
+from worldloom.replay import block_files
+from worldloom.training import ReplayBuffer
 
 # Image and deter are large, so they leave memory where storage is "memmap"; the others are not.
 SHAPES = {"image": (3, 16, 16), "joints": (3,)}
@@ -195,7 +196,7 @@ def test_a_state_without_files_can_go_to_files(tmp_path):
     again = make(tmp_path)
     again.load_state_dict(save(moved))
     compare([plain, again])
-    with pytest.raises(ValueError, match="lie in files of their own; give ReplayBuffer the folder"):
+    with pytest.raises(ValueError, match="are in separate files; give ReplayBuffer the folder"):
         make().load_state_dict(save(moved))
 
 
@@ -205,7 +206,7 @@ def test_a_state_is_the_moment_it_was_made_whatever_happens_while_it_is_written(
 ):
     rng = np.random.default_rng(0)
     pair = [make(), make(tmp_path, storage)]
-    monkeypatch.setattr("worldloom.replay.archive.COPIES", 20_000)  # a few rows: they wait
+    monkeypatch.setattr("worldloom.replay.archive.MAX_COPIES", 20_000)  # a few rows: they wait
     add(pair, rng, 60)
     for _ in range(5):
         batch = draw(pair)
@@ -234,8 +235,8 @@ def test_rows_are_written_once_and_only_latents_that_changed_again(tmp_path):
     add([buffer], rng, 35)
     first = save(buffer)
     blocks = {f"0-{n:06d}" for n in range(3)}
-    assert set(first["files"]) == {f"{b}-rows.safetensors" for b in blocks} | {
-        f"{b}-latents-1.safetensors" for b in blocks
+    assert set(first["files"]) == {f"{b}-rows.bin" for b in blocks} | {
+        f"{b}-fields-1.bin" for b in blocks
     }
     assert [len(x) for x in first["tails"][0].values()] == [5] * 10
     times = {name: os.stat(tmp_path / name).st_mtime_ns for name in names(tmp_path)}
@@ -244,9 +245,9 @@ def test_rows_are_written_once_and_only_latents_that_changed_again(tmp_path):
     second = save(buffer)
     new = set(second["files"]) - set(first["files"])
     assert new == {
-        "0-000001-latents-2.safetensors",
-        "0-000003-latents-2.safetensors",
-        "0-000003-rows.safetensors",
+        "0-000001-fields-2.bin",
+        "0-000003-fields-2.bin",
+        "0-000003-rows.bin",
     }
     for name, time in times.items():
         assert os.stat(tmp_path / name).st_mtime_ns == time
@@ -266,13 +267,13 @@ def test_rows_are_written_once_and_only_latents_that_changed_again(tmp_path):
 
 def test_the_block_size_follows_from_the_layout():
     fields = {"obs": ((3, 64, 64), np.dtype(np.uint8)), "deter": ((2048,), np.dtype(np.float16))}
-    assert chunks.rows_per_file(fields, ["deter"], 10**6) == 4 * 2**20 // (3 * 64 * 64)
-    assert chunks.rows_per_file(fields, ["deter"], 1000) == 250
+    assert block_files.choose_block_rows(fields, ["deter"], 10**6) == 4 * 2**20 // (3 * 64 * 64)
+    assert block_files.choose_block_rows(fields, ["deter"], 1000) == 250
     small = {"obs": ((8,), np.dtype(np.float32)), "deter": fields["deter"]}
-    assert chunks.rows_per_file(small, ["deter"], 10**6) == 4 * 2**20 // 4096
+    assert block_files.choose_block_rows(small, ["deter"], 10**6) == 4 * 2**20 // 4096
     huge = {"obs": ((3, 512, 512), np.dtype(np.uint8))}
-    assert chunks.rows_per_file(huge, [], 10**6) == 64
-    assert chunks.rows_per_file(huge, [], 3) == 1
+    assert block_files.choose_block_rows(huge, [], 10**6) == 64
+    assert block_files.choose_block_rows(huge, [], 3) == 1
 
 
 def test_a_state_can_be_finished_once_and_only_the_newest(tmp_path):
@@ -307,7 +308,7 @@ def test_rows_of_a_damaged_file_are_never_drawn(tmp_path, storage, harm, caplog)
     pair = [make(num_envs=1), make(tmp_path, num_envs=1)]
     add(pair, rng, 65)  # rows 23 to 64; blocks 2 to 5 complete, 60 to 64 in the state
     state = save(pair[1])
-    bad = "0-000004-rows.safetensors"
+    bad = "0-000004-rows.bin"
     harm(tmp_path / bad)
     assert pair[1].damaged(state) == [bad]
     hurt = make(tmp_path, storage, num_envs=1, online_queue=False)
@@ -343,16 +344,16 @@ def test_rows_of_a_damaged_file_are_never_drawn(tmp_path, storage, harm, caplog)
     again.load_state_dict(save(hurt))
     compare([hurt, again])
     add([hurt], rng, 26)
-    assert hurt._archive.blocks.lost and len(hurt) == 42 - 1
+    assert hurt._store.lost and len(hurt) == 42 - 1
     add([hurt], rng, 1)
-    assert not hurt._archive.blocks.lost and len(hurt) == 42
+    assert len(hurt) == 42 and not hurt._store.lost
 
 
 def test_the_online_queue_leaps_over_a_gap(tmp_path, caplog):
     buffer = make(tmp_path, num_envs=1)
     add([buffer], np.random.default_rng(0), 40)
     state = save(buffer)
-    flip(tmp_path / "0-000001-rows.safetensors")
+    flip(tmp_path / "0-000001-rows.bin")
     hurt = make(tmp_path, num_envs=1)
     hurt.load_state_dict(state)
     served = [hurt.sample(1, 4)["index"][0, 1].item() for _ in range(7)]
@@ -365,7 +366,7 @@ def test_rows_go_on_behind_a_gap_as_preceded_by_nothing(tmp_path):
     buffer = make(tmp_path, num_envs=1)
     add([buffer], rng, 40, episodes=0.0)  # one episode of 40 rows, four blocks
     state = save(buffer)
-    os.remove(tmp_path / "0-000003-rows.safetensors")
+    os.remove(tmp_path / "0-000003-rows.bin")
     hurt = make(tmp_path, num_envs=1, online_queue=False)
     hurt.load_state_dict(state)
     add([hurt], rng, 6, episodes=0.0)
@@ -379,10 +380,10 @@ def test_damaged_latents_begin_at_zero(tmp_path, caplog):
     pair = [make(num_envs=1), make(tmp_path, "memmap", num_envs=1)]
     add(pair, rng, 40)
     state = save(pair[1])
-    cut(tmp_path / "0-000002-latents-1.safetensors")
+    cut(tmp_path / "0-000002-fields-1.bin")
     hurt = make(tmp_path, "memmap", num_envs=1)
     hurt.load_state_dict(state)
-    assert "10 rows of the replay have lost their latents, which begin at zero" in caplog.text
+    assert "10 rows of the replay have lost these fields, which are now zero" in caplog.text
     for name in ("latents['deter']", "latents['stoch']"):
         pair[0]._store.rings[name][0, 20:30] = 0
     compare([pair[0], hurt])
@@ -398,15 +399,17 @@ class FullDisk:
     """Let writing fail half way, as a full disk does, while `full` is set; `room` more succeed."""
 
     def __init__(self, monkeypatch):
-        self.full, self.room, self.write = False, 0, Path.write_bytes
-        monkeypatch.setattr(Path, "write_bytes", lambda path, data: self(path, data))
+        self.full, self.room, self.write = False, 0, block_files.atomic_write
+        monkeypatch.setattr(block_files, "atomic_write", self)
 
-    def __call__(self, path, data):
+    @contextmanager
+    def __call__(self, path, sync=True):
         self.room -= self.full
-        if self.full and self.room < 0:
-            self.write(path, data[: len(data) // 2])
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return self.write(path, data)
+        with self.write(path, sync=sync) as file:
+            yield file
+            if self.full and self.room < 0:
+                file.truncate(file.tell() // 2)
+                raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("storage", ["ram", "memmap"])
@@ -465,7 +468,7 @@ def test_only_latents_that_cannot_be_written_fail_too(tmp_path, monkeypatch):
 
 
 def test_halves_that_a_kill_left_are_removed(tmp_path):
-    (tmp_path / "0-000000-rows.safetensors.tmp").write_bytes(b"half")
+    (tmp_path / ".0-000000-rows.bin.1234abcd.tmp").write_bytes(b"half")
     (tmp_path / "notes.txt").write_bytes(b"mine")
     buffer = make(tmp_path)
     buffer.keep([])
@@ -480,7 +483,7 @@ def filled(folder, seed=0, storage="ram", number=5):
     rng = np.random.default_rng(seed)
     for _ in range(number):
         add_episode([buffer], rng, 6, 0)
-    buffer.seal()
+    buffer.freeze()
     return buffer
 
 
@@ -494,7 +497,7 @@ def test_a_sealed_replay_saves_latents_only(tmp_path, storage):
         for each in (twin, buffer):
             each.write_fields(batch["index"], new, 4)
     state = save(buffer)
-    assert all("latents" in name for name in state["files"]) and len(state["files"]) == 3
+    assert all("fields" in name for name in state["files"]) and len(state["files"]) == 3
     assert set(state["tails"][0]) == {"latents['deter']", "latents['stoch']"}
     buffer.keep(state["files"])
     assert (names(folders[0]) == set(state["files"])) == (storage == "ram")
@@ -502,19 +505,19 @@ def test_a_sealed_replay_saves_latents_only(tmp_path, storage):
     resumed = filled(folders[0], storage=storage)
     resumed.load_state_dict(state)
     compare([twin, resumed])
-    with pytest.raises(RuntimeError, match="sealed, so it takes no more rows"):
+    with pytest.raises(RuntimeError, match="frozen, so it accepts no more rows"):
         add([resumed], np.random.default_rng(0))
-    with pytest.raises(RuntimeError, match="sealed"):
+    with pytest.raises(RuntimeError, match="frozen"):
         add_episode([resumed], np.random.default_rng(0), 3, 0)
     for seed, number in ((1, 5), (0, 4)):
-        with pytest.raises(
-            ValueError, match=r"data set has changed since .* with 35 rows then, and"
-        ):
+        with pytest.raises(ValueError, match=r"dataset has changed since .* had 35 rows then, and"):
             filled(folders[1], seed, number=number).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"filled from a data set; fill this one and seal\(\)"):
+    with pytest.raises(
+        ValueError, match=r"filled from a dataset; fill this one and call freeze\(\)"
+    ):
         make(folders[1], num_envs=1).load_state_dict(state)
     open_ = make(folders[1], num_envs=1)
-    with pytest.raises(ValueError, match="do not come from a data set"):
+    with pytest.raises(ValueError, match="do not come from a dataset"):
         filled(folders[1]).load_state_dict(save(open_))
 
 
@@ -524,22 +527,6 @@ def test_a_sealed_replay_saves_latents_only(tmp_path, storage):
 def resident_of_files() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(x.split()[1]) * 1024 for x in lines if x.startswith(("RssFile", "RssShmem")))
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
-def test_a_scratch_file_keeps_what_it_lets_go_of(tmp_path):
-    scratch = Scratch(tmp_path, (1, 2**15, 1024), np.dtype(np.float32))  # 128 MiB
-    assert not names(tmp_path)  # it has no name, so it goes with the process
-    before = resident_of_files()
-    most = 0
-    for row in range(0, 2**15, 1024):
-        scratch.array[0, row : row + 1024] = row
-        scratch.touch(1024)
-        most = max(most, resident_of_files())
-    # 64 MiB and a step of 4 MiB; all 128 if pages were not let go of.
-    assert most - before < 80 * 2**20
-    expected = np.arange(0, 2**15, 1024).repeat(1024)
-    assert (scratch.array[0] == expected[:, None]).all()
 
 
 def test_large_fields_are_not_in_memory(tmp_path):
@@ -569,8 +556,8 @@ def test_messages_about_storage(tmp_path):
 def test_a_file_cut_off_under_the_run_is_an_error_and_no_crash(tmp_path):
     buffer = make(tmp_path, "memmap", num_envs=1)
     add([buffer], np.random.default_rng(0), 40)
-    os.truncate(tmp_path / "0-000000-rows.safetensors", 100)
-    with pytest.raises(OSError, match="was cut off while the run was using it"):
+    os.truncate(tmp_path / "0-000000-rows.bin", 100)
+    with pytest.raises(OSError, match="was truncated while the run was using it"):
         for _ in range(50):
             buffer.sample(8, 4)
 
@@ -610,11 +597,11 @@ def test_large_batches_are_read_by_several_threads(tmp_path, monkeypatch):
         buffer.add_episode(frames, np.zeros((300, 2)), np.zeros(300))
     for _ in range(5):
         assert torch.equal(filed.sample(16, 60)["obs"], plain.sample(16, 60)["obs"])
-    files = sorted(tmp_path.glob("*-rows.safetensors"))
+    files = sorted(tmp_path.glob("*-rows.bin"))
     file = files[len(files) // 2]
     data = file.read_bytes()
     os.truncate(file, len(data) // 2)
-    with pytest.raises(OSError, match="was cut off"):
+    with pytest.raises(OSError, match="was truncated"):
         filed.sample(64, 60)
     file.write_bytes(data)
     plain.sample(64, 60)

@@ -147,7 +147,7 @@ def build_data(
             f"episode {max(dataset.lengths) + 1}; lower training.sequence_length"
         )
     print(filled, flush=True)
-    buffer.seal()
+    buffer.freeze()
     return ReplayDataModule(buffer, **options)
 
 

@@ -1,386 +1,447 @@
-"""Keep a replay in files, so that a checkpoint only names them and writes what is new.
+"""Checkpoints of a replay: block files that a state names, so that it need not contain the rows.
 
-The rows of a block go to their file when the block is complete. Latents change again and again, so
-a checkpoint writes those of the blocks in which any did, under a new name each time. Rows since a
-stream's last complete block are in the state itself.
+The immutable fields of a block are written once, when the block is complete. Rewritable fields
+change all the time, so each checkpoint writes those of the blocks in which any has changed, under
+a new name. The rows after a stream's last complete block are part of the state itself.
 
-Two threads meet here: the one that adds rows and writes latents, and the one that calls `finish`.
+Two threads use an archive: one adds and rewrites rows, the other calls `finish` and `keep`. While
+`finish` writes a state, the first thread goes on: before it changes fields that are still to be
+written, it copies those rows aside.
 """
 
 import logging
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
-from worldloom.replay.blocks import Blocks
-from worldloom.replay.chunks import ChunkFolder, DamagedFile, block_of, latents_name, rows_name
+from worldloom.replay.block_files import Block, BlockFiles, fields_name, parse_block, rows_name
 from worldloom.replay.row_format import Arrays, to_numpy
-from worldloom.replay.snapshot import LATENTS, ROWS, Snapshot
-from worldloom.replay.store import Block, RowStorage
+from worldloom.replay.store import RowStore
 
 log = logging.getLogger(__name__)
 
-COPIES = 256 * 2**20  # bytes copied aside at which who changes rows waits for the writer
+MAX_COPIES = 256 * 2**20  # bytes of rows copied aside at which changes wait for `finish`
+
+
+@dataclass
+class Copies:
+    """Rows of a block that were copied aside.
+
+    saved: [C], which rows; parts: (their positions in the block, their values).
+    """
+
+    saved: np.ndarray
+    parts: list[tuple[np.ndarray, Arrays]] = field(default_factory=list)
+
+
+@dataclass
+class Snapshot:
+    """The files that a state needs. The lock of the archive protects it.
+
+    generation: of the state; files: {name: CRC-32} of the files that exist.
+    waiting: blocks whose rewritable fields have to be written; copied: those of them with rows
+        copied aside, in order; size: bytes of these copies.
+    changed: blocks of which rewritable fields were changed since the state was made.
+    error: why immutable fields could not be written, or None.
+    """
+
+    generation: int
+    error: OSError | None = None
+    files: dict[str, int] = field(default_factory=dict)
+    waiting: dict[Block, None] = field(default_factory=dict)
+    copied: dict[Block, Copies] = field(default_factory=dict)
+    changed: set[Block] = field(default_factory=set)
+    size: int = 0
 
 
 class Archive:
-    """The files of a replay whose rows lie in `store`.
+    """The block files of the rows in `store`.
 
-    blocks: which there are, and which of them are lost.
-    digest: None, or the check sum of rows that come from a data set and are read anew at every
-        start, so that it is kept in their place.
+    digest: None, or the checksum of rows that come from a dataset. Every start reads them again,
+        so a state contains the checksum in place of the rows.
     """
 
-    def __init__(self, store: RowStorage, folder: ChunkFolder) -> None:
-        self.store, self.folder = store, folder
-        self.blocks = Blocks(store)
+    def __init__(self, store: RowStore, files: BlockFiles) -> None:
+        self.store, self.files = store, files
         self.digest: int | None = None
         # Rows in memory are not written before the first state: offline runs never need that.
-        self._eager = store.mapped
-        self._lock = threading.RLock()  # of rows, latents and what is known of files
-        self._changes = threading.Condition(self._lock)
-        self._writer = threading.Lock()  # held while a state is made or finished
-        self._latents: dict[Block, str] = {}  # the file of each block that did not change since
-        self._generation = folder.newest_generation()
+        self._eager = bool(store.large)
+        self._next = np.zeros(store.num_envs, np.int64)  # block of each stream to write next
+        self._behind = False  # whether more blocks can be written at once
+        self._error: OSError | None = None  # why the last block could not be written
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._writing = threading.Lock()  # held while a state is made or finished
+        self._current: dict[Block, str] = {}  # files whose rewritable fields are up to date
+        self._generation = files.newest_generation()
         self._snapshot: Snapshot | None = None
-        self._taken = self._finished = 0
-        self._finishing = self._failing = False
-
-    @property
-    def sealed(self) -> bool:
-        """Tell whether no rows may be added any more."""
-        return self.digest is not None
-
-    def write(self, env: int, row: np.ndarray, values: Arrays) -> None:
-        """Write new rows (numbers [N]) of one stream over the oldest."""
-        with self._changes:
-            if self._snapshot is not None:
-                last = self.store.written[env] - 1  # an episode may leap over rows of the ring
-                overwritten = last - (last - row) % self.store.rows
-                self._protect((ROWS, LATENTS), np.broadcast_to(env, row.shape), overwritten)
-            self.store.write(env, row, values)
+        self._finished = 0
+        self._finishing = False
 
     def append(self, values: Arrays) -> None:
-        """Write a row behind the newest of every stream, over the oldest."""
-        with self._lock:  # that of `_changes`, which takes longer to enter
-            if self._snapshot is not None:
-                store = self.store
-                self._protect((ROWS, LATENTS), store.streams, store.written - store.rows)
-            self.store.append(values)
+        """Write the next row of every stream and count it."""
+        store = self.store
+        with self._lock:
+            if self._snapshot is not None and self._snapshot.waiting:
+                self._protect(store.streams, store.written - store.rows)
+            store.append(values)
+        store.advance()
+        if self._behind or store.common is None or store.common % store.block_rows == 0:
+            self.add_blocks(store.num_envs)
 
-    def write_latents(self, env: np.ndarray, row: np.ndarray, values: Arrays) -> None:
-        """Write latents of stored rows (numbers [N]) of streams env [N]."""
-        with self._changes:
-            for block in self._protect((LATENTS,), env, row):
-                if (name := self._latents.pop(block, None)) is not None:
-                    self.folder.release(name)
+    def write(self, env: int, row: np.ndarray, values: Arrays) -> None:
+        """Write new rows (numbers [N]) of one stream; the caller counts them."""
+        with self._changed:
+            if self._snapshot is not None and self._snapshot.waiting:
+                last = self.store.written[env] - 1  # the new rows may skip slots of the ring
+                overwritten = last - (last - row) % self.store.rows
+                self._protect(np.full(len(row), env), overwritten)
             self.store.write(env, row, values)
 
-    def added(self, count: int) -> None:
-        """Write blocks that have become complete, once `store.written` counts the new rows.
+    def rewrite(self, env: np.ndarray, row: np.ndarray, values: Arrays) -> None:
+        """Replace rewritable fields of stored rows (numbers [N]) of streams env [N]."""
+        with self._changed:
+            for block in self._protect(env, row):
+                self.files.release(self._current.pop(block, ""))
+                if self._snapshot is not None:
+                    self._snapshot.changed.add(block)
+            self.store.rewrite(env, row, values)
 
-        count: of the new rows. So many files are written at most that the next calls, too, have
-        something to do where all streams complete their blocks at once.
+    def add_blocks(self, rows: int) -> None:
+        """Write blocks that have become complete after `rows` new rows, unless that is not due.
+
+        The number of files per call is limited: streams that complete their blocks at the same
+        time share the work between the following calls.
         """
-        new = False
-        if self.blocks.changed():
-            with self._changes:
-                new, gone = self.blocks.account()
-                for block in gone:
-                    self._forget(block)
-        # With a full disk, trying at every step would only cost time.
-        if self._eager and self.blocks.unwritten and (new or not self._failing):
-            self._write_rows(1 + count // self.store.block_rows)
+        if self._eager:
+            self._write_blocks(1 + rows // self.store.block_rows)
 
-    def seal(self, digest: int) -> None:
-        """Take no more rows; keep this digest in their place."""
-        self._write_rows(len(self.blocks.unwritten) if self._eager else 0)
-        self.digest = digest
+    def freeze(self) -> None:
+        """Accept no more rows; states contain their checksum instead."""
+        if self._eager:
+            self._write_blocks()
+        self.digest = self.store.digest()
 
     def state(self) -> dict[str, Any]:
-        """Return what is needed besides the files; `finish` has to complete it."""
-        with self._writer, self._changes:
-            store = self.store
-            self._taken += 1
+        """Return what is needed in addition to the files; `finish` has to complete it."""
+        with self._writing, self._changed:
+            store, frozen = self.store, self.digest is not None
+            self._eager = not frozen
+            complete = frozen or self._write_blocks()
             self._generation += 1
-            names = {ROWS: store.fixed, LATENTS: store.latents}
-            snapshot = Snapshot(self._taken, names, store.block_rows, store.get)
-            for block in self.blocks:
-                if block not in self.blocks.lost:
-                    self._expect(snapshot, block)
-            self._snapshot, self._eager = snapshot, not self.sealed
+            snapshot = Snapshot(self._generation, None if complete else self._error)
+            self._snapshot = snapshot
+            used = self.files.used
+            for block in self._blocks():
+                if block in store.lost:
+                    continue
+                if not frozen and (name := rows_name(block)) in used:
+                    snapshot.files[name] = used[name]
+                if block in self._current:
+                    snapshot.files[self._current[block]] = used[self._current[block]]
+                elif store.rewritable:
+                    snapshot.waiting[block] = None
             state = {
                 "tails": [self._tail(env) for env in range(store.num_envs)],
-                "lost": [list(block) for block in sorted(self.blocks.lost)],
-                "snapshot": self._taken,
+                "lost": [list(block) for block in sorted(store.lost)],
+                "generation": self._generation,
                 "files": dict(snapshot.files),
             }
-            return state | ({"digest": self.digest} if self.sealed else {})
+            return state | ({"digest": self.digest} if frozen else {})
 
     def finish(self, state: dict[str, Any]) -> None:
-        """Write what a state still needs, flush it to the disk, and name it in the state.
+        """Write what a state still needs, flush it to the disk and name it in the state.
 
         Raises:
-            OSError: it cannot be written. Nothing is lost; make a new state and try again.
-            ValueError: there is a newer state.
+            OSError: the files cannot be written. No row is lost; make a new state to try again.
+            ValueError: a newer state was made.
         """
-        with self._writer:
+        with self._writing:
             snapshot = self._snapshot
-            if snapshot is None or snapshot.number != state["snapshot"]:
-                if state["snapshot"] == self._finished:
+            if snapshot is None or snapshot.generation != state["generation"]:
+                if state["generation"] == self._finished:
                     return
                 raise ValueError(
                     "this state of the replay can no longer be finished, because a newer one was "
                     "made or writing it failed; make a new one with state_dict()"
                 )
-            latents: dict[Block, str] = {}
+            written: dict[Block, str] = {}
+            self._finishing = True
             try:
-                with self._changes:
-                    self._finishing = True
-                self._write_snapshot(snapshot, latents)
-                self.folder.sync(snapshot.files)
-                self.folder.sync_folder()
+                if snapshot.error is not None:
+                    raise snapshot.error
+                self._write_snapshot(snapshot, written)
+                self.files.sync(snapshot.files)
+                self.files.sync_names()
             except BaseException:
-                with self._changes:
-                    self._snapshot, self._finishing = None, False
-                    self._changes.notify_all()
-                for name in latents.values():
-                    self.folder.remove(name)
+                for name in written.values():
+                    self.files.remove(name)
                 raise
-            with self._changes:
-                self._snapshot, self._finishing, self._finished = None, False, snapshot.number
-                for block, name in latents.items():
-                    if block in snapshot.changed or self.blocks.has_gone(block):
-                        self.folder.release(name)
-                    else:
-                        self._latents[block] = name
-                self._changes.notify_all()
+            else:
+                with self._lock:
+                    for block, name in written.items():
+                        if block in snapshot.changed:
+                            self.files.release(name)
+                        else:
+                            self._current[block] = name
+                self._finished = snapshot.generation
+            finally:
+                with self._changed:
+                    self._snapshot, self._finishing = None, False
+                    self._changed.notify_all()
             state["files"] = dict(snapshot.files)
 
     def keep(self, files: Iterable[str]) -> None:
         """Delete the files that are neither among these nor needed by this replay."""
-        with self._writer:
-            with self._changes:
+        with self._writing:
+            oldest = (self.store.oldest // self.store.block_rows).tolist()
+            for name in list(self.files.used):
+                env, number = block = parse_block(name)
+                if number < oldest[env]:
+                    self.files.release(name)
+                    self._current.pop(block, None)
+            with self._lock:
                 pending = self._snapshot.files if self._snapshot else {}
                 names = {*files, *pending}
-            self.folder.keep(names)
+            self.files.keep(names)
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Read what a state names, once `store.written` is that of the state.
+        """Read what a state names; `written` of the store is that of the state already.
 
-        Where the rows of a block cannot be read the block is lost; where its latents cannot be,
-        they are zero.
+        A block whose rows cannot be read is lost. Rewritable fields that cannot be read are zero.
         """
         self._reset()
-        store, files, lost = self.store, state["files"], self.blocks.lost
-        lost.update((env, number) for env, number in state["lost"])
-        latents = {block_of(name): name for name in files if "latents" in name}
-        lost_rows: list[Block] = []
-        lost_latents: list[Block] = []
-        for block in self.blocks:
-            if block not in lost and not self.sealed and not self._read_rows(block, files):
-                lost.add(block)
+        store, files = self.store, state["files"]
+        store.lost = {(env, number) for env, number in state["lost"]}
+        current = {parse_block(name): name for name in files if "fields" in name}
+        lost_rows, lost_fields = [], []
+        for block in self._blocks():
+            known = block in store.lost or self.digest is not None
+            if not known and not self._load(block, rows_name(block), files, store.immutable):
                 lost_rows.append(block)
-            if block in lost:
-                self._blank(block)
-            elif store.latents and not self._read_latents(block, latents.get(block, ""), files):
-                lost_latents.append(block)
+                store.lost.add(block)
+            if block in store.lost:
+                self._load_zeros(block, list(store.rings))
+            elif store.rewritable:
+                self._current[block] = current.get(block, "")
+                if not self._load(block, self._current[block], files, store.rewritable):
+                    lost_fields.append(block)
+                    del self._current[block]
+                    self._load_zeros(block, store.rewritable)
         for env, tail in enumerate(state["tails"]):
-            if tail:
-                values = {name: to_numpy(x) for name, x in tail.items()}
-                store.write(env, self.blocks.tail(env), values)
-        self._warn(lost_rows, "rows", "are lost, and training goes on without them")
-        self._warn(lost_latents, "latents", "have lost their latents, which begin at zero")
+            row, values = self._tail_rows(env), {name: to_numpy(x) for name, x in tail.items()}
+            if self.digest is None:
+                store.write(env, row, values)
+            else:
+                store.rewrite(np.full(len(row), env), row, values)
+        self._warn(lost_rows, "rows", "are lost, and training continues without them")
+        self._warn(lost_fields, "rewritable fields", "have lost these fields, which are now zero")
 
     def restore_rings(self, rings: list[Arrays]) -> None:
-        """Take over the rows of whole rings, [R, *shape] for each stream and field."""
+        """Take over whole rings [R, *shape] of every stream, from a state without files."""
         self._reset()
-
-        def copy(env: int, row: np.ndarray) -> None:
-            values = {name: x[row % self.store.rows] for name, x in rings[env].items()}
-            self.store.write(env, row, values)
-
-        for block in self.blocks:
-            copy(block[0], self.blocks.rows(block))
-            self.blocks.unwritten[block] = None
-            self._write_rows(1 if self.store.mapped else 0)  # in memory they wait for `finish`
-        for env in range(self.store.num_envs):
-            if len(row := self.blocks.tail(env)):
-                copy(env, row)
+        store = self.store
+        for env, ring in enumerate(rings):
+            row = np.arange(store.oldest[env], store.written[env])
+            store.write(env, row, {name: x[row % store.rows] for name, x in ring.items()})
+        self._next = store.oldest // store.block_rows
+        self._eager = bool(store.large)  # rows in memory wait for the first state
+        if self._eager:
+            self._write_blocks()
 
     def require_digest(self, state: Mapping[str, Any]) -> None:
-        """Refuse a state that was saved with other rows than these."""
+        """Raise ValueError for a state that was saved with other rows of a dataset."""
         if "digest" not in state:
-            return  # it is of another kind: see `require_kind`
+            return  # another kind of state: see `require_kind`
         if (state["digest"], state["written"]) != (self.digest, self.store.written.tolist()):
             raise ValueError(
-                f"the data set has changed since this run was saved: it filled the replay with "
-                f"{sum(state['written'])} rows then, and with "
-                f"{int(self.store.written.sum())} of other contents now; restore the data set, or "
-                f"start a new run"
+                f"the dataset has changed since this run was saved: it had {sum(state['written'])} "
+                f"rows then, and has {int(self.store.written.sum())} rows with other contents now; "
+                f"restore the dataset, or start a new run"
             )
 
-    def _protect(self, kinds: tuple[str, ...], env: np.ndarray, row: np.ndarray) -> list[Block]:
-        """Copy rows aside for the snapshot that are about to change; return their blocks."""
-        store, snapshot = self.store, self._snapshot
-        stored = row >= 0
-        env, row = env[stored], row[stored]
-        wide = np.int64(2**40)  # more blocks than any stream has
-        unique = np.unique(env.astype(np.int64) * wide + row // store.block_rows)
-        blocks = [divmod(int(code), int(wide)) for code in unique]
-        if snapshot is not None:
-            snapshot.protect(kinds, blocks, env, row)
-            if ROWS not in kinds:
-                snapshot.changed.update(blocks)
-            while self._finishing and snapshot.bytes > COPIES:
-                self._changes.wait()
+    def _blocks(self) -> Iterator[Block]:
+        """List the complete blocks of which rows are stored."""
+        oldest = self.store.oldest // self.store.block_rows
+        complete = self.store.written // self.store.block_rows
+        for env, (first, end) in enumerate(zip(oldest.tolist(), complete.tolist(), strict=True)):
+            yield from ((env, number) for number in range(first, end))
+
+    def _write_blocks(self, limit: int = -1) -> bool:
+        """Write up to `limit` complete blocks, all by default; return whether all are written.
+
+        The rows of a block that cannot be written stay in memory.
+        """
+        store = self.store
+        complete = store.written // store.block_rows
+        self._behind = bool((complete > self._next).any())
+        for env, end in enumerate(complete.tolist() if self._behind else []):
+            for number in range(int(self._next[env]), end):
+                if limit == 0:
+                    return False
+                if not store.has_expired((env, number)):
+                    limit -= 1
+                    if not self._write_rows((env, number)):
+                        self._behind = False  # trying again for every row would take time
+                        return False
+                store.blocks.pop((env, number), None)
+                self._next[env] = number + 1
+        self._behind = False
+        return True
+
+    def _write_rows(self, block: Block) -> bool:
+        """Write the immutable fields of a block, then free its memory; return False on failure."""
+        store, name = self.store, rows_name(block)
+        try:
+            if name not in self.files.used:
+                self.files.write(name, store.get(store.immutable, block, store.row_numbers(block)))
+            with self._lock:
+                store.spill(block)
+        except OSError as error:
+            if self._error is None:
+                log.warning(
+                    "the replay could not write to %s (%s); its rows stay in memory and writing "
+                    "is tried again later; free some disk space",
+                    self.files.path,
+                    error.strerror or error,
+                )
+            self._error = error
+            return False
+        if self._error is not None:
+            log.warning("the replay can write to %s again", self.files.path)
+            self._error = None
+        return True
+
+    def _protect(self, env: np.ndarray, row: np.ndarray) -> list[Block]:
+        """Copy rows aside that are about to change, if a snapshot needs them; return the blocks."""
+        env, row = env[row >= 0], row[row >= 0]
+        stride = np.int64(2**40)  # more blocks than a stream can have
+        codes = env.astype(np.int64) * stride + row // self.store.block_rows
+        unique = np.unique(codes)
+        blocks = [divmod(int(code), int(stride)) for code in unique]
+        if (snapshot := self._snapshot) is not None:
+            for block, code in zip(blocks, unique, strict=True):
+                if block in snapshot.waiting:
+                    self._copy(snapshot, block, np.unique(row[codes == code]))
+            while self._finishing and snapshot.size > MAX_COPIES:
+                self._changed.wait()
         return blocks
 
+    def _copy(self, snapshot: Snapshot, block: Block, row: np.ndarray) -> None:
+        """Copy rewritable fields of rows (ascending numbers [N]) aside, once each."""
+        rows = self.store.block_rows
+        copies = snapshot.copied.setdefault(block, Copies(np.zeros(rows, bool)))
+        row = row[~copies.saved[row % rows]]
+        if len(row):
+            values = self.store.get(self.store.rewritable, block, row)
+            copies.saved[row % rows] = True
+            copies.parts.append((row % rows, values))
+            snapshot.size += sum(x.nbytes for x in values.values())
+
+    def _take(self, snapshot: Snapshot) -> tuple[Block, Arrays]:
+        """Remove a block from those waiting; return its rewritable fields as they were.
+
+        Blocks with copied rows come first, which frees the copies.
+        """
+        block = next(iter(snapshot.copied or snapshot.waiting))
+        del snapshot.waiting[block]
+        arrays = self.store.get(self.store.rewritable, block, self.store.row_numbers(block))
+        if (copies := snapshot.copied.pop(block, None)) is not None:
+            for position, values in copies.parts:
+                for name, value in values.items():
+                    arrays[name][position] = value
+                    snapshot.size -= value.nbytes
+        return block, arrays
+
+    def _write_snapshot(self, snapshot: Snapshot, written: dict[Block, str]) -> None:
+        """Write the blocks that a snapshot waits for; add the names of the files to `written`."""
+        while snapshot.waiting:
+            with self._changed:
+                block, arrays = self._take(snapshot)
+                self._changed.notify_all()
+            name = written[block] = fields_name(block, snapshot.generation)
+            snapshot.files[name] = self.files.write(name, arrays)
+            # At once: many pages waiting for the disk would delay the next writes of any thread.
+            self.files.sync([name])
+
     def _reset(self) -> None:
-        """Forget all files, but for the rows of a data set, and count blocks anew."""
-        for block in list({*self.store.files, *self.store.blocks} if not self.sealed else ()):
-            self.store.forget(block)
-        for name in self._latents.values():
-            self.folder.release(name)
-        self._latents.clear()
-        self._snapshot = None
-        self._eager = not self.sealed
-        self.blocks.reset()
+        """Forget all files and blocks, except for the rows of a dataset."""
+        store, frozen = self.store, self.digest is not None
+        self._snapshot, self._eager = None, not frozen
+        for name in [n for n in self.files.used if not frozen or "fields" in n]:
+            self.files.release(name)
+        self._current.clear()
+        store.lost = set()
+        if not frozen:
+            store.blocks.clear()
+        self._next = store.written // store.block_rows
 
-    def _blank(self, block: Block) -> None:
-        """Make nothing of what lies in memory of a lost block; what follows begins an episode."""
-        row = self.blocks.rows(block)
-        for name, ring in self.store.rings.items():
-            ring[block[0], row % self.store.rows] = (row[-1] + 1) * (name == "episode")
+    def _load(self, block: Block, name: str, files: Mapping[str, int], fields: list[str]) -> bool:
+        """Load fields of a block from its file; return whether the file is undamaged."""
+        store = self.store
+        layout = {field: store.fields[field] for field in fields}
+        arrays = self.files.read(name, files.get(name), layout, store.block_rows)
+        if arrays is not None:
+            store.load_block(block, arrays)
+        return arrays is not None
 
-    def _warn(self, lost: list[Block], what: str, result: str) -> None:
-        """Say which files could not be read."""
-        if lost:
-            log.warning(
-                "%d rows of the replay %s: missing or damaged in %s are the %s of %s",
-                sum(len(self.blocks.rows(block)) for block in lost),
-                result,
-                self.folder.path,
-                what,
-                ", ".join(rows_name(*block).removesuffix("-rows.safetensors") for block in lost),
-            )
+    def _load_zeros(self, block: Block, names: list[str]) -> None:
+        """Zero fields of a block; the row after it begins an episode if rows are zeroed."""
+        arrays = {
+            name: np.zeros((self.store.block_rows, *shape), dtype)
+            for name, (shape, dtype) in self.store.fields.items()
+            if name in names
+        }
+        if "episode" in arrays:
+            arrays["episode"][:] = (block[1] + 1) * self.store.block_rows
+        self.store.load_block(block, arrays)
 
-    def _forget(self, block: Block) -> None:
-        self.store.forget(block)
-        if (name := self._latents.pop(block, None)) is not None:
-            self.folder.release(name)
-
-    def _write_rows(self, most: int) -> None:
-        """Write so many complete blocks; if that fails their rows stay in memory."""
-        with self._changes:
-            snapshot = self._snapshot
-            due = [b for b in self.blocks.unwritten if snapshot is None or not snapshot.has_rows(b)]
-        for block in due[:most]:
-            row = self.blocks.rows(block)
-            arrays = self.store.get(self.store.fixed, block[0], row)
-            try:
-                self._write_file(block, int(row[0]), arrays)
-            except OSError as error:
-                if not self._failing:
-                    log.warning(
-                        "the replay could not write to %s (%s); its rows stay in memory and it "
-                        "tries again; free some space",
-                        self.folder.path,
-                        error.strerror or error,
-                    )
-                self._failing = True
-                return
-
-    def _write_file(self, block: Block, first: int, arrays: Arrays) -> int:
-        crc = self.store.write_file(block, first, arrays)
-        with self._changes:
-            self.blocks.unwritten.pop(block, None)
-            if self.blocks.has_gone(block):  # while it was written
-                self.store.forget(block)
-        if self._failing:
-            log.warning("the replay can write to %s again", self.folder.path)
-            self._failing = False
-        return crc
-
-    def _expect(self, snapshot: Snapshot, block: Block) -> None:
-        """Add the files of a block to a snapshot, or what has to be written."""
-        store, row, name = self.store, self.blocks.rows(block), rows_name(*block)
-        if block in store.files and not self.sealed:
-            snapshot.files[name] = self.folder.used[name]
-        elif not self.sealed:
-            skipped = row[0] - block[1] * store.block_rows
-            parts = {name: x[skipped:] for name, x in store.blocks.get(block, {}).items()}
-            snapshot.wait_for((ROWS, block), row, parts)
-        if block in self._latents:
-            name = self._latents[block]
-            snapshot.files[name] = self.folder.used[name]
-        elif store.latents:
-            snapshot.wait_for((LATENTS, block), row, {})
-
-    def _write_snapshot(self, snapshot: Snapshot, latents: dict[Block, str]) -> None:
-        """Write all that a snapshot waits for; add the files of latents to `latents`."""
-        while True:
-            with self._changes:
-                taken = snapshot.take()
-                self._changes.notify_all()
-            if taken is None:
-                return
-            (kind, block), first, arrays = taken
-            if kind == ROWS:
-                name = rows_name(*block)
-                snapshot.files[name] = self._write_file(block, first, arrays)
-            else:
-                name = latents[block] = latents_name(*block, self._generation)
-                snapshot.files[name] = self.folder.write(name, arrays)
-            # At once: pages that wait for the disk would slow down whoever writes next.
-            self.folder.sync([name])
+    def _tail_rows(self, env: int) -> np.ndarray:
+        """Return the numbers of the rows after the last complete block of a stream."""
+        written, rows = int(self.store.written[env]), self.store.block_rows
+        return np.arange(max(written - written % rows, self.store.oldest[env]), written)
 
     def _tail(self, env: int) -> dict[str, torch.Tensor]:
-        """Copy the rows since the last complete block of a stream."""
-        row = self.blocks.tail(env)
+        """Copy the rows after the last complete block of a stream."""
+        row = self._tail_rows(env)
         if len(row) == 0:
             return {}
-        fields = self.store.latents if self.sealed else list(self.store.fields)
-        return {name: torch.from_numpy(x) for name, x in self.store.get(fields, env, row).items()}
+        names = list(self.store.fields) if self.digest is None else self.store.rewritable
+        values = self.store.get(names, (env, int(row[0]) // self.store.block_rows), row)
+        return {name: torch.from_numpy(x) for name, x in values.items()}
 
-    def _read_rows(self, block: Block, files: Mapping[str, int]) -> bool:
-        """Read the rows of a block; tell whether that was possible."""
-        name = rows_name(*block)
-        try:
-            self.store.use_file(block, self.folder.read(name, files.get(name)))
-        except DamagedFile:
-            return False
-        return True
-
-    def _read_latents(self, block: Block, name: str, files: Mapping[str, int]) -> bool:
-        """Read the latents of a block, or make them zero; tell whether that was possible."""
-        row = self.blocks.rows(block)
-        try:
-            arrays = self.folder.read(name, files.get(name))
-        except DamagedFile:
-            for latent in self.store.latents:
-                self.store.rings[latent][block[0], row % self.store.rows] = 0
-            return False
-        self.store.write(block[0], row, {key: x[-len(row) :] for key, x in arrays.items()})
-        self._latents[block] = name
-        return True
+    def _warn(self, blocks: list[Block], what: str, result: str) -> None:
+        """Log which files could not be read."""
+        if blocks:
+            rows = [
+                self.store.row_numbers(block) >= self.store.oldest[block[0]] for block in blocks
+            ]
+            log.warning(
+                "%d rows of the replay %s: missing or damaged in %s are the %s of %s",
+                np.concatenate(rows).sum(),
+                result,
+                self.files.path,
+                what,
+                ", ".join(rows_name(block).removesuffix("-rows.bin") for block in blocks),
+            )
 
 
-def require_kind(state: Mapping[str, Any], has_folder: bool, sealed: bool) -> None:
-    """Refuse the state of a replay in files where there is no folder, or of another source."""
+def require_kind(state: Mapping[str, Any], has_folder: bool, frozen: bool) -> None:
+    """Raise ValueError for a state with files but no folder, or with another source of rows."""
     if "streams" not in state and not has_folder:
         raise ValueError(
-            "the rows of the saved replay lie in files of their own; give ReplayBuffer the folder "
-            "they are in"
+            "the rows of the saved replay are in separate files; give ReplayBuffer the folder "
+            "that contains them"
         )
-    if "digest" in state and not sealed:
+    if "digest" in state and not frozen:
         raise ValueError(
-            "the saved replay was filled from a data set; fill this one and seal() it before"
+            "the saved replay was filled from a dataset; fill this one and call freeze() first"
         )
-    if has_folder and sealed and "digest" not in state:
+    if has_folder and frozen and "digest" not in state:
         raise ValueError(
-            "the rows of the saved replay do not come from a data set; resume with data=online"
+            "the rows of the saved replay do not come from a dataset; resume with data=online"
         )

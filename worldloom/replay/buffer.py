@@ -18,8 +18,8 @@ from torch import Tensor
 from worldloom.errors import require_positive
 from worldloom.protocol import Batch, Obs, ReplayField
 from worldloom.replay.archive import Archive, require_kind
+from worldloom.replay.block_files import BlockFiles, choose_block_rows
 from worldloom.replay.capacity import fitting_rows, resources, rows_per_stream
-from worldloom.replay.chunks import ChunkFolder, rows_per_file
 from worldloom.replay.row_format import (
     FLAGS,
     Array,
@@ -29,10 +29,11 @@ from worldloom.replay.row_format import (
     has_terminated,
     require_borders,
     require_layout,
+    row_bytes,
     to_numpy,
 )
-from worldloom.replay.sampler import Draws
-from worldloom.replay.store import RowStorage, bytes_needed, bytes_of, require_storage
+from worldloom.replay.sampler import Sampler
+from worldloom.replay.store import RowStore, bytes_needed
 
 
 class ReplayBuffer:
@@ -74,14 +75,14 @@ class ReplayBuffer:
         shrink: bool = False,
     ) -> None:
         require_positive(action_dim=action_dim, num_envs=num_envs)
-        require_storage(storage, folder)
+        _require_storage(storage, folder)
         fields = fields or {}
         self._format = RowFormat(obs_shape, action_dim, fields, obs_dtypes, num_envs)
         self.num_envs = num_envs
         self.online_queue = online_queue
         # Rows to sample in front of those that are trained on, for their context.
         self.context_rows = int(any(not field.every_row for field in fields.values()))
-        files = None if folder is None else ChunkFolder(Path(folder))
+        files = None if folder is None else BlockFiles(Path(folder))
         mapped = storage == "memmap"
         schema, names = self._format.fields, list(self._format.latent_names.values())
         in_memory, on_disk = bytes_needed(schema, names, files is not None, mapped)
@@ -93,12 +94,11 @@ class ReplayBuffer:
         self.resources = resources(self.capacity, in_memory, on_disk, place, own)
         # What the same run has at every start, however many steps it is given.
         self._nominal = rows if self.rows == used else self.rows
-        block = rows_per_file(schema, names, self._nominal)
-        self._store = RowStorage(schema, names, num_envs, self.rows, block, files, mapped)
+        block = choose_block_rows(schema, names, self._nominal)
+        self._store = RowStore(schema, names, num_envs, self.rows, block, files, mapped)
         self._archive = None if files is None else Archive(self._store, files)
-        self._sealed = False
-        blocks = None if self._archive is None else self._archive.blocks
-        self._draws = Draws(self._store, blocks, seed)
+        self._frozen = False
+        self._sampler = Sampler(self._store, seed)
         self._warned = False
 
     @property
@@ -109,16 +109,16 @@ class ReplayBuffer:
     @property
     def bytes_per_step(self) -> int:
         """Return the size of one row in bytes."""
-        return sum(bytes_of(shape, dtype) for shape, dtype in self._format.fields.values())
+        return sum(row_bytes(shape, dtype) for shape, dtype in self._format.fields.values())
 
     @property
     def num_episodes(self) -> int:
         """Count the episodes of which at least one row is stored, unfinished ones included."""
-        return self._draws.num_episodes()
+        return self._sampler.num_episodes()
 
     def __len__(self) -> int:
         """Count the rows stored, over all streams."""
-        _, first, end = self._draws.stretches()
+        _, first, end = self._store.stretches()
         return int((end - first).sum())
 
     def add(
@@ -138,7 +138,7 @@ class ReplayBuffer:
 
         Raises:
             ValueError, TypeError: the arrays do not fit; nothing is stored.
-            RuntimeError: the buffer was sealed.
+            RuntimeError: `freeze` was called.
         """
         self._require_open()
         given = self._format.named(obs)
@@ -153,8 +153,6 @@ class ReplayBuffer:
             self._store.advance()
         else:
             self._archive.append(values)
-            self._store.advance()
-            self._archive.added(self.num_envs)
 
     def add_episode(
         self,
@@ -217,17 +215,19 @@ class ReplayBuffer:
         row = start[:, None] + np.arange(first, end)
         values = self._format.convert_latents(given, row.shape, partly=True)
         stored = row >= self._store.oldest[env][:, None]
-        env = np.broadcast_to(env[:, None], row.shape)
-        # As a rule none is overwritten; an index by rows [B, T - 1] then saves a copy of them all.
-        kept = Ellipsis if stored.all() else stored
-        write = self._store.write if self._archive is None else self._archive.write_latents
-        write(env[kept], row[kept], {name: x[kept] for name, x in values.items()})
+        env = np.repeat(env, row.shape[1])
+        row, stored = row.reshape(-1), stored.reshape(-1)
+        values = {name: x.reshape(len(row), *x.shape[2:]) for name, x in values.items()}
+        if not stored.all():
+            env, row = env[stored], row[stored]
+            values = {name: x[stored] for name, x in values.items()}
+        (self._store if self._archive is None else self._archive).rewrite(env, row, values)
 
     def can_sample(self, seq_len: int, *, across_episodes: bool = True) -> bool:
         """Tell whether a sequence of `seq_len` rows is stored."""
         if across_episodes:
-            return self._draws.longest() >= seq_len
-        return len(self._draws.starts_inside(seq_len)[0]) > 0
+            return self._sampler.longest() >= seq_len
+        return len(self._sampler.starts_inside_episodes(seq_len)[0]) > 0
 
     def sample(
         self,
@@ -249,27 +249,27 @@ class ReplayBuffer:
                 "an online replay serves fresh stretches of a stream, which cross episodes; set "
                 "data.online_queue=false or data.across_episodes=true"
             )
-        draw = self._draws.anywhere if across_episodes else self._draws.inside
+        draw = self._sampler.draw if across_episodes else self._sampler.draw_inside_episodes
         env, start = draw(batch_size, seq_len)
         if self.online_queue:
-            fresh_env, fresh_start = self._draws.fresh(batch_size, seq_len)
+            fresh_env, fresh_start = self._sampler.take_fresh(batch_size, seq_len)
             env[: len(fresh_env)], start[: len(fresh_env)] = fresh_env, fresh_start
         batch = self._read(env, start, seq_len)
         return cast(Batch, batch if device == "cpu" else to_device(batch, device))
 
     def newest(self, rows: int, device: str | torch.device = "cpu") -> Batch:
         """Return the newest rows of the first stream, at most so many, [1, T]; draw nothing."""
-        start, length = self._draws.newest(rows)
+        start, length = self._sampler.find_newest(rows)
         return cast(Batch, to_device(self._read(np.zeros(1, np.int64), start, length), device))
 
-    def seal(self) -> None:
+    def freeze(self) -> None:
         """Take no more rows: they come from a data set that every start reads anew.
 
         With a folder a state then holds their check sum in place of the rows.
         """
-        self._sealed = True
+        self._frozen = True
         if self._archive is not None:
-            self._archive.seal(self._store.digest())
+            self._archive.freeze()
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything stored as tensors and plain data.
@@ -282,8 +282,8 @@ class ReplayBuffer:
         state = {
             "layout": self._layout(),
             "written": self._store.written.tolist(),
-            "served": self._draws.served.tolist(),
-            "rng": self._draws.rng.bit_generator.state,
+            "queue_position": self._sampler.queue_position.tolist(),
+            "rng": self._sampler.rng.bit_generator.state,
         }
         if self._archive is not None:
             return state | self._archive.state()
@@ -317,7 +317,7 @@ class ReplayBuffer:
 
     def damaged(self, state: Mapping[str, Any]) -> list[str]:
         """Return the files of a state that are missing or whose check sum differs."""
-        return [] if self._archive is None else self._archive.folder.damaged(state["files"])
+        return [] if self._archive is None else self._archive.files.find_damaged(state["files"])
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; sampling goes on as if it had never stopped.
@@ -328,10 +328,10 @@ class ReplayBuffer:
         Raises:
             ValueError: the state is of a replay with other settings, or of other data.
         """
-        if self._archive is not None and self._archive.sealed:
+        if self._archive is not None and self._frozen:
             self._archive.require_digest(state)
         require_layout(self._layout(), state["layout"])
-        require_kind(state, self._archive is not None, self._sealed)
+        require_kind(state, self._archive is not None, self._frozen)
         if max(state["written"]) > self.rows < self._nominal:
             raise ValueError(
                 f"the saved replay has {max(state['written'])} rows per environment, but this one "
@@ -342,8 +342,8 @@ class ReplayBuffer:
             self._load_streams(state["streams"])
         else:
             self._archive.restore(state)
-        self._draws.served = np.array(state["served"], np.int64)
-        self._draws.rng.bit_generator.state = state["rng"]
+        self._sampler.queue_position = np.array(state["queue_position"], np.int64)
+        self._sampler.rng.bit_generator.state = state["rng"]
 
     def _load_streams(self, streams: list[dict[str, Tensor]]) -> None:
         """Read the rows of a state that was made without a folder: all slots of each ring."""
@@ -352,8 +352,8 @@ class ReplayBuffer:
             self._archive.restore_rings(rings)
             return
         for env, stream in enumerate(rings):
-            for name, x in stream.items():
-                self._store.rings[name][env, : len(x)] = x
+            row = np.arange(self._store.oldest[env], self._store.written[env])
+            self._store.write(env, row, {name: x[row % self.rows] for name, x in stream.items()})
 
     def _layout(self) -> dict[str, str]:
         nominal = self._nominal * self.num_envs
@@ -364,7 +364,7 @@ class ReplayBuffer:
 
     def _read(self, env: np.ndarray, start: np.ndarray, length: int) -> dict[str, Any]:
         """Read sequences of streams env [B] from rows start [B] on."""
-        slots = env[:, None] * self.rows + (start[:, None] + np.arange(length)) % self.rows
+        slots = self._store.slots(env, start, length)
         where = (env, start, slots)
         rows = {name: self._store.take(name, *where) for name in ("actions", "rewards", *FLAGS)}
         # That an episode was abandoned (a resumed run resets its environments, a crashed one is
@@ -412,7 +412,7 @@ class ReplayBuffer:
     def _episodes(self, values: Arrays) -> np.ndarray:
         """Check the flags of a row of every stream; return the episodes that the rows are of."""
         store = self._store
-        place, first = store.place(-1), values["is_first"]
+        place, first = store.ring_index(-1), values["is_first"]
         before, ended = store.rings["episode"][place], store.rings["is_last"][place]
         # Most rows lie within an episode, and comparing bytes is the fastest way to see that.
         none = bytes(self.num_envs)
@@ -431,14 +431,16 @@ class ReplayBuffer:
 
     def _added(self, rows: int) -> None:
         if self._archive is not None:
-            self._archive.added(rows)
+            self._archive.add_blocks(rows)
 
     def _require_open(self) -> None:
-        if self._sealed:
-            raise RuntimeError("this replay was sealed, so it takes no more rows; add them before")
+        if self._frozen:
+            raise RuntimeError(
+                "this replay was frozen, so it accepts no more rows; add them before freeze()"
+            )
 
     def _require_length(self, length: int) -> None:
-        longest = self._draws.longest()
+        longest = self._sampler.longest()
         if longest == 0:
             raise ValueError("replay is empty; add episodes, or collect first (training.prefill)")
         if longest < length:
@@ -466,3 +468,14 @@ def to_device(batch: Any, device: str | torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: to_device(value, device) for key, value in batch.items()}
     return batch.to(device)
+
+
+def _require_storage(storage: str, folder: Path | None) -> None:
+    """Raise ValueError for an unknown storage, or for one that lacks a folder."""
+    if storage not in ("ram", "memmap"):
+        raise ValueError(f"storage is {storage!r}; set data.storage to 'ram' or 'memmap'")
+    if storage == "memmap" and folder is None:
+        raise ValueError(
+            "storage is 'memmap' but there is no folder for its files; give one, or set "
+            "data.storage=ram"
+        )

@@ -4,6 +4,7 @@ Letters: E streams, N steps of an episode, A action_dim. `lead` stands for leadi
 such as [E] for one row of every stream or [N + 1] for those of an episode.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -175,6 +176,11 @@ class RowFormat:
         values["actions"] = np.pad(actions[: rows - 1], [(0, 1), (0, 0)])
         values["rewards"] = np.pad(rewards[: rows - 1], [(1, 0)])
         return values, rows, final
+
+
+def row_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Return the bytes of one row of a field."""
+    return math.prod(shape) * dtype.itemsize
 
 
 def to_numpy(value: Array) -> np.ndarray:

@@ -1,81 +1,71 @@
-"""Choose which sequences of a replay come next.
+"""Sampling: which sequences of a replay a batch consists of.
 
-Letters: B sequences, E streams, S stretches of rows that follow each other without a gap: one of
-each stream, or more where rows were lost.
+Letters: B sequences, E streams, S stretches of consecutive rows: one per stream, or more where
+rows were lost.
 """
 
 import numpy as np
 
-from worldloom.replay.blocks import Blocks
-from worldloom.replay.store import RowStorage
+from worldloom.replay.store import RowStore
 
 Places = tuple[np.ndarray, np.ndarray]  # streams and numbers of first rows, [B] each
-Stretches = tuple[np.ndarray, np.ndarray, np.ndarray]  # stream, first row and end of each, [S]
 
 
-class Draws:
-    """Draws from the rows of `store`, and the queue of those that were not served yet.
+class Sampler:
+    """Random and queued start positions of sequences in the rows of `store`.
 
-    blocks: None, or which of them were lost.
-    served: [E], number of the first row of each stream that the queue has not served.
+    queue_position: [E], number of the first row of each stream that `take_fresh` has not returned.
     """
 
-    def __init__(self, store: RowStorage, blocks: Blocks | None = None, seed: int = 0) -> None:
-        self.served = np.zeros(store.num_envs, np.int64)
+    def __init__(self, store: RowStore, seed: int = 0) -> None:
+        self.queue_position = np.zeros(store.num_envs, np.int64)
         self.rng = np.random.default_rng(seed)
-        self._store, self._blocks = store, blocks
-        self._streams = np.arange(store.num_envs)
-
-    def stretches(self) -> Stretches:
-        """Return all stretches, in the order of streams and of their rows."""
-        if self._blocks is not None and self._blocks.lost:
-            return self._blocks.stretches()
-        return self._streams, self._store.oldest, self._store.written
+        self._store = store
 
     def longest(self) -> int:
         """Return the number of rows in the longest stretch."""
         if (common := self._common()) is not None:
             return min(common, self._store.rows)
-        _, first, end = self.stretches()
+        _, first, end = self._store.stretches()
         return int((end - first).max())
 
     def num_episodes(self) -> int:
         """Count the episodes of which at least one row is stored."""
         parts: list[list[np.ndarray]] = [[] for _ in range(self._store.num_envs)]
-        for env, first, end in zip(*self.stretches(), strict=True):
+        for env, first, end in self._each_stretch():
             parts[env].append(self._episodes(env, first, end))
-        # An episode goes on behind a gap, so stretches of a stream are looked at together.
+        # An episode may continue after a gap, so the stretches of a stream are counted together.
         streams = [np.concatenate(part) for part in parts]
         return sum(int(np.count_nonzero(np.diff(stream, prepend=-1))) for stream in streams)
 
-    def anywhere(self, count: int, length: int) -> Places:
+    def draw(self, count: int, length: int) -> Places:
         """Draw uniformly from all start positions of sequences of that length."""
-        if (common := self._common()) is not None:  # gives what follows below, sooner
+        if (common := self._common()) is not None:  # the same result as below, but faster
             oldest = max(common - self._store.rows, 0)
             starts = common - oldest - length + 1
-            drawn = self.rng.integers(starts * len(self._streams), size=count)
+            drawn = self.rng.integers(starts * self._store.num_envs, size=count)
             return drawn // starts, oldest + drawn % starts
-        streams, first, end = self.stretches()
+        streams, first, end = self._store.stretches()
         starts = np.maximum(end - first - length + 1, 0)
         ends = starts.cumsum()
         drawn = self.rng.integers(ends[-1], size=count)
         stretch = np.searchsorted(ends, drawn, side="right")
         return streams[stretch], first[stretch] + drawn - (ends - starts)[stretch]
 
-    def inside(self, count: int, length: int) -> Places:
-        """Draw uniformly from the start positions whose sequence stays in one episode."""
-        env, start = self.anywhere(count, length)
+    def draw_inside_episodes(self, count: int, length: int) -> Places:
+        """Draw uniformly from the start positions whose sequence stays within one episode."""
+        env, start = self.draw(count, length)
         episode, rows = self._store.rings["episode"], self._store.rows
         for _ in range(8):
             end = (start + length - 1) % rows
             crosses = np.flatnonzero(episode[env, start % rows] != episode[env, end])
             if len(crosses) == 0:
                 return env, start
-            env[crosses], start[crosses] = self.anywhere(len(crosses), length)
-        # Drawing again is cheap where few sequences cross; where most do, list those that do not.
-        envs, starts = self.starts_inside(length)
+            env[crosses], start[crosses] = self.draw(len(crosses), length)
+        # Drawing again is cheap if few sequences cross episodes. If most do, list the others.
+        envs, starts = self.starts_inside_episodes(length)
         if len(envs) == 0:
-            parts = [self._episodes(*stretch) for stretch in zip(*self.stretches(), strict=True)]
+            parts = [self._episodes(*stretch) for stretch in self._each_stretch()]
             longest = max(np.unique(x, return_counts=True)[1].max(initial=0) for x in parts)
             raise ValueError(
                 f"the longest stored episode has {longest} rows but a sequence needs {length}; "
@@ -84,43 +74,44 @@ class Draws:
         pick = self.rng.integers(len(envs), size=count)
         return envs[pick], starts[pick]
 
-    def starts_inside(self, length: int) -> Places:
-        """List streams and start rows of all sequences that stay in one episode."""
+    def starts_inside_episodes(self, length: int) -> Places:
+        """Return all start positions whose sequence stays within one episode."""
         envs, starts = [], []
-        for env, first, end in zip(*self.stretches(), strict=True):
+        for env, first, end in self._each_stretch():
             episodes = self._episodes(env, first, end)
             inside = np.flatnonzero(episodes[: -length + 1 or None] == episodes[length - 1 :])
             envs.append(np.full(len(inside), env))
             starts.append(first + inside)
         return np.concatenate(envs), np.concatenate(starts)
 
-    def fresh(self, count: int, length: int) -> Places:
-        """Take up to `count` pieces of that length that were not served yet, oldest first."""
-        streams, first, end = self.stretches()
-        first = np.maximum(first, self.served[streams])
+    def take_fresh(self, count: int, length: int) -> Places:
+        """Take up to `count` sequences of that length from the online queue, oldest first."""
+        streams, first, end = self._store.stretches()
+        first = np.maximum(first, self.queue_position[streams])
         ready = np.maximum(end - first, 0) // length
         env = np.repeat(streams, ready)
         nth = np.arange(len(env)) - np.repeat(ready.cumsum() - ready, ready)
         start = np.repeat(first, ready) + nth * length
         order = np.argsort(start, kind="stable")[:count]
-        np.maximum.at(self.served, env[order], start[order] + length)
+        np.maximum.at(self.queue_position, env[order], start[order] + length)
         return env[order], start[order]
 
-    def newest(self, most: int) -> tuple[np.ndarray, int]:
-        """Return the first [1] of the newest rows of stream 0, and their number, at most `most`."""
-        streams, first, end = self.stretches()
+    def find_newest(self, limit: int) -> tuple[np.ndarray, int]:
+        """Return the first [1] of the newest rows of stream 0, and their number, up to `limit`."""
+        streams, first, end = self._store.stretches()
         last = np.flatnonzero((streams == 0) & (end > first))[-1:]
         if len(last) == 0:
             return np.zeros(1, np.int64), 0
-        start = np.maximum(first, end - most)[last]
+        start = np.maximum(first, end - limit)[last]
         return start, int((end[last] - start)[0])
 
     def _common(self) -> int | None:
-        """Number of rows written, if each stream is one stretch of the same rows, else None."""
-        if self._blocks is not None and self._blocks.lost:
-            return None
-        return self._store.common
+        """Return the number of rows written if each stream is one stretch of as many rows."""
+        return None if self._store.lost else self._store.common
+
+    def _each_stretch(self) -> zip:
+        return zip(*self._store.stretches(), strict=True)
 
     def _episodes(self, env: int, first: int, end: int) -> np.ndarray:
-        """Episode (number of its first row) of rows of a stream."""
+        """Return the episode (number of its first row) of each row of a stretch."""
         return self._store.rings["episode"][env, np.arange(first, end) % self._store.rows]

@@ -1,82 +1,75 @@
-"""Where the rows of a replay lie while it runs: in rings in memory, or large ones in files.
+"""Row storage: rings of rows in memory, with large fields in files if `storage` is "memmap".
 
 Letters: B sequences, T rows, E streams, R rows of a stream's ring, C rows of a block. Row r of a
-stream lies in slot r % R of a ring, and in block r // C, which is one file once it is complete.
+stream has slot r % R of the ring and belongs to block r // C.
 """
 
-import math
-import mmap
 import os
 import tempfile
+import weakref
 import zlib
-from concurrent.futures import ThreadPoolExecutor, wait
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
 
-from worldloom.replay.chunks import ChunkFolder, rows_name
-from worldloom.replay.row_format import Arrays, Fields
+from worldloom.replay.block_files import Block, BlockFiles, read_fully, rows_name, write_fully
+from worldloom.replay.row_format import Arrays, Fields, row_bytes
 
-# Latents on disk: of the last two checkpoints, and of the one that is being written.
-GENERATIONS = 3
-LARGE = 512  # bytes of a row's field from which it is kept out of memory
-TOUCHED = 64 * 2**20  # bytes of a scratch file that may lie in memory before they are let go
-NEIGHBOURS = 2**16  # bytes that the system maps together with a page that is read
+GENERATIONS = 3  # rewritable fields on disk: of the last two checkpoints and of the next one
+LARGE = 512  # bytes per row from which a field is stored in files
+THREADED = 2**20  # bytes of a gathered field from which several threads are faster
 
-THREADED = 2**20  # bytes of a gathered field from which several threads are worth their start
-
-Block = tuple[int, int]  # stream, number
-Part = tuple[Block, int, np.ndarray]  # block, number of the first row, where rows go [N, *shape]
+Stretches = tuple[np.ndarray, np.ndarray, np.ndarray]  # stream, first row and end of each, [S]
+Part = tuple[Block, int, np.ndarray]  # block, row within the block, destination [N, *shape]
 
 
-class RowStorage:
-    """Rings of R rows for E streams.
+class RowStore:
+    """The newest R rows of E streams.
 
-    folder: None, or where large fields are kept if `mapped`. Those of `latents`, which change, lie
-    in a scratch file that is mapped into memory; all others in one file a block, once it is
-    complete and `write_file` was called.
+    files: folder of the block files, or None.
+    large_in_files: keep large fields in files. Until a block is complete and `spill` was called,
+        its rows are in memory; afterwards immutable fields are read from the block file and
+        rewritable fields are in a scratch file.
 
-    written: number of rows ever written to each stream, [E]; to be set by who writes them.
-    common: that number where it is the same for all streams, else None.
-    blocks: {block: arrays [C, *shape]} of large fields that are not in a file yet.
-    files: {block: number of its first row} of the blocks that are in a file.
+    written: number of rows ever written to each stream, [E]; set by the caller.
+    common: that number if it is the same for all streams, else None.
+    blocks: {block: {field: [C, *shape]}}, large fields that are still in memory.
+    lost: blocks that could not be read when the run was resumed.
     """
 
     def __init__(
         self,
         fields: Fields,
-        latents: list[str],
+        rewritable: list[str],
         num_envs: int,
         rows: int,
         block_rows: int,
-        folder: ChunkFolder | None = None,
-        mapped: bool = False,
+        files: BlockFiles | None = None,
+        large_in_files: bool = False,
     ) -> None:
-        self.fields, self.latents = fields, latents
-        self.fixed = [name for name in fields if name not in latents]
+        self.fields, self.rewritable = fields, rewritable
+        self.immutable = [name for name in fields if name not in rewritable]
         self.num_envs, self.rows, self.block_rows = num_envs, rows, block_rows
-        self.folder = folder
-        self.mapped = mapped
         self.streams = np.arange(num_envs)
         self.written = np.zeros(num_envs, np.int64)
         self.blocks: dict[Block, Arrays] = {}
-        self.files: dict[Block, int] = {}
-        self.rings: Arrays = {}
-        self._scratch: dict[str, Scratch] = {}
-        self._filed: list[str] = []
+        self.lost: set[Block] = set()
+        self.large = {n: x for n, x in fields.items() if large_in_files and is_large(*x)}
+        # Zeros take no memory until they are written: the system commits pages on first use.
+        self.rings: Arrays = {
+            name: np.zeros((num_envs, rows, *shape), dtype)
+            for name, (shape, dtype) in fields.items()
+            if name not in self.large
+        }
+        self._files = files
+        self._offsets = block_offsets(fields, self.immutable, block_rows)
+        self._scratch: Scratch | None = None
         self._readers: ThreadPoolExecutor | None = None
-        for name, (shape, dtype) in fields.items():
-            if not (mapped and is_large(shape, dtype)):
-                # Zeros take no memory before they are written: pages are committed on first touch.
-                self.rings[name] = np.zeros((num_envs, rows, *shape), dtype)
-            elif name in latents:
-                assert folder is not None
-                self._scratch[name] = Scratch(folder.path, (num_envs, rows, *shape), dtype)
-                self.rings[name] = self._scratch[name].array
-            else:
-                self._filed.append(name)
+        if files is not None and (scratch := [name for name in self.large if name in rewritable]):
+            count = -(-rows // block_rows) + 2  # blocks that have stored rows, and one more
+            self._scratch = Scratch(files, fields, scratch, num_envs, count, block_rows)
 
     @property
     def written(self) -> np.ndarray:
@@ -98,210 +91,246 @@ class RowStorage:
 
     @property
     def oldest(self) -> np.ndarray:
-        """Number of the oldest row of each stream that the ring still holds, [E]."""
+        """Number of the oldest stored row of each stream, [E]."""
         return np.maximum(self.written - self.rows, 0)
 
-    def place(self, ahead: int) -> Any:
-        """Return what to index a ring by for the row behind the newest of every stream.
+    def has_expired(self, block: Block) -> bool:
+        """Return whether all rows of a block were overwritten."""
+        return (block[1] + 1) * self.block_rows <= self.oldest[block[0]]
 
-        ahead: so many rows later; -1 is the newest row, or anything where there is none.
+    def row_numbers(self, block: Block) -> np.ndarray:
+        """Return the numbers [C] of the rows of a block."""
+        return block[1] * self.block_rows + np.arange(self.block_rows)
+
+    def stretches(self) -> Stretches:
+        """Return the stretches of consecutive rows: one per stream, or more between lost blocks."""
+        if not self.lost:
+            return self.streams, self.oldest, self.written
+        self.lost = {block for block in self.lost if not self.has_expired(block)}
+        found = []
+        for env, (first, end) in enumerate(zip(self.oldest, self.written, strict=True)):
+            for number in sorted(number for stream, number in self.lost if stream == env):
+                low = number * self.block_rows
+                found.append((env, first, max(first, low)))
+                first = max(first, low + self.block_rows)
+            found.append((env, first, end))
+        envs, firsts, ends = np.array(found, np.int64).T
+        return envs, firsts, ends
+
+    def ring_index(self, ahead: int) -> Any:
+        """Return the index of the row after the newest of every stream, for rings.
+
+        ahead: -1 for the newest row itself, which exists only if the streams have rows.
         """
-        if self.common is not None:  # a slice and a number are an index four times as fast
+        if self.common is not None:  # indexing by a slice and a number is four times as fast
             return slice(None), (self.common + ahead) % self.rows
         return self.streams, (self._written + ahead) % self.rows
 
     def append(self, values: Arrays) -> None:
-        """Write a row behind the newest of every stream, [E, *shape]; count it with `advance`."""
-        place, rings = self.place(0), self.rings
+        """Write the next row of every stream, [E, *shape]; `advance` counts it."""
+        index, rings = self.ring_index(0), self.rings
         for name, value in values.items():
             if name in rings:
-                rings[name][place] = value
-            else:
-                self._write_blocks(name, self.streams, self.written, value)
-        for scratch in self._scratch.values():
-            scratch.touch(self.num_envs)
+                rings[name][index] = value
+        if self.large:
+            for env, number in enumerate(self.written.tolist()):
+                block = self._block_in_memory((env, number // self.block_rows))
+                for name, array in block.items():
+                    array[number % self.block_rows] = values[name][env]
 
-    def write(self, env: int | np.ndarray, row: np.ndarray, values: Arrays) -> None:
-        """Write rows (numbers [N]) of one stream, or of streams env [N]; values: [N, *shape]."""
+    def write(self, env: int, row: np.ndarray, values: Arrays) -> None:
+        """Write new consecutive rows (numbers [N]) of one stream; values: [N, *shape]."""
         slot = row % self.rows
         for name, value in values.items():
             if name in self.rings:
                 self.rings[name][env, slot] = value
-                if name in self._scratch:
-                    self._scratch[name].touch(row.size)
-            else:
-                self._write_blocks(name, env, row, value)
+        for block, low, high in self._runs(np.full(len(row), env), row) if self.large else ():
+            first = int(row[low]) % self.block_rows
+            for name, array in self._block_in_memory(block).items():
+                array[first : first + high - low] = values[name][low:high]
+
+    def rewrite(self, env: np.ndarray, row: np.ndarray, values: Arrays) -> None:
+        """Replace rewritable fields of stored rows (numbers [N]) of streams env [N]."""
+        slot = row % self.rows
+        for name, value in values.items():
+            if name in self.rings:
+                self.rings[name][env, slot] = value
+        if self._scratch is None:
+            return
+        for block, low, high in self._runs(env, row):
+            first, arrays = int(row[low]) % self.block_rows, self.blocks.get(block)
+            for name, value in values.items():
+                if name in self.rings:
+                    continue
+                if arrays is None:
+                    self._scratch.write(name, block, first, value[low:high])
+                else:
+                    arrays[name][first : first + high - low] = value[low:high]
+
+    def slots(self, env: np.ndarray, start: np.ndarray, length: int) -> np.ndarray:
+        """Return the slots [B, length] of sequences, counted over the rings of all streams."""
+        return env[:, None] * self.rows + (start[:, None] + np.arange(length)) % self.rows
 
     def take(self, name: str, env: np.ndarray, start: np.ndarray, slots: np.ndarray) -> np.ndarray:
         """Gather sequences of a field, [B, T, *shape].
 
-        env, start: [B], stream and number of each first row; slots: [B, T], of all these rows,
-        counted over all streams (which is what rings need, while files need the other two).
+        env, start: [B], stream and number of each first row; slots: [B, T], see `slots`.
         """
         shape, dtype = self.fields[name]
         out = np.empty((*slots.shape, *shape), dtype)
         if name in self.rings:
             _gather(self.rings[name].reshape(-1, *shape), slots, out)
-            if name in self._scratch:
-                self._scratch[name].touch(slots.size, scattered=True)
-            return out
-        if slots.size == 0:
-            return out
-        length, rows = slots.shape[1], self.block_rows
-        parts: list[Part] = []
-        for sequence, stream, first in zip(out, env.tolist(), start.tolist(), strict=True):
-            for number in range(first // rows, (first + length - 1) // rows + 1):
-                low, high = max(first, number * rows), min(first + length, (number + 1) * rows)
-                parts.append(((stream, number), low, sequence[low - first : high - first]))
-        self._take_parts(name, parts, torch.get_num_threads() if out.nbytes >= THREADED else 1)
+        elif slots.size:
+            self._read_parts(name, self._split(out, env.tolist(), start.tolist()), out.nbytes)
         return out
 
-    def get(self, names: list[str], env: int, row: np.ndarray) -> Arrays:
-        """Copy fields of rows (numbers [N], in one block) that are not in files."""
+    def get(self, names: list[str], block: Block, row: np.ndarray) -> Arrays:
+        """Copy fields of some rows (ascending numbers [N]) of one block."""
         arrays = {}
         for name in names:
             if name in self.rings:
-                arrays[name] = self.rings[name][env, row % self.rows]
-                if name in self._scratch:
-                    self._scratch[name].touch(len(row))
-            else:
-                number = int(row[0]) // self.block_rows
-                arrays[name] = self.blocks[env, number][name][row - number * self.block_rows]
+                arrays[name] = self.rings[name][block[0], row % self.rows]
+                continue
+            shape, dtype = self.fields[name]
+            first = int(row[0])
+            out = np.empty((int(row[-1]) + 1 - first, *shape), dtype)
+            self._read_part(name, block, first % self.block_rows, out)
+            arrays[name] = out if len(out) == len(row) else out[row - first]
         return arrays
 
-    def write_file(self, block: Block, first: int, arrays: Arrays) -> int:
-        """Write the rows of a complete block, from number `first` on, to its file, and use that.
+    def spill(self, block: Block) -> None:
+        """Free the memory of a block whose immutable fields are in its file.
 
-        Returns its CRC-32.
+        Raises:
+            OSError: the scratch file cannot be written; the block stays in memory.
         """
-        assert self.folder is not None
-        crc = self.folder.write(rows_name(*block), arrays)
-        self.files[block] = first
+        for name, array in self.blocks.get(block, {}).items():
+            if self._scratch is not None and name in self.rewritable:
+                self._scratch.write(name, block, 0, array)
         self.blocks.pop(block, None)
-        return crc
 
-    def use_file(self, block: Block, arrays: Arrays) -> None:
-        """Take over the rows of a complete block as they were read from its file."""
-        env, number = block
-        end = (number + 1) * self.block_rows
-        row = np.arange(end - len(arrays["rewards"]), end)
-        self.files[block] = int(row[0])
-        kept = row >= self.oldest[env]
-        rings = {name: x[kept] for name, x in arrays.items() if name in self.rings}
-        self.write(env, row[kept], rings)
-
-    def forget(self, block: Block) -> None:
-        """Let go of a block whose rows have left the ring, or were never there."""
-        self.blocks.pop(block, None)
-        if self.files.pop(block, None) is not None and self.folder is not None:
-            self.folder.release(rows_name(*block))
+    def load_block(self, block: Block, arrays: Arrays) -> None:
+        """Take over fields of a complete block that were read from its file."""
+        row = self.row_numbers(block)
+        stored = row >= self.oldest[block[0]]
+        slot = row[stored] % self.rows
+        for name, array in arrays.items():
+            if name in self.rings:
+                self.rings[name][block[0], slot] = array[stored]
+            elif self._scratch is not None and name in self.rewritable:
+                self._scratch.write(name, block, 0, array)
 
     def digest(self) -> int:
-        """Return the CRC-32 of all stored rows but for their latents."""
+        """Return the CRC-32 of the immutable fields of all stored rows."""
         digest = 0
         for env, (first, end) in enumerate(zip(self.oldest, self.written, strict=True)):
             for low in range(int(first), int(end), self.block_rows):
-                row = np.arange(low, min(low + self.block_rows, int(end)))
-                slots = env * self.rows + row[None] % self.rows
-                for name in self.fixed:
-                    taken = self.take(name, np.array([env]), row[:1], slots)
-                    digest = zlib.crc32(taken.tobytes(), digest)
+                where = np.array([env]), np.array([low])
+                slots = self.slots(*where, min(self.block_rows, int(end) - low))
+                for name in self.immutable:
+                    digest = zlib.crc32(self.take(name, *where, slots).tobytes(), digest)
         return digest
 
-    def _write_blocks(
-        self, name: str, env: int | np.ndarray, row: np.ndarray, value: np.ndarray
-    ) -> None:
-        rows = self.block_rows
-        if isinstance(env, np.ndarray):  # a row for each of several streams
-            for stream, number, one in zip(env.tolist(), row.tolist(), value, strict=True):
-                self._block(name, (stream, number // rows))[number % rows] = one
-            return
-        first, end = int(row[0]), int(row[-1]) + 1
-        for number in range(first // rows, (end - 1) // rows + 1):
-            low, high = max(first, number * rows), min(end, (number + 1) * rows)
-            block = self._block(name, (env, number))
-            block[low - number * rows : high - number * rows] = value[low - first : high - first]
-
-    def _block(self, name: str, block: Block) -> np.ndarray:
+    def _block_in_memory(self, block: Block) -> Arrays:
         if block not in self.blocks:
-            fields = ((name, self.fields[name]) for name in self._filed)
             self.blocks[block] = {
-                name: np.zeros((self.block_rows, *shape), dtype) for name, (shape, dtype) in fields
+                name: np.zeros((self.block_rows, *shape), dtype)
+                for name, (shape, dtype) in self.large.items()
             }
-        return self.blocks[block][name]
+        return self.blocks[block]
 
-    def _take_parts(self, name: str, parts: list[Part], threads: int) -> None:
-        """Fill the arrays of all parts; Python lets other threads run while it reads a file."""
-        if threads > 1 and self._readers is None:
-            self._readers = ThreadPoolExecutor(threads - 1, "replay-reader")
+    def _runs(self, env: np.ndarray, row: np.ndarray) -> list[tuple[Block, int, int]]:
+        """Split rows [N] into runs of consecutive rows within a block: (block, first, end)."""
+        if len(row) == 0:
+            return []
+        breaks = (np.diff(env) != 0) | (np.diff(row) != 1) | (row[1:] % self.block_rows == 0)
+        starts = [0, *(np.flatnonzero(breaks) + 1).tolist()]
+        blocks = zip(env[starts].tolist(), (row[starts] // self.block_rows).tolist(), strict=True)
+        return list(zip(blocks, starts, [*starts[1:], len(row)], strict=True))
+
+    def _split(self, out: np.ndarray, envs: list[int], starts: list[int]) -> list[Part]:
+        """Split sequences [B, T, *shape] at the borders of blocks."""
+        length, rows = out.shape[1], self.block_rows
+        parts = []
+        for sequence, env, start in zip(out, envs, starts, strict=True):
+            for low in range(start - start % rows, start + length, rows):
+                first, end = max(start, low), min(start + length, low + rows)
+                part = sequence[first - start : end - start]
+                parts.append(((env, low // rows), first - low, part))
+        return parts
+
+    def _read_parts(self, name: str, parts: list[Part], size: int) -> None:
+        """Fill all parts; Python lets other threads run while one reads a file."""
+        threads = torch.get_num_threads() if size >= THREADED else 1
 
         def fill(share: list[Part]) -> None:
-            for block, low, out in share:
-                self._take_part(name, block, low, out)
+            for part in share:
+                self._read_part(name, *part)
 
-        shares = [parts[nth::threads] for nth in range(threads)]
-        others = [self._readers.submit(fill, share) for share in shares[1:] if self._readers]
-        try:
-            fill(shares[0])
-        finally:
-            wait(others)  # also after an error: they write to an array of the caller
-        for other in others:
-            other.result()
+        if threads == 1:
+            fill(parts)
+            return
+        if self._readers is None:
+            self._readers = ThreadPoolExecutor(threads, "replay-reader")
+        list(self._readers.map(fill, (parts[nth::threads] for nth in range(threads))))
 
-    def _take_part(self, name: str, block: Block, low: int, out: np.ndarray) -> None:
-        # The writer thread makes the file known before it lets go of the arrays.
+    def _read_part(self, name: str, block: Block, first: int, out: np.ndarray) -> None:
+        # A block file exists before the thread that wrote it removes the arrays.
         arrays = self.blocks.get(block)
         if arrays is not None:
-            offset = low - block[1] * self.block_rows
-            out[:] = arrays[name][offset : offset + len(out)]
-            return
-        assert self.folder is not None
-        shape, dtype = self.fields[name]
-        skip = (low - self.files[block]) * bytes_of(shape, dtype)
-        self.folder.read_part(rows_name(*block), name, skip, out)
+            out[:] = arrays[name][first : first + len(out)]
+        elif name in self._offsets:
+            assert self._files is not None
+            offset = self._offsets[name] + first * row_bytes(*self.fields[name])
+            self._files.read_part(rows_name(block), offset, out)
+        else:
+            assert self._scratch is not None
+            self._scratch.read(name, block, first, out)
 
 
 class Scratch:
-    """An array of zeros in a file without a name, which goes when the process does.
+    """Large rewritable fields of complete blocks, in one file without a name.
 
-    The pages of a mapped file count as memory of the process while they are mapped, so they are
-    let go again and again: their contents stay in the file, or on their way to it.
-
-    Raises:
-        OSError: the disk has no room. It is all taken at once, for a disk that fills up later
-            would kill the process at its next write to the array.
+    The system deletes the file when the process ends. It is read and written rather than mapped,
+    so a full disk raises OSError and its pages do not count as memory of the process. It grows
+    with the rows that were written.
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
-        self._row_bytes = bytes_of(shape[2:], dtype)
-        size = bytes_of(shape, dtype)
-        with tempfile.TemporaryFile(dir=folder, prefix="scratch-") as file:
-            try:
-                if hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)
-                else:
-                    file.truncate(size)
-            except OSError as error:
-                why = f"{error.strerror}: {size / 1e9:.1f} GB of latents; lower data.capacity"
-                raise OSError(error.errno, why, str(folder)) from None
-            self._map = mmap.mmap(file.fileno(), size)
-        self.array = np.frombuffer(self._map, dtype).reshape(shape)
-        self._touched = 0
+    def __init__(
+        self,
+        files: BlockFiles,
+        fields: Fields,
+        names: list[str],
+        num_envs: int,
+        num_blocks: int,
+        block_rows: int,
+    ) -> None:
+        with tempfile.TemporaryFile(dir=files.path, prefix="scratch-") as file:
+            self._handle = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._handle)
+        self._sizes = {name: row_bytes(*fields[name]) for name in names}
+        self._offsets = block_offsets(fields, names, num_envs * num_blocks * block_rows)
+        self._num_blocks, self._block_rows = num_blocks, block_rows
 
-    def touch(self, rows: int, scattered: bool = False) -> None:
-        """Count rows that were read or written; let go of the pages when they have become many."""
-        self._touched += rows * (self._row_bytes + NEIGHBOURS * scattered)
-        if self._touched > TOUCHED and hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-            self._touched = 0
+    def write(self, name: str, block: Block, first: int, values: np.ndarray) -> None:
+        """Write rows of a block, from the row `first` of the block on."""
+        write_fully(self._handle, self._offset(name, block, first), values)
+
+    def read(self, name: str, block: Block, first: int, out: np.ndarray) -> None:
+        """Read rows of a block, from the row `first` of the block on."""
+        if not read_fully(self._handle, self._offset(name, block, first), out):
+            raise OSError("the scratch file of the replay was truncated; resume the run")
+
+    def _offset(self, name: str, block: Block, first: int) -> int:
+        place = block[0] * self._num_blocks + block[1] % self._num_blocks
+        return self._offsets[name] + (place * self._block_rows + first) * self._sizes[name]
 
 
 def _gather(ring: np.ndarray, slots: np.ndarray, out: np.ndarray) -> None:
     """Copy rows [B, T] of a ring [N, *shape] to an array [B, T, *shape]."""
     if out.nbytes >= THREADED:
-        # As numbers of eight bytes where that is possible: for longer rows of single bytes
-        # torch has a slower way.
-        size = bytes_of(ring.shape[1:], ring.dtype)
+        # torch copies rows of single bytes more slowly than rows of eight-byte numbers.
+        size = row_bytes(ring.shape[1:], ring.dtype)
         word = np.dtype(np.uint8 if size % 8 else np.int64)
         rows, copies = (
             torch.from_numpy(x.view(np.uint8).reshape(-1, size).view(word))
@@ -309,38 +338,28 @@ def _gather(ring: np.ndarray, slots: np.ndarray, out: np.ndarray) -> None:
         )
         torch.index_select(rows, 0, torch.from_numpy(slots.reshape(-1)), out=copies)
     else:
-        # Mode "clip" lets take write into `out` without a buffer; no slot is out of range.
+        # With mode "clip" `take` writes to `out` without a buffer; all slots are in range.
         ring.take(slots, 0, out, "clip")
 
 
-def bytes_of(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    """Return the bytes of one row of a field."""
-    return math.prod(shape) * dtype.itemsize
+def block_offsets(fields: Fields, names: list[str], rows: int) -> dict[str, int]:
+    """Return where each field begins in a file of arrays [rows, *shape] of these fields."""
+    sizes = [rows * row_bytes(*fields[name]) for name in names]
+    return dict(zip(names, np.cumsum([0, *sizes]).tolist(), strict=False))
 
 
 def is_large(shape: tuple[int, ...], dtype: np.dtype) -> bool:
-    """Tell whether a field of this shape is kept out of memory where that is asked for."""
-    return bytes_of(shape, dtype) >= LARGE
+    """Return whether `storage="memmap"` keeps a field of this shape in files."""
+    return row_bytes(shape, dtype) >= LARGE
 
 
 def bytes_needed(
-    fields: Fields, latents: list[str], on_disk: bool, mapped: bool
+    fields: Fields, rewritable: list[str], on_disk: bool, large_in_files: bool
 ) -> tuple[int, int]:
-    """Return the bytes that a step takes in memory and on disk."""
+    """Return the bytes that one row takes in memory and on disk."""
     memory = disk = 0
     for name, field in fields.items():
-        size, large = bytes_of(*field), mapped and is_large(*field)
+        size, large = row_bytes(*field), large_in_files and is_large(*field)
         memory += 0 if large else size
-        disk += size * (GENERATIONS + large if name in latents else 1)
+        disk += size * (GENERATIONS + large if name in rewritable else 1)
     return memory, disk if on_disk else 0
-
-
-def require_storage(storage: str, folder: Path | None) -> None:
-    """Refuse a storage that is not known, or lacks a folder."""
-    if storage not in ("ram", "memmap"):
-        raise ValueError(f"storage is {storage!r}; set data.storage to 'ram' or 'memmap'")
-    if storage == "memmap" and folder is None:
-        raise ValueError(
-            "storage is 'memmap' but there is no folder for its files; give one, or set "
-            "data.storage=ram"
-        )
