@@ -14,6 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors", "trees", "files", "timing", "memory"},
     {"protocol"},
+    {"random_batches"},
     {"nn"},
     {"presets", "saving"},
     {"planning"},

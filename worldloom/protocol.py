@@ -199,6 +199,14 @@ class WorldModel(Protocol):
         ...
 
 
+def context_rows(fields: Mapping[str, ReplayField]) -> int:
+    """Return how many rows are sampled in front of those that a model with these fields trains on.
+
+    One if any field is given for row 0 alone, else none.
+    """
+    return int(any(not field.every_row for field in fields.values()))
+
+
 def split_result(result: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Split the result of `compute_loss` into its scalars and the new values for the replay."""
     scalars = dict(result)

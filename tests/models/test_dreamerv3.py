@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from worldloom import LatentState, Trajectory, check_world_model, create_world_model
-from worldloom.check.data import RandomData
+from worldloom.random_batches import RandomData
 
 TINY = dict(units=16, depth=4, deter=32, hidden=16, classes=4, stoch=4)
 B, T = 3, 5

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from worldloom import create_world_model
-from worldloom.check.data import RandomData
 from worldloom.models.tdmpc2 import draws
 from worldloom.models.tdmpc2.encoder import shift_images
 from worldloom.models.tdmpc2.layers import (
@@ -17,6 +16,7 @@ from worldloom.models.tdmpc2.layers import (
     drop,
     joint_linear,
 )
+from worldloom.random_batches import RandomData
 from worldloom.training.optimizers import Adam
 
 SMALL = dict(enc_dim=16, mlp_dim=16, latent_dim=16, num_channels=1, num_q=3, dropout=0.1)

@@ -18,10 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from worldloom.acting import Actor
 from worldloom.app.compose import composed
 from worldloom.app.validation import checked_section
-from worldloom.check.data import RandomData
 from worldloom.factory import create_world_model, import_target
 from worldloom.presets import file_name, load_preset
-from worldloom.protocol import Batch, split_result
+from worldloom.protocol import Batch, context_rows, split_result
+from worldloom.random_batches import RandomData
 from worldloom.replay.buffer import ReplayBuffer, to_device
 from worldloom.timing import REST, Timer, phase
 from worldloom.training.loggers import MetricsCSV, TensorBoard
@@ -151,7 +151,7 @@ class TrainedModel:
             config.model, *config.spaces, self.device, **overrides
         ).train()
         self.fields = getattr(self.model, "replay_fields", None) or {}
-        self.context_rows = int(any(not field.every_row for field in self.fields.values()))
+        self.context_rows = context_rows(self.fields)
         preset = config.compose_run().optimizer
         options = {k: v for k, v in preset.items() if not k.startswith("_")}
         parameters = getattr(self.model, "parameter_groups", self.model.parameters)()

@@ -5,11 +5,11 @@ from typing import Any
 
 from torch import nn
 
-from worldloom.check.data import RandomData
 from worldloom.check.inference import check_inference
 from worldloom.check.report import OPTIONAL, SIGNATURES, ProtocolError, Report, signature
 from worldloom.check.saving import check_saving, left_as_it_was
 from worldloom.check.training import check_training
+from worldloom.random_batches import RandomData
 
 
 def check_world_model(

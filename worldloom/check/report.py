@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from worldloom.check.data import RandomData
 from worldloom.check.trees import clone, differing, identical, layout, leaves, some
+from worldloom.random_batches import RandomData
 
 # The arguments of each method, and what it returns.
 SIGNATURES: dict[str, tuple[tuple[str, ...], str]] = {

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from worldloom.errors import require_positive
-from worldloom.protocol import Batch, Obs, ReplayField
+from worldloom.protocol import Batch, Obs, ReplayField, context_rows
 from worldloom.replay.archive import Archive, require_kind
 from worldloom.replay.block_files import BlockFiles, choose_block_rows
 from worldloom.replay.capacity import fitting_rows, resources, rows_per_stream
@@ -81,7 +81,7 @@ class ReplayBuffer:
         self.num_envs = num_envs
         self.online_queue = online_queue
         # Rows to sample in front of those that are trained on, for their context.
-        self.context_rows = int(any(not field.every_row for field in fields.values()))
+        self.context_rows = context_rows(fields)
         files = None if folder is None else BlockFiles(Path(folder))
         mapped = storage == "memmap"
         schema, names = self._format.fields, list(self._format.latent_names.values())

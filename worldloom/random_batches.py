@@ -1,9 +1,10 @@
-"""Random observations, actions and batches such as the replay would give."""
+"""Random observations, actions and batches in the layout of the replay, for checks and timing."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class RandomData:
-    """What a model is checked with.
+    """Random data for a model with these spaces.
 
-    obs_shape: shape of an observation, or a dict of them; three axes mean uint8 images.
+    obs_shape: shape of an observation, or a dict of shapes; three axes mean uint8 images.
     groups: widths of the parts of an action; more than one for several discrete choices.
-    discrete: each part is one-hot, instead of continuous in [-1, 1].
+    discrete: whether each part is one-hot instead of continuous in [-1, 1].
     rows, length: batch rows B and time steps T.
-    device: where everything is drawn.
+    device: device of all tensors.
     """
 
     obs_shape: Shape | dict[str, Shape]
@@ -42,7 +43,7 @@ class RandomData:
         rows: int,
         length: int,
     ) -> "RandomData":
-        """Take what is None from the model's attributes, and the device from its parameters."""
+        """Create data for a model; its attributes replace arguments that are None."""
         obs_shape = _given_or_attribute(model, "obs_shape", obs_shape)
         action_dim = _given_or_attribute(model, "action_dim", action_dim)
         discrete = getattr(model, "discrete", False) if discrete is None else discrete
@@ -69,7 +70,7 @@ class RandomData:
         return torch.cat([F.one_hot(index, size) for index, size in chosen], -1).float()
 
     def batch(self) -> Batch:
-        """Draw sequences [B, T]; in the second row one episode ends and another begins."""
+        """Draw sequences [B, T]; in the second row an episode ends and the next one begins."""
         lead = (self.rows, self.length)
         is_first = torch.zeros(lead, dtype=torch.bool, device=self.device)
         is_last = is_first.clone()
@@ -85,22 +86,18 @@ class RandomData:
         )
 
     def replay_inputs(self, fields: Mapping[str, ReplayField], rows: int, length: int) -> Batch:
-        """Return zeros for the replay fields of a model as a batch [rows, length] has them."""
-        context = {k: (rows, *f.shape) for k, f in fields.items() if not f.every_row}
-        stored = {k: (rows, length, *f.shape) for k, f in fields.items() if f.every_row}
-        groups = {"context": context, "stored": stored}
-        return cast(
-            Batch,
-            {
-                name: {k: torch.zeros(shape, device=self.device) for k, shape in shapes.items()}
-                for name, shapes in groups.items()
-                if shapes
-            },
-        )
+        """Return zeros for the replay fields of a model, in the layout of a batch [B, T]."""
+        zeros = partial(torch.zeros, device=self.device)
+        batch = Batch()
+        if context := {k: f for k, f in fields.items() if not f.every_row}:
+            batch["context"] = {k: zeros(rows, *f.shape) for k, f in context.items()}
+        if stored := {k: f for k, f in fields.items() if f.every_row}:
+            batch["stored"] = {k: zeros(rows, length, *f.shape) for k, f in stored.items()}
+        return batch
 
     @contextmanager
     def seeded(self) -> Iterator[None]:
-        """Draw the same random numbers each time, and none from the generators outside."""
+        """Use a fixed seed inside the block and leave torch's generators outside unchanged."""
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)
             yield
@@ -116,7 +113,7 @@ def _given_or_attribute(model: nn.Module, name: str, value: Any) -> Any:
     if value is None:
         raise ValueError(
             f"{name} is not known: it was not given, and {type(model).__name__} has no attribute "
-            "of that name; expected it in order to draw random data. Pass it, as in "
+            "of that name, so no random data can be drawn. Pass it, as in "
             "check_world_model(model, obs_shape=(4,), action_dim=2)"
         )
     return value
