@@ -78,8 +78,8 @@ def test_a_run_begins_with_what_another_has_learned(finished, commands, tmp_path
     folder, _ = finished
     words = [*TINY, "env.id=Pendulum-v1", f"init_from={folder}", "hydra.run.dir=new"]
     lines = commands.good(words, tmp_path)["out"].splitlines()
-    (head,) = [line for line in lines if "tensors taken over" in line]
-    taken, total = map(int, re.fullmatch(r"(\d+) of (\d+) tensors taken over:", head).groups())
+    (head,) = [line for line in lines if "tensors copied" in line]
+    taken, total = map(int, re.fullmatch(r"(\d+) of (\d+) tensors copied:", head).groups())
     assert 0 < taken < total
     first = "skipped encoder.vector.layers.0.linear.weight: (8, 4) in the file, (8, 3) in the model"
     assert any(first in line for line in lines)
