@@ -203,10 +203,10 @@ def weights(folder: Path, run: Path, marker: Path) -> None:
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, folder / "lacking" / "model.safetensors")
     config = (run / "model" / "config.yaml").read_text()
-    (folder / "format" / "config.yaml").write_text(config.replace("format: 1", "format: 99"))
+    (folder / "format" / "config.yaml").write_text(config.replace("format: 2", "format: 99"))
     (folder / "foreign" / "config.yaml").write_text(config.replace("dreamerv3", "hostile.Model"))
     (folder / "yaml" / "config.yaml").write_text("model: [oops")
-    (folder / "bare" / "config.yaml").write_text("format: 1\n")
+    (folder / "bare" / "config.yaml").write_text("format: 2\n")
 
 
 def runs(folder: Path, run: Path, marker: Path) -> None:

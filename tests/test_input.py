@@ -141,11 +141,11 @@ CASES = {
     "run env.workers=0 init_from=F/weights/other.ckpt": "it has no 'hyper_parameters'; … Expect",
     "run env.workers=0 init_from=F/weights/cut": "cannot be read: … expected a model written by",
     "run env.workers=0 init_from=F/weights/format": "a newer … with format 99; … Update worldloom",
-    "run env.workers=0 init_from=F/weights/yaml": "is not valid YAML (while parsing … copy it again",
+    "run env.workers=0 init_from=F/weights/yaml": "not valid YAML (while parsing … copy it again",
     "run env.workers=0 init_from=F/weights/cut.npz": "is not a readable npz file … Copy it again",
     "run env.workers=0 init_from=F/weights/other.npz": "it is not a parameter set of the official",
-    "run env.workers=0 model=tdmpc2_tiny init_from=F/weights/cut.pt": "is truncated; … Expected a c",
-    "run env.workers=0 model=tdmpc2_tiny init_from=F/weights/other.pt": "contains no '_dynamics.0.w",
+    "run env.workers=0 model=tdmpc2_tiny init_from=F/weights/cut.pt": "truncated; … Expected a c",
+    "run env.workers=0 model=tdmpc2_tiny init_from=F/weights/other.pt": "no '_dynamics.0.w",
     # data sets
     "run data=offline data.path=F/nothing": "there is no file or folder F/nothing, … set data.path",
     "run data=offline data.path=F/data/empty": "holds no data; expected .npz files, one per episod",
@@ -195,7 +195,7 @@ CASES = {
     "bench model=dreamerv3:size1m obs=a,b": "obs is 'a,b'; expected whole numbers of at least 1",
     "bench repeats=few": "repeats is few; expected a whole number",
     # files that would run code: F/marker is made if they do
-    "run env.workers=0 init_from=F/weights/hostile.ckpt": "is a file of another kind; nothing in it",
+    "run env.workers=0 init_from=F/weights/hostile.ckpt": "a file of another kind; nothing in it",
     "run env.workers=0 init_from=F/weights/hostile_zip.ckpt": "it would load posix.system; nothing",
     "run env.workers=0 init_from=F/weights/agent.pkl": "wants to load posix.system; nothing in it",
     "run env.workers=0 init_from=F/weights/hostile.npz": "Object arrays cannot be loaded … nothing",

@@ -1,6 +1,6 @@
-"""Acting with a world model in several environments at once, and scoring how well it does.
+"""Acting with a world model in several environments at once, and evaluating it.
 
-Letters used in shapes: N environments, A = width of an action.
+Axes in shapes: N environments, A = width of an action.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +16,7 @@ from torch import Tensor
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.spaces import Obs as NumpyObs
 from worldloom.envs.vector import RowStream
+from worldloom.errors import require_positive
 from worldloom.protocol import LatentState, Obs, WorldModel
 
 Planner = Callable[[LatentState, Tensor | None, Tensor, bool], tuple[Tensor, Tensor | None]]
@@ -23,11 +24,11 @@ Planner = Callable[[LatentState, Tensor | None, Tensor, bool], tuple[Tensor, Ten
 
 @dataclass
 class Memory:
-    """What an actor carries from one step to the next.
+    """State of an actor between two steps.
 
     state: the latent states [N, ...] after the latest observations.
-    action: [N, A], the actions that followed.
-    plan: what the planner wants to see again, if it acts.
+    action: [N, A], the actions chosen in these states.
+    plan: the planner's plan; None if the model has a policy.
     """
 
     state: LatentState
@@ -40,40 +41,40 @@ class Memory:
         return Memory(self.state.map(fn), fn(self.action), plan)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of all tensors, on the CPU, wherever the model is."""
+        """Return copies of all tensors on the CPU."""
         saved = self.map(lambda x: x.detach().cpu().clone())
         return {"state": vars(saved.state), "action": saved.action, "plan": saved.plan}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Memory":
-        """Make a memory of what `state_dict` returned; it is on the CPU."""
+        """Return the memory, on the CPU, that `state_dict` was called on."""
         return cls(LatentState(**state["state"]), state["action"], state["plan"])
 
 
 class Actor:
     """Choose actions with a world model, for N environments in one call.
 
-    model: acts with its own `policy(state, deterministic=...)` if it has one, which returns the
-        action, or the action and the state with what the next call wants to know (such as a plan).
-    planner: acts for a model that has no policy, as
-        `planner(state, plan, is_first, deterministic) -> (action, plan)`. It gets back the plan
-        that it returned for the step before (None if there was none) and is_first [N] bool, the
-        rows whose plan belongs to an episode that is over.
+    model: its `policy(state, deterministic=...)` chooses actions if it has one; it returns the
+        action, or the action and the state with additions for the next call (such as a plan).
+    planner: chooses actions for a model without a policy, as
+        `planner(state, plan, is_first, deterministic) -> (action, plan)`. It receives the plan that
+        it returned for the previous step (None in the first step) and is_first [N] bool, the rows
+        whose plan belongs to a finished episode.
     """
 
     def __init__(self, model: WorldModel, planner: Planner | None = None) -> None:
         if planner is None and not callable(getattr(model, "policy", None)):
             raise ValueError(
-                f"{type(model).__name__} has no policy and no planner was given, so nothing can "
-                "choose actions; give the model a method policy(state, deterministic=False), or "
-                "plan with it: Actor(model, planner=planning.CEM(...))"
+                f"{type(model).__name__} has no policy and no planner was given; add a method "
+                "policy(state, deterministic=False) to the model, or pass a planner: "
+                "Actor(model, planner=planning.CEM(...))"
             )
         self.model = model
         self.planner = planner
 
     @property
     def device(self) -> torch.device:
-        """Where the model's first parameter lives; asked each time, for trainers move models."""
+        """Device of the model's parameters, looked up each time because trainers move models."""
         parameters = getattr(self.model, "parameters", lambda: ())()
         first = next(iter(parameters), None)
         return torch.device("cpu") if first is None else first.device
@@ -86,10 +87,10 @@ class Actor:
         memory: Memory | None = None,
         deterministic: bool = False,
     ) -> tuple[Tensor, Memory]:
-        """Look at obs [N, *obs_shape] and choose actions [N, A] float32.
+        """Choose actions [N, A] float32 for obs [N, *obs_shape].
 
-        is_first [N] bool marks the rows where an episode starts; they forget what was before.
-        Pass the returned memory to the next call. The model's training mode stays as it is.
+        is_first [N] bool marks rows in which an episode starts; their memory is discarded. Pass the
+        returned memory to the next call. The model's training mode is not changed.
         """
         state = self.observe(obs, is_first, memory)
         policy = getattr(self.model, "policy", None)
@@ -110,25 +111,26 @@ class Actor:
         self, obs: Obs | NumpyObs, is_first: Tensor | np.ndarray, memory: Memory | None = None
     ) -> LatentState:
         """Update the latent states with obs [N, *obs_shape], without choosing an action."""
-        seen = self._to_device(obs)
+        tensors = self._to_device(obs)
         first = torch.as_tensor(is_first, dtype=torch.bool)
         if memory is None or bool(first.all()):
-            return self.model.encode(seen)
-        state = self.model.observe(memory.state, memory.action, seen)
-        return LatentState.where(first, self.model.encode(seen), state) if first.any() else state
+            return self.model.encode(tensors)
+        state = self.model.observe(memory.state, memory.action, tensors)
+        return LatentState.where(first, self.model.encode(tensors), state) if first.any() else state
 
     def _to_device(self, obs: Obs | NumpyObs) -> Obs:
+        """Return observations as tensors on the model's device."""
         if isinstance(obs, dict):
             return {key: torch.as_tensor(obs[key], device=self.device) for key in obs}
         return torch.as_tensor(obs, device=self.device)
 
 
-# Chooses the actions [N, A] for the present rows of N environments.
+# Chooses actions [N, A] for the current rows of N environments.
 Act = Callable[[RowStream], np.ndarray]
 
 
-def acting(actor: Actor, deterministic: bool) -> Act:
-    """Return a function that acts with the actor and remembers what it needs for the next call."""
+def make_act(actor: Actor, deterministic: bool) -> Act:
+    """Return a function that acts with the actor and keeps its memory between calls."""
     memory: Memory | None = None
 
     def act(rows: RowStream) -> np.ndarray:
@@ -144,10 +146,10 @@ def play(
 ) -> Iterator[tuple[np.ndarray, list[tuple[int, dict[str, float]]]]]:
     """Step the environments until they have run `episodes` episodes; `rows` must be reset.
 
-    Each environment runs a number of episodes that is fixed beforehand: taking the first ones to
-    end would favour short episodes. After every step this yields the actions [N, A] and (number
-    of the environment, summary) for each of those episodes that ended; `rows` then shows where
-    the step led.
+    The number of episodes of each environment is fixed in advance, because counting the first ones
+    to end would favour short episodes. After every step this yields the actions [N, A] and (index
+    of the environment, summary) of each of those episodes that ended; `rows` then contains the
+    result of the step.
     """
     left = [len(range(i, episodes, rows.num_envs)) for i in range(rows.num_envs)]
     while any(left):
@@ -169,25 +171,23 @@ def evaluate(
 ) -> list[dict[str, float]]:
     """Run exactly `episodes` episodes and return {"return", "length", "success"} of each.
 
-    "success" is there where the environment's info has it in an episode's last step. The same
-    seed gives the same episodes, and the random numbers of whatever runs around an evaluation are
-    left as they were.
+    "success" is included if the environment's info contains it in the last step of an episode. The
+    same seed gives the same episodes; torch's random state is restored afterwards.
     """
-    if episodes < 1:
-        raise ValueError(f"episodes is {episodes}; expected at least 1; evaluate more episodes")
+    require_positive(episodes=episodes)
     rows = RowStream(env, obs_spec, action_spec)
     done: list[list[dict[str, float]]] = [[] for _ in range(rows.num_envs)]
-    with seeded(seed, actor.device):
+    with use_seed(seed, actor.device):
         rows.reset(seed)
-        for _, ended in play(acting(actor, deterministic), rows, episodes):
+        for _, ended in play(make_act(actor, deterministic), rows, episodes):
             for index, episode in ended:
                 done[index].append(episode)
-    return [episode for mine in done for episode in mine]
+    return [episode for episodes_of_env in done for episode in episodes_of_env]
 
 
 @contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed torch inside, and continue its old random numbers afterwards."""
+def use_seed(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch in a block, and restore its random state afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

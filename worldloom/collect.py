@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from omegaconf import MISSING
 
-from worldloom.acting import Act, acting, play, seeded
+from worldloom.acting import Act, make_act, play, use_seed
 from worldloom.app.build import words_to_trust
 from worldloom.app.compose import readable_errors
 from worldloom.app.saved_config import checked, env_section, load_actor, opened_run, split_words
@@ -88,10 +88,10 @@ def collect(config: CollectConfig, words: Sequence[str] = ()) -> str:
     seed = config.seed + writer.existing
     vector_env, progress = task.vector_env(), Progress(config.episodes)
     try:
-        with seeded(seed, torch.device("cpu") if actor is None else actor.device):
+        with use_seed(seed, torch.device("cpu") if actor is None else actor.device):
             rows = RowStream(vector_env, task.obs, task.actions)
             rows.reset(seed)
-            act = acting(actor, config.deterministic) if actor else at_random(seed)
+            act = make_act(actor, config.deterministic) if actor else at_random(seed)
             for ended in record(act, rows, config.episodes):
                 for episode in ended:
                     writer.add(episode)
