@@ -1,9 +1,10 @@
-"""The contract between world models and everything else.
+"""Protocol of world models, and the data that they exchange with the rest of worldloom.
 
-Letters used in shapes: B batch rows, T time steps, A = action_dim.
+Axes: B batch rows, T time steps, A width of the action vector.
 
-A batch holds one row per time step. Row t carries the observation at t, the action chosen after
-seeing it, and the reward that arrived together with it; an episode of N actions is N + 1 rows.
+A batch has one row per time step. Row t contains the observation at t, the action taken after this
+observation, and the reward received together with the observation. An episode of N actions has
+N + 1 rows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,14 +21,14 @@ REPLAY = "replay"  # key under which `compute_loss` returns new values of replay
 
 @dataclass(frozen=True)
 class ReplayField:
-    """An array that the replay stores with every row on behalf of a model.
+    """An array that the replay stores with every row for a model.
 
-    The model provides its value when a row is collected (`replay_values`) and may replace it in
-    every update that the row takes part in (key "replay" of the result of `compute_loss`).
+    `replay_values` of the model returns its value when a row is collected. Each update that
+    includes the row may replace the value (key "replay" of the result of `compute_loss`).
 
-    shape, dtype: of one row's value. Floating-point values are rounded to the dtype.
-    every_row: whether batches contain the values of all rows, under "stored". By default they
-        contain that of row 0 alone, under "context", and one row is sampled in addition for it.
+    shape, dtype: of the value in one row. Floating-point values are rounded to the dtype.
+    every_row: True: batches contain the values of all rows, under "stored". False: they contain
+        the value of row 0, under "context", and sequences are one row longer.
     """
 
     shape: tuple[int, ...]
@@ -36,22 +37,22 @@ class ReplayField:
 
 
 class Batch(TypedDict, total=False):
-    """Sequences as `ReplayBuffer.sample` returns them and `compute_loss` takes them.
+    """Sequences returned by `ReplayBuffer.sample` and passed to `compute_loss`.
 
     obs: [B, T, *obs_shape] float32, or uint8 for images (channels first); a dict of such tensors
         for dict observations.
-    actions: [B, T, A] float32; the action taken at t after seeing obs[t]; one-hot for discrete
-        spaces; zeros in an episode's last row.
-    rewards: [B, T] float32; the reward that arrived with obs[t]; 0 in an episode's first row.
+    actions: [B, T, A] float32; the action taken at t after observing obs[t]; one-hot for discrete
+        spaces; zeros in the last row of an episode.
+    rewards: [B, T] float32; the reward received with obs[t]; 0 in the first row of an episode.
     is_first: [B, T] bool; an episode starts at this row.
     is_last: [B, T] bool; an episode ends at this row, for any reason.
     is_terminal: [B, T] bool; the environment terminated here (a time limit does not set it).
-    task: [B] int64; which of its tasks each row belongs to, for a model of several tasks.
+    task: [B] int64; index of the task of each sequence, for multi-task models.
     context: {name: [B, ...]} values of the model's replay fields in row 0, as float32. A model
-        may start from them and train on rows 1 to T - 1; without them every sequence starts from
-        the model's initial state.
+        may start from these values and train on rows 1 to T - 1; without them every sequence
+        starts from the model's initial state.
     stored: {name: [B, T, ...]} values of the replay fields with `every_row`, as float32.
-    index: [B, 2] int64; stream and number of row 0 in the replay that the batch comes from.
+    index: [B, 2] int64; stream and row number of row 0 in the replay.
     """
 
     obs: Obs
@@ -70,10 +71,10 @@ class Batch(TypedDict, total=False):
 class LatentState:
     """A batch of latent states; every tensor has the batch axis first.
 
-    deterministic: [B, deter_dim] history and context.
-    stochastic: [B, stoch_dim] what is uncertain, or None for models without it (TD-MPC2).
-    features: [B, total_dim] what decoders and heads read.
-    extras: further tensors [B, ...] that a model carries from step to step.
+    deterministic: [B, deter_dim] deterministic part of the state.
+    stochastic: [B, stoch_dim] sampled part, or None for models without it (TD-MPC2).
+    features: [B, total_dim] input of decoders and heads.
+    extras: further tensors [B, ...] that a model passes from step to step.
     """
 
     deterministic: Tensor
@@ -95,11 +96,11 @@ class LatentState:
         return self.map(lambda x: x.to(*args, **kwargs))
 
     def detach(self) -> "LatentState":
-        """Cut every tensor from the graph."""
+        """Detach every tensor from the autograd graph."""
         return self.map(torch.Tensor.detach)
 
     def __getitem__(self, index: Any) -> "LatentState":
-        """Index every tensor; an integer keeps the batch axis, with one row."""
+        """Index every tensor; an integer index keeps the batch axis, with one row."""
         if isinstance(index, int):
             index = [index]
         return self.map(lambda x: x[index])
@@ -142,11 +143,11 @@ class LatentState:
 
 @dataclass
 class Trajectory:
-    """What `imagine` returns for T actions.
+    """The result of `imagine` for T actions.
 
-    states: T + 1 latent states, the initial one first.
+    states: T + 1 latent states, starting with the initial one.
     rewards: [T, B, 1]; rewards[t] is predicted for arriving at states[t + 1].
-    continues: [T, B, 1]; probability, in [0, 1], that the episode goes on after states[t + 1].
+    continues: [T, B, 1]; probability that the episode continues after states[t + 1].
     """
 
     states: list[LatentState]
@@ -160,29 +161,32 @@ class Trajectory:
 
 @runtime_checkable
 class WorldModel(Protocol):
-    """What a module must offer to be trained, planned with and compared.
+    """Methods that a torch module must implement to be trained, planned with and compared.
 
-    Beyond it a model may have `policy(state, deterministic=False) -> action` [B, A], or -> (action,
-    state) where the state carries a plan on (a model without a policy is planned with),
-    `after_update()` called after each optimiser step, `parameter_groups()` for the optimiser, and
-    `replay_fields` {name: ReplayField} that the replay stores with every row, together with
-    `replay_values(state) -> {name: [B, ...]}`, their values in a row that is being collected.
+    Optional members:
+        policy(state, deterministic=False): returns actions [B, A], or (actions, state) if acting
+            changes the state, as a planner's plan does. Without `policy` worldloom plans with
+            `imagine`.
+        after_update(): called after each optimiser step.
+        parameter_groups(): parameter groups for the optimiser.
+        replay_fields: {name: ReplayField} that the replay stores with every row.
+        replay_values(state): values {name: [B, ...]} of these fields for collected rows.
     """
 
     def encode(self, obs: Obs) -> LatentState:
-        """Start an episode: the state after seeing obs [B, *obs_shape] and nothing before it."""
+        """Start an episode: return the state after the first observation [B, *obs_shape]."""
         ...
 
     def predict(self, state: LatentState, action: Tensor) -> LatentState:
-        """Predict the next state from action [B, A] without an observation."""
+        """Predict the next state for action [B, A] without an observation."""
         ...
 
     def observe(self, state: LatentState, action: Tensor, obs: Obs) -> LatentState:
-        """Update the state with action [B, A] and the observation [B, *obs_shape] it led to."""
+        """Return the state after action [B, A] and the following observation [B, *obs_shape]."""
         ...
 
     def decode(self, state: LatentState) -> dict[str, Obs]:
-        """Predict "obs" [B, *obs_shape] (if the model can), "reward" and "continue" [B, 1]."""
+        """Predict "obs" [B, *obs_shape] if the model can, "reward" [B, 1] and "continue" [B, 1]."""
         ...
 
     def imagine(self, initial_state: LatentState, actions: Tensor) -> Trajectory:
@@ -190,11 +194,11 @@ class WorldModel(Protocol):
         ...
 
     def compute_loss(self, batch: Batch) -> dict[str, Any]:
-        """Return "loss" to be minimised, and every loss term and statistic by name (scalars).
+        """Return "loss", the scalar to minimise, and each loss term and statistic as a scalar.
 
-        The batch is not modified. A model with `replay_fields` may add "replay" {name: [B, n, ...]}
-        (without gradient): new values for the last n rows of the batch, which the replay stores
-        unless the update is skipped. It is neither a loss nor logged.
+        The batch must not be modified. A model with `replay_fields` may add "replay"
+        {name: [B, n, ...]} without gradient: new values for the last n rows of the batch. The
+        replay stores them unless the update is skipped. "replay" is never logged.
         """
         ...
 

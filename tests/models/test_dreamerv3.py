@@ -397,7 +397,10 @@ BAD = {
         replaced("obs", lambda x: x[:, 1:]),
         r"obs 'obs' starts with \(3, 4\); expected \[B, T\] = \(3, 5\)",
     ),
-    "obs in a dict": (replaced("obs", lambda x: {"obs": x}), "obs is a dict; this model takes a t"),
+    "obs in a dict": (
+        replaced("obs", lambda x: {"obs": x}),
+        "obs is a dict; this model expects a t",
+    ),
 }
 
 

@@ -25,8 +25,8 @@ def test_numpys_integers_are_sizes_too():
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 3, 64, 64), r"no encoder takes observation 'obs' of shape \(1, 3, 64, 64\); a vector"),
-        ((0,), r"no encoder takes observation 'obs' of shape \(0,\).*all positive"),
+        ((1, 3, 64, 64), r"observation 'obs' has shape \(1, 3, 64, 64\); expected a vector"),
+        ((0,), r"observation 'obs' has shape \(0,\).*all positive"),
         ((3, -64, 64), "all positive"),
         (4, r"obs_shape of 'obs' is 4; expected a tuple such as \(4,\)"),
         ((4.5,), r"obs_shape of 'obs' is \(4.5,\); expected a tuple"),
@@ -66,7 +66,7 @@ def test_observations_are_checked_and_come_back_as_they_were_given():
 @pytest.mark.parametrize(
     ("shape", "obs", "message"),
     [
-        ((4,), {"obs": torch.zeros(2, 4)}, "obs is a dict; this model takes a tensor"),
+        ((4,), {"obs": torch.zeros(2, 4)}, "obs is a dict; this model expects a tensor"),
         ({"a": (4,)}, torch.zeros(2, 4), r"obs is a Tensor; .* a dict with the keys \['a'\]"),
         ({"a": (4,)}, {"b": torch.zeros(2, 4)}, r"obs has the keys \['b'\]; expected \['a'\]"),
         ((4,), torch.zeros(2, 3), r"obs has shape \(2, 3\); expected \[B, 4\]"),

@@ -1,4 +1,4 @@
-"""What a model is told of the environment: the observations it sees, the actions it takes."""
+"""Observation and action spaces as models see them, and checks of their inputs."""
 
 import math
 import operator
@@ -13,15 +13,15 @@ from worldloom.protocol import Batch, Obs
 
 Shape = tuple[int, ...]
 
-# What every batch holds; all but the first two are one number for each row.
+# Keys that every batch must contain; all but the first two have shape [B, T].
 BATCH_KEYS = ("obs", "actions", "rewards", "is_first", "is_last", "is_terminal")
 
 
 @dataclass(frozen=True)
 class ObsSpace:
-    """One observation: its shape and, if it is integer-coded, its number of classes (else 0).
+    """Shape of one observation and its number of classes, which is 0 unless integer-coded.
 
-    Three axes make an image (channels, height, width); fewer make a vector.
+    Three axes (channels, height, width) are an image, fewer axes a vector.
     """
 
     shape: Shape
@@ -29,35 +29,35 @@ class ObsSpace:
 
     @property
     def is_image(self) -> bool:
-        """Whether the image encoder reads it."""
+        """Whether the observation is an image."""
         return len(self.shape) == 3
 
     @property
     def width(self) -> int:
-        """Number of inputs that it gives to a vector encoder."""
+        """Number of inputs of a vector encoder."""
         return math.prod(self.shape) * max(1, self.classes)
 
 
 @dataclass(frozen=True)
 class ActSpace:
-    """One action: its shape and, if it is a choice, its number of classes (else 0)."""
+    """Shape of one action and its number of choices, which is 0 for continuous actions."""
 
     shape: Shape
     classes: int = 0
 
     @property
     def event(self) -> Shape:
-        """Shape of one action in the model: one-hot for choices."""
+        """Shape of one action in the model, where choices are one-hot."""
         return (*self.shape, self.classes) if self.classes else self.shape
 
     @property
     def width(self) -> int:
-        """Number of entries in the action vector."""
+        """Number of entries in action vectors."""
         return math.prod(self.event)
 
 
 class ObsSpaces(dict[str, ObsSpace]):
-    """The observations by key, in declared order; `single` if the user gave one bare shape."""
+    """Observations by key, in declared order; `single` if the user gave one shape, not a dict."""
 
     single: bool
 
@@ -74,7 +74,7 @@ class ObsSpaces(dict[str, ObsSpace]):
         if not shapes:
             raise ValueError("obs_shape is empty; give a shape or a dict with at least one key")
         super().__init__(
-            {k: ObsSpace(_shape(k, s), int(classes.get(k, 0))) for k, s in shapes.items()}
+            {k: ObsSpace(_check_shape(k, s), int(classes.get(k, 0))) for k, s in shapes.items()}
         )
 
     def images(self) -> dict[str, ObsSpace]:
@@ -86,10 +86,10 @@ class ObsSpaces(dict[str, ObsSpace]):
         return {k: s for k, s in self.items() if not s.is_image}
 
     def split(self, obs: Obs, lead: int) -> dict[str, Tensor]:
-        """Check observations with `lead` batch axes and return them by key."""
+        """Return observations with `lead` batch axes by key; raise ValueError for wrong ones."""
         if self.single != (not isinstance(obs, Mapping)):
             wanted = "a tensor" if self.single else f"a dict with the keys {sorted(self)}"
-            raise ValueError(f"obs is a {type(obs).__name__}; this model takes {wanted}")
+            raise ValueError(f"obs is a {type(obs).__name__}; this model expects {wanted}")
         tensors: Any = {"obs": obs} if self.single else dict(obs)
         if set(tensors) != set(self):
             raise ValueError(f"obs has the keys {sorted(tensors)}; expected {sorted(self)}")
@@ -98,7 +98,7 @@ class ObsSpaces(dict[str, ObsSpace]):
         return tensors
 
     def join(self, tensors: dict[str, Tensor]) -> Obs:
-        """Return observations in the form in which the user gives them."""
+        """Return observations in the user's form: a dict, or a tensor if `single`."""
         return tensors["obs"] if self.single else tensors
 
     def _check(self, key: str, value: Tensor, lead: int) -> None:
@@ -116,7 +116,7 @@ class ObsSpaces(dict[str, ObsSpace]):
 
 
 class ActSpaces(dict[str, ActSpace]):
-    """The actions by key; in the action vector they follow each other sorted by key."""
+    """Actions by key; action vectors concatenate them, sorted by key."""
 
     def __init__(
         self,
@@ -124,23 +124,21 @@ class ActSpaces(dict[str, ActSpace]):
         discrete: bool | Mapping[str, bool] = False,
     ) -> None:
         if isinstance(action_dim, Mapping):
-            choice = (
-                discrete if isinstance(discrete, Mapping) else dict.fromkeys(action_dim, discrete)
-            )
-            spaces = {k: _action(k, n, bool(choice.get(k, False))) for k, n in action_dim.items()}
+            if not isinstance(discrete, Mapping):
+                discrete = dict.fromkeys(action_dim, discrete)
+            spaces = {k: _action_space(k, n, discrete.get(k, False)) for k, n in action_dim.items()}
         elif isinstance(action_dim, Sequence) and not isinstance(action_dim, str):
             if not discrete:
                 raise ValueError(
                     f"action_dim={tuple(action_dim)} lists several choices, which needs "
-                    "discrete=True; for continuous actions give their number as one integer"
+                    "discrete=True; for continuous actions pass their number as one integer"
                 )
             digits = len(str(len(action_dim)))
-            spaces = {
-                f"action{i:0{digits}}": _action("action_dim", n, True)
-                for i, n in enumerate(action_dim)
-            }
+            names = [f"action{i:0{digits}}" for i in range(len(action_dim))]
+            sizes = zip(names, action_dim, strict=True)
+            spaces = {name: _action_space("action_dim", n, True) for name, n in sizes}
         else:
-            spaces = {"action": _action("action_dim", action_dim, bool(discrete))}
+            spaces = {"action": _action_space("action_dim", action_dim, bool(discrete))}
         if not spaces:
             raise ValueError("action_dim is empty; give at least one action")
         super().__init__(sorted(spaces.items()))
@@ -151,13 +149,13 @@ class ActSpaces(dict[str, ActSpace]):
         return sum(space.width for space in self.values())
 
     def split(self, action: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield each action [..., *event] of an action vector [..., A]."""
+        """Yield key and action [..., *event] for each part of action vectors [..., A]."""
         parts = action.split([space.width for space in self.values()], -1)
         for (key, space), part in zip(self.items(), parts, strict=True):
             yield key, part.unflatten(-1, space.event)
 
     def check(self, action: Tensor, lead: tuple[str, ...]) -> None:
-        """Raise ValueError unless the action vector has the shape [*lead, A]."""
+        """Raise ValueError unless action vectors have shape [*lead, A]."""
         if action.ndim != len(lead) + 1 or action.shape[-1] != self.width:
             raise ValueError(
                 f"action has shape {tuple(action.shape)}; expected "
@@ -166,16 +164,16 @@ class ActSpaces(dict[str, ActSpace]):
 
 
 def require_keys(batch: Batch) -> None:
-    """Raise ValueError for a batch that is not whole."""
+    """Raise ValueError if a batch lacks any of BATCH_KEYS."""
     if missing := [key for key in BATCH_KEYS if key not in batch]:
         raise ValueError(
-            f"the batch lacks {missing}; compute_loss needs {list(BATCH_KEYS)} as "
-            "ReplayBuffer.sample returns them"
+            f"the batch lacks {missing}; compute_loss needs {list(BATCH_KEYS)}, as returned by "
+            "ReplayBuffer.sample"
         )
 
 
 def check_rows(batch: Batch, obs: Mapping[str, Tensor], act_spaces: ActSpaces) -> tuple[int, int]:
-    """Return [B, T] of a whole batch with split observations; ValueError unless all agree on it."""
+    """Return (B, T) of a batch and its split observations; raise ValueError if shapes differ."""
     act_spaces.check(batch["actions"], ("B", "T"))
     rows, steps = batch["actions"].shape[:2]
     for key in BATCH_KEYS[2:]:
@@ -195,7 +193,7 @@ def check_rows(batch: Batch, obs: Mapping[str, Tensor], act_spaces: ActSpaces) -
     return rows, steps
 
 
-def _shape(key: str, shape: Shape) -> Shape:
+def _check_shape(key: str, shape: Shape) -> Shape:
     try:
         result = tuple(operator.index(n) for n in shape)
     except TypeError:
@@ -204,13 +202,13 @@ def _shape(key: str, shape: Shape) -> Shape:
         ) from None
     if not 0 <= len(result) <= 3 or any(n < 1 for n in result):
         raise ValueError(
-            f"no encoder takes observation {key!r} of shape {result}; a vector has up to 2 axes "
-            "such as (4,), an image 3 such as (3, 64, 64), all positive"
+            f"observation {key!r} has shape {result}; expected a vector of up to 2 axes such as "
+            "(4,) or an image of 3 axes such as (3, 64, 64), all positive"
         )
     return result
 
 
-def _action(key: str, count: int, discrete: bool) -> ActSpace:
+def _action_space(key: str, count: int, discrete: bool) -> ActSpace:
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"{key} is {count!r}; expected a positive integer number of actions")
     if discrete and count < 2:

@@ -53,7 +53,7 @@ def _image_size(images: dict[str, ObsSpace], stages: int) -> tuple[int, int, int
     if height % factor or width % factor:
         nearest = [max(factor, round(n / factor) * factor) for n in (height, width)]
         raise ValueError(
-            f"images are {height}x{width}; both sides must be divisible by "
+            f"cannot encode images of {height}x{width}; both sides must be divisible by "
             f"{factor}: resize to {nearest[0]}x{nearest[1]} (env.image_size) or give channels first"
         )
     return sum(s.shape[0] for s in images.values()), height, width
