@@ -203,6 +203,33 @@ class WorldModel(Protocol):
         ...
 
 
+# Arguments and result of each method of a world model. Those in OPTIONAL may be missing.
+SIGNATURES: dict[str, tuple[tuple[str, ...], str]] = {
+    "encode": (("obs",), "LatentState"),
+    "predict": (("state", "action"), "LatentState"),
+    "observe": (("state", "action", "obs"), "LatentState"),
+    "decode": (("state",), "dict"),
+    "imagine": (("initial_state", "actions"), "Trajectory"),
+    "compute_loss": (("batch",), "dict"),
+    "policy": (("state", "deterministic"), "Tensor"),
+    "after_update": ((), "None"),
+    "replay_values": (("state",), "dict"),
+}
+OPTIONAL = ("policy", "after_update", "replay_values")
+REQUIRED = tuple(name for name in SIGNATURES if name not in OPTIONAL)
+
+
+def find_missing_methods(model: Any) -> list[str]:
+    """Return the names of the required methods that a model does not have."""
+    return [name for name in REQUIRED if not callable(getattr(model, name, None))]
+
+
+def format_signature(method: str) -> str:
+    """Return a method's signature as in its class, "name(self, ...) -> result"."""
+    arguments, result = SIGNATURES[method]
+    return f"{method}({', '.join(['self', *arguments])}) -> {result}"
+
+
 def context_rows(fields: Mapping[str, ReplayField]) -> int:
     """Return how many rows are sampled in front of those that a model with these fields trains on.
 

@@ -166,11 +166,11 @@ def test_not_a_module_and_missing_methods_are_listed_together():
 
     problems = problems_of(Half())
     assert len(problems) == 3
-    assert problems[0].startswith("the class: Half is no torch.nn.Module; expected one")
+    assert problems[0].startswith("the class: Half is not a torch.nn.Module; expected one")
     assert problems[1].startswith(
-        "observe: it is missing; expected observe(self, state, action, obs)"
+        "observe: the method is missing; expected observe(self, state, action, obs)"
     )
-    assert problems[2].startswith("imagine: it is missing; expected imagine(self, initial_state,")
+    assert problems[2].startswith("imagine: the method is missing; expected imagine(self, ")
 
 
 def test_all_problems_are_listed_at_once_and_numbered():
@@ -236,11 +236,11 @@ MISTAKES = {
     ),
     "features not finite": (
         changed("encode", with_tensors("features", lambda x: x / 0)),
-        "encode: features holds NaN or infinity",
+        "encode: features contains NaN or infinity",
     ),
     "another device": (
         changed("encode", with_tensors("features", lambda x: x.to("meta"))),
-        "encode: features is on meta; expected cpu. Fix: make what it comes from a parameter",
+        "encode: features is on meta; expected cpu. Fix: make its source a parameter",
     ),
     "predict in another layout": (
         changed("predict", with_tensors("deterministic", lambda x: x[:, :5])),
@@ -268,7 +268,7 @@ MISTAKES = {
     ),
     "continue as logits": (
         changed("decode", with_entry("continue", lambda x: x + 3)),
-        "expected probabilities in [0, 1]. Fix: put a sigmoid on its logits",
+        "expected probabilities in [0, 1]. Fix: apply a sigmoid to its logits",
     ),
     "obs shape": (
         changed("decode", with_entry("obs", lambda x: x[:, :3])),
@@ -276,7 +276,7 @@ MISTAKES = {
     ),
     "obs key": (
         changed("decode", with_entry("obs", lambda x: {"state": x})),
-        "decode: there is 'obs.state'; expected some of ['obs']",
+        "decode: there is 'obs.state'; expected only ['obs']",
     ),
     "trajectory type": (
         changed("imagine", lambda trajectory: trajectory.rewards),
@@ -284,7 +284,7 @@ MISTAKES = {
     ),
     "trajectory without the first state": (
         changed("imagine", with_tensors("states", lambda states: states[1:])),
-        "imagine: 5 states for 5 actions; expected 6. Fix: begin the list with initial_state",
+        "imagine: 5 states for 5 actions; expected 6. Fix: start the list with initial_state",
     ),
     "trajectory from elsewhere": (
         changed("imagine", with_tensors("states", lambda states: [states[1], *states[1:]])),
@@ -300,7 +300,7 @@ MISTAKES = {
     ),
     "continues out of range": (
         changed("imagine", with_tensors("continues", lambda x: -x)),
-        "imagine: continues reaches from -",
+        "imagine: continues ranges from -",
     ),
     "losses no dict": (
         changed("compute_loss", lambda losses: losses["loss"]),
@@ -316,7 +316,7 @@ MISTAKES = {
     ),
     "loss not finite": (
         changed("compute_loss", with_entry("loss", lambda x: x.log() * 0 / 0)),
-        "compute_loss: 'loss' holds NaN or infinity",
+        "compute_loss: 'loss' contains NaN or infinity",
     ),
     "loss detached": (
         changed("compute_loss", with_entry("loss", lambda x: x.detach())),
@@ -480,7 +480,7 @@ def test_saving_must_bring_everything_back():
             return super().load_state_dict(state_dict, strict=False)
 
     (problem,) = problems_of(Forgetful())
-    assert problem.startswith("state_dict: heads.bias came back as something else")
+    assert problem.startswith("state_dict: heads.bias has another value after saving")
 
 
 def test_no_parameters():

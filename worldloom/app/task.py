@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from worldloom.acting import Actor
-from worldloom.check.report import OPTIONAL, SIGNATURES
 from worldloom.datasets import Dataset
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.suites.custom import make_env as make_custom_env
@@ -21,6 +20,7 @@ from worldloom.envs.vector import episode_length, frames_per_step, make_vector_e
 from worldloom.envs.workers import choose_workers
 from worldloom.errors import suggest
 from worldloom.factory import build_model, import_target
+from worldloom.protocol import REQUIRED, find_missing_methods
 
 # Keys of the env section that say how environments are run, not which.
 RUNNING = ("num_envs", "workers", "timeout")
@@ -81,11 +81,10 @@ class Task:
         told = {k: v for k, v in knows.items() if k in config and config[k] is None}
         spaces = (self.obs.shape, self.actions.action_dim, self.actions.discrete)
         model = build_model({**config, **told}, *spaces)
-        needed = [name for name in SIGNATURES if name not in OPTIONAL]
-        if lacking := [name for name in needed if not callable(getattr(model, name, None))]:
+        if lacking := find_missing_methods(model):
             raise ValueError(
                 f"{config['_target_']} has no {', '.join(lacking)}; expected the methods of "
-                f"worldloom.protocol.WorldModel: {', '.join(needed)}; write them, and see "
+                f"worldloom.protocol.WorldModel: {', '.join(REQUIRED)}; write them, and see "
                 "worldloom.check_world_model"
             )
         return model

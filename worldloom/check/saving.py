@@ -1,4 +1,4 @@
-"""What saving and moving use; and leaving a model as it was found."""
+"""Checks of saving and moving a model, and the restoration of a checked model."""
 
 import io
 from collections.abc import Iterator
@@ -7,14 +7,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from worldloom.check.report import Report
-from worldloom.check.trees import differing, identical, some
+from worldloom.check.report import Report, are_identical, find_differences
+from worldloom.errors import list_names
 
 
 @torch.no_grad()
 def check_saving(report: Report) -> None:
-    """Check that what state_dict saves can be read without running code, and is all there is."""
-    model, before = report.model, copy_of_tensors(report.model)
+    """Check that state_dict can be loaded without executing code, and is complete."""
+    model, before = report.model, copy_parameters(report.model)
     try:
         file = io.BytesIO()
         torch.save(model.state_dict(), file)
@@ -26,20 +26,20 @@ def check_saving(report: Report) -> None:
         model.load_state_dict(loaded)
     except Exception as error:
         report.first_error = report.first_error or error
-        fix = "keep only tensors and plain numbers, strings, lists and dicts in it"
+        fix = "store only tensors, numbers, strings, lists and dicts in it"
         got = f"saving and loading raised {' '.join(str(error).split())[:200]}"
         report.add("state_dict", got, "to load with torch.load(weights_only=True)", fix)
         return
-    lost = differing(before, copy_of_tensors(model), identical)
+    lost = find_differences(before, copy_parameters(model), are_identical)
     if lost:
-        fix = "let state_dict return, and load_state_dict take back, every tensor"
-        got = f"{some(lost)} came back as something else"
-        report.add("state_dict", got, "what was saved", fix)
+        fix = "return every tensor from state_dict, and restore it in load_state_dict"
+        got = f"{list_names(lost)} has another value after saving and loading"
+        report.add("state_dict", got, "the saved value", fix)
     plain = _plain_tensors(model)
     if plain:
         report.remarks.append(
-            f"{some(plain)} is a tensor but neither parameter nor buffer, so it is not saved and "
-            "does not follow .to(device). Use register_buffer, or carry it in the state's extras"
+            f"{list_names(plain)} is a tensor but neither parameter nor buffer, so it is not saved "
+            "and not moved by .to(device). Use register_buffer, or put it into the state's extras"
         )
 
 
@@ -52,24 +52,24 @@ def _plain_tensors(model: nn.Module) -> list[str]:
     ]
 
 
-def copy_of_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Copy parameters and buffers, by name; those that are not saved as well."""
+def copy_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Copy all parameters and buffers by name, including those that are not saved."""
     named = [*model.named_parameters(), *model.named_buffers()]
     return {name: value.detach().clone() for name, value in named}
 
 
 @torch.no_grad()
 def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Write back what `copy_of_tensors` returned."""
+    """Restore what `copy_parameters` returned."""
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if name in tensors:
             value.copy_(tensors[name])
 
 
 @contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Put parameters, buffers, gradients and modes back at the end."""
-    tensors = copy_of_tensors(model)
+def preserve_model(model: nn.Module) -> Iterator[None]:
+    """Restore parameters, buffers, gradients and modes at the end of the block."""
+    tensors = copy_parameters(model)
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     try:
