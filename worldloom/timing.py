@@ -1,12 +1,12 @@
-"""Where the time of an update goes: named phases, which cost next to nothing while nobody listens.
+"""Named phases of an update, whose time can be measured.
 
     with phase("imagine"):
         ...
 
-marks one, in a model or anywhere else. While a `Timer` listens in the same thread the time spent
-there is added up; a run does so for its `timings/…`, `python -m worldloom.bench` for its table.
-Under torch.profiler the phases are named in the trace. Code that torch.compile traces has none: put
-the marks around what is compiled.
+marks a phase, in a model or anywhere else. It costs almost nothing unless a `Timer` is active in
+the same thread, which adds up the time spent in each phase: a run has one for its `timings/…`, and
+`python -m worldloom.bench` for its table. Under torch.profiler the phases appear in the trace.
+Phases inside code that torch.compile traces are ignored: mark the call of the compiled function.
 """
 
 import time
@@ -18,16 +18,16 @@ from typing import Any
 
 import torch
 
-REST = "other"  # what lies in no phase
+REST = "other"  # name of the time outside all phases
 
 
 class Timer:
-    """Add up what is spent in each phase, while it listens: `with Timer() as timer: …`.
+    """Add up the time spent in each phase while the timer is active: `with Timer() as timer: …`.
 
-    Of nested phases only the innermost counts, so that all of them, with "other" for what lies
-    outside, sum to the whole. What a backward pass spends on a phase belongs to whoever called it.
+    Time in nested phases counts only for the innermost one, so that all phases, with "other" for
+    the time outside, sum to the total. A backward pass counts for the phase that it is called in.
 
-    read: returns what is spent so far; seconds, or anything that only grows.
+    read: returns the time so far in seconds, or another quantity that only grows.
     """
 
     def __init__(self, read: Callable[[], float] = time.perf_counter) -> None:
@@ -37,34 +37,34 @@ class Timer:
         self._before: Timer | None = None
 
     def __enter__(self) -> "Timer":
-        """Begin to listen, in this thread; a timer that listened until now pauses."""
-        self._before = _listening.get()
-        _listening.set(self)
+        """Activate the timer in this thread; a timer that was active before pauses."""
+        self._before = _active.get()
+        _active.set(self)
         self.begin()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        """Cease to listen."""
-        _listening.set(self._before)
+        """Deactivate the timer and continue the previous one."""
+        _active.set(self._before)
 
     def begin(self) -> None:
-        """Count from here."""
+        """Start to count now."""
         self._last = self.read()
 
     def mark(self) -> None:
-        """Add what was spent since the last mark to the innermost phase."""
+        """Add the time since the last mark to the innermost phase."""
         now, name = self.read(), self._inside[-1]
         self._spent[name] = self._spent.get(name, 0.0) + now - self._last
         self._last = now
 
     def flush(self) -> dict[str, float]:
-        """Return what was spent in every phase since the last flush, in the order of their ends."""
+        """Return the time spent in each phase since the last flush, ordered by their ends."""
         self.mark()
         spent, self._spent = self._spent, {}
         return spent
 
     def enter(self, name: str) -> None:
-        """Begin a phase."""
+        """Start a phase."""
         self.mark()
         self._inside.append(name)
 
@@ -75,26 +75,26 @@ class Timer:
 
 
 class EventTimer(Timer):
-    """Add up the seconds that a GPU spends, by events in its stream: only a flush waits for it.
+    """Add up the seconds that a GPU spends, using events in its stream; only `flush` waits.
 
-    A phase that waits for the host alone counts as far as it leaves the GPU without work.
+    Work of the host counts only while the GPU is idle.
     """
 
     def __init__(self, event: Callable[[], Any] | None = None) -> None:
         super().__init__()
         self._event = event or (lambda: torch.cuda.Event(enable_timing=True))
-        # Recorded events, each with the phase that ended there; the first is the last one counted.
+        # Recorded events with the phase that each one ends; the first is already counted.
         self._waiting: deque[tuple[str, Any]] = deque()
 
     def begin(self) -> None:
-        """Count from here."""
+        """Start to count now."""
         self._waiting.clear()
         self._record()
 
     def mark(self) -> None:
-        """Record an event, and count those that the GPU has passed."""
+        """Record an event and count the events that the GPU has reached."""
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            return  # a graph would replay the event, and cannot ask for one
+            return  # events in a graph are replayed with it and cannot be queried
         self._record()
         self._count()
 
@@ -118,7 +118,7 @@ class EventTimer(Timer):
 
 
 class _Phase:
-    """A phase that somebody listens to."""
+    """A phase with an active timer or profiler."""
 
     def __init__(self, name: str, timer: Timer | None, profiled: bool) -> None:
         self._name, self._timer = name, timer
@@ -137,20 +137,20 @@ class _Phase:
             self._timer.leave()
 
 
-# A thread begins without a timer, so what it does is not taken for the time of this one.
-_listening: ContextVar[Timer | None] = ContextVar("_listening", default=None)
+# Threads start without a timer, so that their work does not count for the thread that has one.
+_active: ContextVar[Timer | None] = ContextVar("_active", default=None)
 
 
 def phase(name: str) -> AbstractContextManager[None]:
-    """Return a context whose time counts for the phase `name`, lower case with underscores."""
+    """Return a context manager for the phase `name`, in lower case with underscores."""
     if torch.compiler.is_compiling():
         return nullcontext()
-    timer, profiled = _listening.get(), torch.autograd._profiler_enabled()
+    timer, profiled = _active.get(), torch.autograd._profiler_enabled()
     if timer is None and not profiled:
         return nullcontext()
     return _Phase(name, timer, profiled)
 
 
 def timer_for(device: torch.device) -> Timer:
-    """Return a timer that reads a run's clock: the GPU's where there is one."""
+    """Return the timer of a run on this device."""
     return EventTimer() if device.type == "cuda" else Timer()

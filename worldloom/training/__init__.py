@@ -1,7 +1,7 @@
-"""Collect, replay and train: everything that any `WorldModel` shares.
+"""Collection, replay and training for any `WorldModel`.
 
-Names are looked up on first use, because Lightning takes seconds to import and a replay buffer in
-a notebook needs none of it.
+Names are imported on first use: importing Lightning takes seconds, and a replay buffer does not
+need it.
 """
 
 from importlib import import_module
