@@ -236,10 +236,10 @@ def test_nobody_listens_once_a_run_is_over():
             raise KeyError
 
     fit(offline(2), MetricsWriter())
-    before = timing._listening.get()
+    before = timing._active.get()
     with pytest.raises(KeyError):
         fit(offline(2), MetricsWriter(), Fails())
-    assert before is None is timing._listening.get()
+    assert before is None is timing._active.get()
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
