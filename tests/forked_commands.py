@@ -156,7 +156,7 @@ if __name__ == "__main__":
         with contextlib.suppress(ImportError):
             importlib.import_module(package)
     cli = importlib.import_module("worldloom.app.compose")
-    cli.composed()  # Hydra looks for its plugins once
+    cli.compose_config()  # Hydra looks for its plugins once
     gc.freeze()  # what a fork does not touch, it need not copy
     for line in sys.stdin:
         print(json.dumps(fork(**json.loads(line))), flush=True)

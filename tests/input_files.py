@@ -136,15 +136,20 @@ def episodes(folder: Path) -> None:
     ):
         episode(folder / name / "0.npz")
         (folder / name / "dataset.yaml").write_text(text)
-    episode(folder / "hostile_env" / "0.npz")
-    (folder / "hostile_env" / "dataset.yaml").write_text(
-        "format: 1\nenv: {_target_: hostile.make_env}\n"
-    )
-    episode(folder / "hostile_id" / "0.npz")
-    (folder / "hostile_id" / "dataset.yaml").write_text(
-        "format: 1\n"
-        "env: {_target_: worldloom.envs.suites.gymnasium.make_env, id: 'hostile:Env-v0'}\n"
-    )
+    ours = "_target_: worldloom.envs.suites.gymnasium.make_env"
+    for name, env in {
+        "hostile_env": "{_target_: hostile.make_env}",
+        "hostile_id": f"{{{ours}, id: 'hostile:Env-v0'}}",
+        "hostile_deep": f"{{{ours}, id: CartPole-v1, more: [{{id: 'hostile:Env-v0'}}]}}",
+        "hostile_hidden": f"{{{ours}, id: '${{env._x.m}}', _x: {{m: 'hostile:CartPole-v1'}}}}",
+        "hostile_relative": f"{{{ours}, id: '${{._x}}', _x: 'hostile:CartPole-v1'}}",
+        "hostile_key": f"{{{ours}, id: CartPole-v1, '${{oc.env:HOME}}': 1}}",
+        "hostile_resolver": f"{{{ours}, id: CartPole-v1, more: {{a: ['${{oc.env:HOME}}']}}}}",
+        "hostile_tag": f"!!python/object/apply:os.system ['touch {folder.parent}/marker']",
+        "hostile_nested": f"{{{ours}, id: CartPole-v1, more: {{_target_: hostile.Thing}}}}",
+    }.items():
+        episode(folder / name / "0.npz")
+        (folder / name / "dataset.yaml").write_text(f"format: 1\nenv: {env}\n")
 
 
 def hdf5(folder: Path) -> None:
@@ -230,6 +235,22 @@ def runs(folder: Path, run: Path, marker: Path) -> None:
         "hostile_callback": text.replace("\ncallbacks:", f"\ncallbacks:\n  mine: {touch}"),
         "hostile_logger": text.replace("\nlogger:", f"\nlogger:\n  mine: {touch}"),
         "hostile_nested": text.replace("\nplanner:", f"\nplanner:\n  model: {touch}"),
+        "hostile_args": text.replace("\nplanner:", "\nplanner:\n  _args_: [[{_target_: a.b}]]"),
+        "hostile_partial": text.replace("\nplanner:", "\nplanner:\n  _partial_: true"),
+        "hostile_deep_id": text.replace("\nenv:", "\nenv:\n  more: [{id: 'hostile:Env-v0'}]"),
+        "hostile_reference": text.replace("id: CartPole-v1", "id: ${name}").replace(
+            "\nname: cartpole", "\nname: hostile:Env-v0"
+        ),
+        "hostile_target": text.replace(model, "${name}"),
+        "hostile_defaults": f"defaults: [hostile]\n{text}",
+        "hostile_hydra": f"hydra: {{searchpath: [file:///]}}\n{text}",
+        "hostile_tag": text.replace("cartpole", f"!!python/object/apply:os.system [{touch!r}]"),
+        "old": text.replace("format: 1\n", ""),
+        "newer": text.replace("format: 1\n", "format: 99\n"),
+        "joined": text.replace("\nname: cartpole", '\nname: ${a}${b}\na: $\nb: "{oc.env:HOME}"'),
+        "relative": text.replace("\nname: cartpole", "\nname: ${.seed}"),
+        "escaped": text.replace("\nname: cartpole", "\nname: \\${oc.env:HOME}"),
+        "inner": text.replace("\nname: cartpole", "\nname: ${training[${folder}]}"),
         "resolver": text.replace("\nname: cartpole", "\nname: ${oc.env:SECRET}"),
         "dangling": text.replace("\nname: cartpole", "\nname: ${no.such.key}"),
     }
@@ -238,7 +259,7 @@ def runs(folder: Path, run: Path, marker: Path) -> None:
         (folder / name).mkdir(parents=True)
         (folder / name / "config.yaml").write_text(changed_text)
         for part in ("model", "checkpoints"):
-            (folder / name / part).symlink_to(run / part)
+            shutil.copytree(run / part, folder / name / part)
     (folder / "nothing").mkdir()
     (folder / "no_model_file").mkdir()
     (folder / "no_model_file" / "config.yaml").write_text(text)

@@ -252,7 +252,7 @@ def test_help(monkeypatch, capsys):
     ("given", "message"),
     [
         (["lenght=8"], "unknown key 'lenght' (did you mean 'length'?)"),
-        (["batch=many"], "batch is many; expected a whole number"),
+        (["batch=many"], "batch is 'many'; expected a whole number"),
         (["batch=0"], "batch is 0; expected whole numbers of at least 1"),
         (["obs=3,-64,64"], "obs is '3,-64,64'; expected whole numbers of at least 1"),
         (["actions=six"], "actions is 'six'; expected whole numbers"),

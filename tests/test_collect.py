@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from worldloom import collect as collecting
 from worldloom import create_world_model
-from worldloom.app.build import fill
-from worldloom.app.saved_config import env_section
+from worldloom.app.build import fill_buffer
+from worldloom.app.compose import Overrides, compose_env
 from worldloom.collect import CollectConfig, collect
 from worldloom.datasets import open_dataset
 from worldloom.envs.spaces import ActionSpec, ObsSpec
@@ -153,7 +153,7 @@ def test_an_environment_that_data_may_not_choose_is_named_in_the_command(tmp_pat
 def test_nothing_is_overwritten(tmp_path):
     record(tmp_path, episodes=2)
     before = {file.name: file.read_bytes() for file in tmp_path.glob("*.npz")}
-    with pytest.raises(ValueError, match=r"already holds 2 episodes; .* or add append=true"):
+    with pytest.raises(ValueError, match=r"already contains 2 episodes; .* or add append=true"):
         record(tmp_path, episodes=2)
     Script.made = -1
     printed = record(tmp_path, episodes=3, append=True)
@@ -168,7 +168,7 @@ def test_nothing_is_overwritten(tmp_path):
 def test_episodes_of_another_environment_stay_out(tmp_path):
     record(tmp_path, episodes=1)
     key = "env.action_repeat"
-    match = f"holds episodes of {{'{key}': 1}}, not {{'{key}': 2}}; choose another folder"
+    match = f"contains episodes of {{'{key}': 1}}, not {{'{key}': 2}}; choose another folder"
     with pytest.raises(ValueError, match=match):
         record(tmp_path, "env.action_repeat=2", append=True)
     record(tmp_path, "env.num_envs=9", append=True, episodes=1)  # how it is run does not matter
@@ -185,7 +185,7 @@ def test_seeds_reproduce_and_differ(tmp_path):
 
 
 def test_progress_is_told_now_and_then(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(collecting, "BEAT", 0.0)
+    monkeypatch.setattr(collecting, "LOG_INTERVAL", 0.0)
     record(tmp_path, num_envs=1, episodes=1)
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("episodes 0/1 | steps 1 | ") and first.endswith(
@@ -205,7 +205,7 @@ def run(tmp_path_factory):
     model = create_world_model("dreamerv3:size1m", (4,), 2, True, **sizes)
     model.save_pretrained(folder / "model")
     (folder / "config.yaml").write_text(
-        "threads: 1\nplanner: {_target_: worldloom.planning.CEM}\n"
+        "format: 1\nthreads: 1\nplanner: {_target_: worldloom.planning.CEM}\n"
         "model: {_target_: worldloom.models.dreamerv3.DreamerV3}\n"
         "env: {_target_: worldloom.envs.suites.gymnasium.make_env, id: CartPole-v1, num_envs: 2,"
         " workers: 0, time_limit: 30}\n"
@@ -231,9 +231,9 @@ def test_its_environment_may_be_changed(run, tmp_path):
     assert lengths(tmp_path / "a") == [5, 5]
     config = {"obs": {"keep": None, "image": None}, "id": "x"}
     wanted = {"obs": {"keep": None, "image": "a"}, "id": "x", "level": 2}
-    assert env_section(["env.obs.image=a", "+env.level=2"], config) == wanted
+    assert compose_env(Overrides(("env.obs.image=a", "+env.level=2")), config) == wanted
     with pytest.raises(ValueError, match=r"'env.obs.kep' \(did you mean 'env.obs.keep'\?\)"):
-        env_section(["env.obs.kep=a"], config)
+        compose_env(Overrides(("env.obs.kep=a",)), config)
     other = ["env=gymnasium", "env.id=CartPole-v1", "env.time_limit=6"]
     collect(CollectConfig(str(run), 2, str(tmp_path / "b"), num_envs=1), other)
     assert lengths(tmp_path / "b") == [6, 6]
@@ -265,7 +265,9 @@ def test_a_replay_holds_the_same_rows(tmp_path, action):
     data = open_dataset(tmp_path)
     spec = ActionSpec.from_space(ACTIONS[action])
     buffer = ReplayBuffer(data.steps + len(data), data.obs.shape, spec.width)
-    assert fill(buffer, data).startswith(f"data: 7 episodes of {tmp_path}, {len(buffer)} rows, ")
+    assert fill_buffer(buffer, data).startswith(
+        f"data: 7 episodes of {tmp_path}, {len(buffer)} rows, "
+    )
     rows = {key: value for key, value in buffer.newest(10**6).items() if key != "index"}
     where = rows["obs"]["inner/where"][0].int().tolist()
     assert len(where) == data.steps + len(data) and len({tuple(row) for row in where}) == len(where)
@@ -291,7 +293,7 @@ MISTAKES = {
     "env=cartpole episodes=1 out=OUT": "policy is not set; add policy=…",
     "env=cartpole policy=random episodes=0 out=OUT": "episodes is 0; expected at least 1",
     "env=cartpole policy=random episodes=1 out=OUT num_envs=0": "num_envs is 0; expected at lea",
-    "env=cartpole policy=random episodes=few out=OUT": "episodes is few; expected a whole number",
+    "env=cartpole policy=random episodes=few out=OUT": "episodes is 'few'; expected a whole",
     "env=cartpole policy=random episode=1 out=OUT": "'episode' (did you mean 'episodes'?)",
     "env=cartpol policy=random episodes=1 out=OUT": "env 'cartpol' (did you mean 'cartpole'?)",
     "env=cartpole env.idd=1 policy=random episodes=1 out=OUT": "'env.idd' (did you mean 'env.id'",

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from worldloom import eval as evaluation
-from worldloom.app.saved_config import read_run, require_trusted
+from worldloom.app.run_dir import CONFIG, find_run, read_config
+from worldloom.app.saved_config import require_trusted, resolve_saved
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def command(monkeypatch, capsys):
 def run(tmp_path):
     """A folder that looks like a run without a model."""
     (tmp_path / "config.yaml").write_text(
-        "seed: 0\nthreads: 1\nplanner: {_target_: worldloom.planning.CEM}\n"
+        "format: 1\nseed: 0\nthreads: 1\nplanner: {_target_: worldloom.planning.CEM}\n"
         "model: {_target_: worldloom.models.dreamerv3.DreamerV3}\n"
         "env: {_target_: worldloom.envs.suites.gymnasium.make_env, id: CartPole-v1, num_envs: 2,"
         " workers: 0, image_size: null, pixels: false, action_repeat: 1, time_limit: null}\n"
@@ -41,11 +42,11 @@ def test_without_arguments_it_tells_how_to_use_it(command):
     ("arguments", "message"),
     [
         (["episodes=3"], "no run was named; add checkpoint=<run folder>"),
-        (["checkpoint=no/such/run"], "no/such/run holds no config.yaml; expected a folder that"),
+        (["checkpoint=no/such/run"], "no/such/run contains no config.yaml; expected a folder"),
         (["checkpoint=RUN", "episode=3"], "unknown key 'episode' (did you mean 'episodes'?)"),
-        (["checkpoint=RUN", "zzz"], "cannot read 'zzz'; expected words such as seed=0"),
+        (["checkpoint=RUN", "zzz"], "cannot read 'zzz'; expected arguments such as"),
         (["checkpoint=RUN", "episodes=0"], "episodes is 0; expected at least 1"),
-        (["checkpoint=RUN", "episodes=few"], "episodes is few; expected a whole number"),
+        (["checkpoint=RUN", "episodes=few"], "episodes is 'few'; expected a whole number"),
         (["checkpoint=RUN", "num_envs=-1"], "num_envs is -1; expected at least 1"),
         (["checkpoint=RUN", "env.idd=Pendulum-v1"], "key 'env.idd' (did you mean 'env.id'?)"),
         (["checkpoint=RUN", "env=Pendulum-v1"], "unknown env 'Pendulum-v1'; choices: "),
@@ -73,8 +74,17 @@ SHIPPED = {
 }
 
 
+def trusted(saved, overrides):
+    require_trusted(resolve_saved(saved, "config.yaml"), overrides)
+
+
+def read_run(path):
+    run = find_run(path)
+    return resolve_saved(read_config(run), run / CONFIG)
+
+
 def test_what_worldloom_ships_needs_no_word():
-    require_trusted(SHIPPED, [])
+    trusted(SHIPPED, [])
 
 
 @pytest.mark.parametrize(
@@ -90,34 +100,37 @@ def test_what_worldloom_ships_needs_no_word():
     ],
 )
 def test_code_from_elsewhere_needs_the_users_word(section, key):
-    with pytest.raises(ValueError, match=f"say so by adding: {key}=") as refused:
-        require_trusted({**SHIPPED, **section}, ["model._target_=my_pkg.Other", "seed=1"])
+    with pytest.raises(ValueError, match=f"if you trust it, add: {key}=") as refused:
+        trusted({**SHIPPED, **section}, ["model._target_=my_pkg.Other", "seed=1"])
     word = str(refused.value).rpartition(": ")[2]
-    require_trusted({**SHIPPED, **section}, [word])
-    require_trusted({**SHIPPED, **section}, [f"++{word}"])
+    trusted({**SHIPPED, **section}, [word])
+    trusted({**SHIPPED, **section}, [f"++{word}"])
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"name": "${oc.env:HOME}"}, r"holds '\$\{oc.env:HOME\}', which would look outside"),
+        ({"name": "${oc.env:HOME}"}, r"name in .* is '\$\{oc.env:HOME\}'; expected a value"),
         (
             {"name": r"\${oc.env:HOME}"},
-            "which would look outside",
+            "expected a value, or a reference",
         ),  # escaped until it is read again
-        ({"name": "${training.${oc.env:HOME}}"}, "which would look outside"),
-        ({"name": "os.system", "model": {"_target_": "${name}"}}, "is put together from parts"),
-        ({"defaults": ["evil"]}, "has 'defaults', which would choose other files"),
+        ({"name": "${training.${oc.env:HOME}}"}, "expected a value, or a reference"),
+        (
+            {"name": "os.system", "model": {"_target_": "${name}"}},
+            "model._target_ in .* expected a value",
+        ),
+        ({"defaults": ["evil"]}, "has 'defaults', which would select other files"),
         (
             {"hydra": {"searchpath": ["file:///evil"]}},
-            "has 'hydra', which would choose other files",
+            "has 'hydra', which would select other files",
         ),
         ({"name": "${no.such.key}"}, "cannot be resolved"),
     ],
 )
 def test_a_saved_configuration_looks_at_nothing_but_itself(section, message):
     with pytest.raises(ValueError, match=message):
-        require_trusted({**SHIPPED, **section}, [])
+        trusted({**SHIPPED, **section}, [])
 
 
 def test_a_saved_configuration_is_resolved_where_it_lies(run):

@@ -17,8 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from worldloom import create_world_model, run
 from worldloom import eval as evaluation
-from worldloom.app.build import settle_env, words_to_trust
-from worldloom.app.compose import composed, validate
+from worldloom.app.compose import compose_config
+from worldloom.app.saved_config import adopt_dataset_env, env_overrides
+from worldloom.app.validation import validate_config
 from worldloom.collect import CollectConfig, collect
 from worldloom.datasets import open_dataset
 from worldloom.replay.block_files import BlockFiles
@@ -62,8 +63,8 @@ def train(folder, data, *words):
     """Run one training in this process and return its scores."""
     folder.mkdir(exist_ok=True)
     offline = ["data=offline", f"data.path={data}", "~experiment", f"folder={folder}"]
-    cfg = composed(*offline, *SHORT, *words)
-    validate(cfg)
+    cfg = compose_config(*offline, *SHORT, *words)
+    validate_config(cfg, {})
     return run.train(cfg)
 
 
@@ -250,7 +251,7 @@ def test_hdf5(tmp_path, pendulum):
 def test_a_smaller_capacity_keeps_the_first_episodes_and_says_so(pendulum, tmp_path, capsys):
     train(tmp_path, pendulum, *TDMPC2, "env=none", "data.capacity=20")
     printed = capsys.readouterr().out
-    assert "data: the first 2 of 6 episodes (data.capacity has room for no more) of" in printed
+    assert "data: the first 2 of 6 episodes (data.capacity has no room for more) of" in printed
     assert metrics(tmp_path, "replay/size")[-1][1] == 18
 
 
@@ -282,12 +283,12 @@ def test_what_cannot_be_trained_on(pendulum, tmp_path, words, message):
 )
 def test_a_run_that_collects_needs_more(tmp_path, words, message):
     with pytest.raises(ValueError, match=message):
-        run.train(composed(*DREAMER, *SHORT, f"folder={tmp_path}", *words))
+        run.train(compose_config(*DREAMER, *SHORT, f"folder={tmp_path}", *words))
 
 
 def test_the_path_must_be_given():
     with pytest.raises(ValueError, match=r"data.path is not set; add data.path=…"):
-        validate(composed("data=offline", "~experiment", "folder=x"))
+        validate_config(compose_config("data=offline", "~experiment", "folder=x"), {})
 
 
 @pytest.mark.parametrize(
@@ -320,7 +321,7 @@ def settled(path, env, about=None):
     if about is not None:
         OmegaConf.save({"format": 1, "env": about}, Path(path) / "dataset.yaml")
     plain = {"env": dict(env), "data": {"path": str(path)}}
-    settle_env(plain)
+    adopt_dataset_env(plain)
     return plain["env"]
 
 
@@ -349,7 +350,7 @@ def test_data_do_not_choose_which_code_is_run(tmp_path, env):
 def test_what_a_user_says_to_trust_it():
     env = {"_target_": "my.make", "num_envs": 3, "level": 2, "image_size": None}
     env["obs"] = {"keep": "a"}
-    assert words_to_trust(env) == "env=custom env._target_=my.make ++env.level=2 ++env.obs.keep=a"
+    assert env_overrides(env) == "env=custom env._target_=my.make ++env.level=2 ++env.obs.keep=a"
     module = OURS | {"id": "evil:Env-v0"}
-    assert words_to_trust(module) == "env=gymnasium ++env.id=evil:Env-v0"
-    assert words_to_trust(OURS) == ""
+    assert env_overrides(module) == "env=gymnasium ++env.id=evil:Env-v0"
+    assert env_overrides(OURS) == ""

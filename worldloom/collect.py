@@ -1,39 +1,39 @@
-"""Record episodes: `python -m worldloom.collect env=… policy=… episodes=… out=…`.
+"""The command `python -m worldloom.collect`: record episodes.
 
 usage: python -m worldloom.collect env=gymnasium env.id=Pendulum-v1 policy=random
        episodes=100 out=data/pendulum [seed=0] [num_envs=…] [append=false]
    or: python -m worldloom.collect policy=<run folder> [env.KEY=VALUE …]
        episodes=100 out=data/cartpole [deterministic=false] …
 
-The environment is named as for worldloom.run; a run's policy acts in the run's own unless another
-is named. The folder gets one .npz per episode and a dataset.yaml (worldloom/datasets/folder.py
-says what is in them). append=true adds to a folder that holds episodes of the same environment.
+The environment is chosen as for worldloom.run; the policy of a run acts in the run's environment
+unless another is chosen. The folder receives one .npz per episode and a dataset.yaml (format:
+worldloom/datasets/folder.py). append=true adds to a folder with episodes of the same environment.
 """
 
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import MISSING
 
 from worldloom.acting import Act, make_act, play, use_seed
-from worldloom.app.build import words_to_trust
-from worldloom.app.compose import readable_errors
-from worldloom.app.saved_config import checked, env_section, load_actor, opened_run, split_words
-from worldloom.app.task import RUNNING, Task
+from worldloom.app.command_line import parse_settings, run_command, split_settings
+from worldloom.app.compose import Overrides, compose_env
+from worldloom.app.run_dir import reject_links
+from worldloom.app.saved_config import env_overrides
+from worldloom.app.task import Task, load_actor, open_saved_run
+from worldloom.app.validation import RUNNING
 from worldloom.datasets import Episode
 from worldloom.datasets.folder import read_about
 from worldloom.datasets.writer import FolderWriter
 from worldloom.envs.spaces import Obs
 from worldloom.envs.vector import RowStream
-from worldloom.memory import keep_freed_memory
+from worldloom.errors import require_positive
 
-BEAT = 20.0  # seconds between two lines of progress
+LOG_INTERVAL = 20.0  # seconds between two lines of progress
 
 
 @dataclass
@@ -41,41 +41,46 @@ class CollectConfig:
     """What to record.
 
     policy: "random", or the folder of a run whose model acts.
-    episodes: how many; each environment runs its share. out: the folder that gets them.
-    seed: of environments and policy; it counts on from the episodes that are in `out` already.
-    deterministic: the policy's mode instead of samples. num_envs: None for the environment's own.
+    episodes: how many; each environment records its share.
+    out: the folder to write.
+    seed: of environments and policy; the number of episodes already in `out` is added to it.
+    deterministic: the policy's mode instead of samples.
+    num_envs: None for the number in the environment's configuration.
     append: add to the episodes that are in `out`.
     """
 
-    policy: str = MISSING
-    episodes: int = MISSING
-    out: str = MISSING
+    policy: str
+    episodes: int
+    out: str
     seed: int = 0
     deterministic: bool = False
     num_envs: int | None = None
     append: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ValueError for numbers that make no sense."""
-        for name in ("episodes", "num_envs"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; expected at least 1")
+        """Raise ValueError for impossible numbers."""
+        require_positive(episodes=self.episodes)
+        if self.num_envs is not None:
+            require_positive(num_envs=self.num_envs)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; expected from 0 to {2**32 - 1}")
 
 
-def collect(config: CollectConfig, words: Sequence[str] = ()) -> str:
-    """Record episodes as configured; return what came out, and what to do with it.
+def collect(config: CollectConfig, args: Iterable[str] = ()) -> str:
+    """Record episodes as configured; return a summary and the command to train on them.
 
-    words: what the command line says about the environment, and which code of a run it trusts.
+    args: overrides of the environment, and those that name a run's third-party code.
     """
+    overrides = Overrides(tuple(args))
     run = None if config.policy == "random" else Path(config.policy).expanduser()
     if run is not None and not run.exists():
         raise ValueError(f"policy is '{config.policy}'; expected random, or the folder of a run")
-    if run is None and not words:
+    if run is None and not overrides.args:
         raise ValueError("no environment was named; add env=gymnasium env.id=CartPole-v1")
-    settings, section = (None, env_section(words)) if run is None else opened_run(run, words)
+    if run is None:
+        settings, section = None, compose_env(overrides)
+    else:
+        settings, section = open_saved_run(run, overrides)
     out = Path(config.out).expanduser()
     _require_room(out, config.append, section)
     num_envs = min(config.num_envs or section.get("num_envs", 1), config.episodes)
@@ -104,16 +109,16 @@ def collect(config: CollectConfig, words: Sequence[str] = ()) -> str:
         f"{progress.summary()}\n{out}: {len(held):,} episodes, {held.steps:,} steps, "
         f"{size / 1e6:,.1f} MB\ntrain on it: python -m worldloom.run data=offline "
         f"data.path={out} model=dreamerv3_size1m training.total_steps=20000 "
-        f"{words_to_trust(section)}".rstrip()
+        f"{env_overrides(section)}".rstrip()
     )
 
 
 def record(act: Act, rows: RowStream, episodes: int) -> Iterator[list[Episode]]:
-    """Run so many episodes; after every step of the environments yield those that ended."""
+    """Run a number of episodes; after every step of the environments, yield those that ended."""
     open_ones = [_Open(_row(rows.obs, i)) for i in range(rows.num_envs)]
     spec = rows.action_spec
     for actions, ended in play(act, rows, episodes):
-        done = spec.encode(spec.decode(actions))  # what the environments did, clipped and rounded
+        done = spec.encode(spec.decode(actions))  # as the environments clip and round them
         for i in range(rows.num_envs):
             obs = _row(rows.obs, i)
             if rows.is_first[i]:
@@ -130,7 +135,7 @@ def at_random(seed: int) -> Act:
 
 
 class _Open:
-    """An episode that goes on."""
+    """An episode that has not ended."""
 
     def __init__(self, obs: Obs) -> None:
         self.obs: list[Any] = [obs]
@@ -155,28 +160,28 @@ class _Open:
 
 
 class Progress:
-    """Count what was recorded, and print a line now and then."""
+    """Counts recorded steps and returns, and prints a line from time to time."""
 
     def __init__(self, wanted: int) -> None:
         self.wanted, self.steps = wanted, 0
         self.returns: list[float] = []
-        self._start = self._told = time.monotonic()
+        self._start = self._logged = time.monotonic()
 
     def count(self, steps: int, ended: Sequence[Episode]) -> None:
-        """Take in what one step of the environments brought."""
+        """Add the steps and ended episodes of one step of the environments."""
         self.steps += steps
         self.returns += [float(e.rewards.sum(dtype=np.float64)) for e in ended]
-        if time.monotonic() - self._told > BEAT:
-            self._told = time.monotonic()
+        if time.monotonic() - self._logged > LOG_INTERVAL:
+            self._logged = time.monotonic()
             last = f"{self.returns[-1]:.4g}" if self.returns else "none yet"
             print(
                 f"episodes {len(self.returns):,}/{self.wanted:,} | steps {self.steps:,} | "
-                f"{self.steps / (self._told - self._start):,.0f} steps/s | last return {last}",
+                f"{self.steps / (self._logged - self._start):,.0f} steps/s | last return {last}",
                 flush=True,
             )
 
     def summary(self) -> str:
-        """Return one line about all episodes."""
+        """Return one line about all new episodes."""
         return (
             f"return {np.mean(self.returns):.2f} ± {np.std(self.returns):.2f} over "
             f"{len(self.returns):,} new episodes"
@@ -190,32 +195,33 @@ def _row(obs: Obs, index: int) -> Obs:
 
 
 def _require_room(out: Path, append: bool, env: Mapping[str, Any]) -> None:
-    """Refuse a folder that holds episodes, unless they are to be added to and are of this kind."""
+    """Raise ValueError if the folder contains episodes, unless `append` and of the same kind."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; expected a folder, or a name that is free")
+        raise ValueError(f"{out} is a file; expected a folder, or an unused name")
+    reject_links(out)
     held = len(list(out.glob("*.npz")))
     if not held:
         return
     if not append:
         raise ValueError(
-            f"{out} already holds {held} episodes; choose another folder, or add append=true"
+            f"{out} already contains {held} episodes; choose another folder, or add append=true"
         )
     before = read_about(out).get("env", {})
     keys = [k for k in {**before, **env} if k not in RUNNING and env.get(k) != before.get(k)]
     if keys:
         theirs, ours = ({f"env.{k}": e.get(k) for k in keys} for e in (before, env))
-        raise ValueError(f"{out} holds episodes of {theirs}, not {ours}; choose another folder")
+        raise ValueError(f"{out} contains episodes of {theirs}, not {ours}; choose another folder")
+
+
+def collect_command(overrides: Overrides) -> None:
+    """Record episodes as the command line describes, and print the summary."""
+    args, config_overrides = split_settings(overrides)
+    print(collect(parse_settings(args, CollectConfig), config_overrides))
 
 
 def main() -> None:
     """Run the command line."""
-    if len(sys.argv) < 2 or {"-h", "--help"} & set(sys.argv):
-        print(__doc__)
-        sys.exit(0 if len(sys.argv) > 1 else 2)
-    keep_freed_memory()
-    with readable_errors():
-        given, words = split_words(sys.argv[1:])
-        print(collect(checked(given, CollectConfig), words))
+    run_command(str(__doc__), collect_command)
 
 
 if __name__ == "__main__":

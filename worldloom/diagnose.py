@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from worldloom.app.compose import readable_errors
+from worldloom.app.command_line import run_command
+from worldloom.app.compose import Overrides
 from worldloom.errors import list_names
 from worldloom.factory import REGISTERED, create_world_model
 from worldloom.protocol import split_result
@@ -321,21 +322,20 @@ def _list_bad(names: Sequence[str], count: int | None = None) -> str:
     return f"{of}{list_names(names, NAMED)}"
 
 
-def main() -> None:
-    """Run the command line."""
-    args = sys.argv[1:]
-    if not args or {"-h", "--help"} & set(args):
-        print(__doc__)
-        sys.exit(0 if args else 2)
-    with readable_errors():
-        files = [arg for arg in args if not arg.startswith(("allow=", "device="))]
-        if len(files) != 1:
-            raise ValueError(f"{len(files)} files were named; expected one nonfinite.ckpt")
-        options = dict(arg.split("=", 1) for arg in args if arg not in files)
-        allow = [name for name in options.get("allow", "").split(",") if name]
-        found = diagnose(files[0], allow=allow, device=options.get("device"))
+def diagnose_command(overrides: Overrides) -> None:
+    """Diagnose the file that the command line names; exit with 1 if the loss is finite now."""
+    files = overrides.without("allow", "device").args
+    if len(files) != 1:
+        raise ValueError(f"{len(files)} files were named; expected one nonfinite.ckpt")
+    allow = [name for name in (overrides.value("allow") or "").split(",") if name]
+    found = diagnose(files[0], allow=allow, device=overrides.value("device"))
     print(found)
     sys.exit(0 if found.reproduced else 1)
+
+
+def main() -> None:
+    """Run the command line."""
+    run_command(str(__doc__), diagnose_command)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from statistics import median
 
 import numpy as np
 
-from worldloom.app.saved_config import env_section
+from worldloom.app.compose import Overrides, compose_env
 from worldloom.app.task import env_maker
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.vector import RowStream, make_vector_env
@@ -79,7 +79,7 @@ def main():
     print("| task | plain loop, steps/s | environments | rows | rows, 2 processes | with replay |")
     print("|---|---|---|---|---|---|")
     for task in sys.argv[1:] or TASKS:
-        make_env = env_maker(env_section(["env=" + task.split()[0], *task.split()[1:]]))
+        make_env = env_maker(compose_env(Overrides((f"env={task.split()[0]}", *task.split()[1:]))))
         for num_envs in (1, 4, 16):
             ticks = [
                 plain_loop(make_env),

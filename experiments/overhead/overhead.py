@@ -23,8 +23,8 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from worldloom.app.build import build_data, open_task, prepare
-from worldloom.app.compose import composed
+from worldloom.app.build import build_data, open_task, prepare_process
+from worldloom.app.compose import compose_config
 from worldloom.protocol import Batch, split_result
 from worldloom.run import fit
 from worldloom.timing import Timer, phase
@@ -97,8 +97,8 @@ def measure(words: list[str], updates: int, rounds: int, folder: Path) -> Turns:
     """Train as `worldloom.run` does, and in between bare; return both."""
     record(folder / "data")
     said = ["data=offline", f"data.path={folder / 'data'}", "env=none", "~experiment"]
-    cfg = composed(*said, f"folder={folder / 'run'}", *words)
-    prepare(cfg.seed, cfg.threads)
+    cfg = compose_config(*said, f"folder={folder / 'run'}", *words)
+    prepare_process(cfg.seed, cfg.threads)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     task, dataset = open_task(plain)
     model: Any = task.build_model(plain["model"])

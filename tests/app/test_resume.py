@@ -11,19 +11,36 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from worldloom.app import resume
-from worldloom.app.build import settled
-from worldloom.app.compose import composed, with_implied
-from worldloom.app.run_dir import CONFIG, SCORES, begin_anew, claimed, read_config, write_text
+from worldloom.app.compose import Overrides, compose_config
+from worldloom.app.run_dir import (
+    CONFIG,
+    SCORES,
+    claim_folder,
+    clear_start,
+    read_config,
+    write_config,
+)
+from worldloom.app.saved_config import resolve_config
+from worldloom.files import write_text
 
 WORDS = ["env=gymnasium", "env.id=Pendulum-v1", "model=dreamerv3_size1m", "name=mine"]
+
+
+def overrides(*args):
+    return Overrides(args)
+
+
+def arguments(args, folder):
+    """The arguments with which Hydra runs a command line with resume=…."""
+    return resume.resume_arguments(Overrides(tuple(args)), folder)
 
 
 def begun(folder, *words):
     """Leave what a run leaves that was killed at some time after its start."""
     (folder / "checkpoints").mkdir(parents=True)
-    cfg = composed(*with_implied([*WORDS, *words]))
+    cfg = compose_config(*overrides(*WORDS, *words).with_implied())
     cfg.folder = str(folder)
-    write_text(folder / CONFIG, OmegaConf.to_yaml(settled(cfg)))
+    write_config(folder, resolve_config(cfg).saved)
     return folder
 
 
@@ -39,10 +56,10 @@ def scratch(tmp_path):
 
 def resumed(words, tmp_path):
     """The configuration that Hydra makes of a command line with resume=…."""
-    words = resume.resumed_words(words, scratch(tmp_path))
-    assert words[:4] == ["--config-path", str(scratch(tmp_path)), "--config-name", "config"]
+    words = arguments(words, scratch(tmp_path))
+    assert words[:4] == ("--config-path", str(scratch(tmp_path)), "--config-name", "config")
     with initialize_config_dir(version_base="1.3", config_dir=words[1]):
-        cfg = compose(config_name="config", overrides=words[4:], return_hydra_config=True)
+        cfg = compose(config_name="config", overrides=list(words[4:]), return_hydra_config=True)
     OmegaConf.set_struct(cfg, False)
     assert cfg.pop("hydra").run.dir == cfg.folder == cfg.resume
     return cfg
@@ -54,7 +71,7 @@ def resumed(words, tmp_path):
 def test_a_run_is_resumed_with_the_configuration_that_it_has(run, tmp_path):
     cfg = resumed([f"resume={run}"], tmp_path)
     assert cfg.folder == str(run)
-    assert resume.comparable(settled(cfg)) == resume.comparable(read_config(run))
+    assert resume.comparable(resolve_config(cfg).saved) == resume.comparable(read_config(run))
 
 
 @pytest.mark.parametrize("inside", ["checkpoints", "checkpoints/last.ckpt", "config.yaml", "model"])
@@ -67,7 +84,7 @@ def test_overrides_win_and_what_is_computed_from_them_follows(run, tmp_path):
     cfg = resumed(words, tmp_path)
     assert cfg.training.learning_rate == cfg.optimizer.lr == 1e-3
     assert (cfg.threads, cfg.env.timeout) == (2, 5)
-    lines = resume.require_changeable(read_config(run), settled(cfg))
+    lines = resume.require_changeable(read_config(run), resolve_config(cfg).saved)
     assert sorted(line.split(": ")[0] for line in lines) == [
         *("env.timeout", "threads", "training.learning_rate")
     ]
@@ -92,7 +109,7 @@ def test_another_trainer_can_be_chosen(run, tmp_path):
 )
 def test_another_model_or_environment_cannot(run, tmp_path, word):
     with pytest.raises(ValueError, match=f"keeps its {word.split('=')[0]}.*init_from="):
-        resume.resumed_words([f"resume={run}", word], scratch(tmp_path))
+        arguments([f"resume={run}", word], scratch(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -103,34 +120,34 @@ def test_what_a_run_cannot_change_is_named(run, tmp_path, word):
     cfg = resumed([f"resume={run}", word, "threads=2"], tmp_path)
     key, value = word.split("=")
     with pytest.raises(ValueError, match=f"cannot change {key} .*-> {value}.*init_from=") as error:
-        resume.require_changeable(read_config(run), settled(cfg))
+        resume.require_changeable(read_config(run), resolve_config(cfg).saved)
     assert "threads" not in str(error.value)
 
 
 @pytest.mark.parametrize("word", ["folder=/tmp/other", "hydra.run.dir=/tmp/other"])
 def test_a_resumed_run_stays_in_its_folder(run, tmp_path, word):
     with pytest.raises(ValueError, match=f"stays in its folder, but {word} was given"):
-        resume.resumed_words([f"resume={run}", word], scratch(tmp_path))
+        arguments([f"resume={run}", word], scratch(tmp_path))
 
 
 @pytest.mark.parametrize("word", ["-m", "--multirun"])
 def test_a_sweep_is_not_resumed_as_one(run, tmp_path, word):
     with pytest.raises(ValueError, match="one by one"):
-        resume.resumed_words([word, f"resume={run}"], scratch(tmp_path))
+        arguments([word, f"resume={run}"], scratch(tmp_path))
 
 
 def test_a_folder_without_a_run_names_one_nearby(run, tmp_path):
     with pytest.raises(ValueError, match=rf"no config.yaml.*such as {run}"):
-        resume.resumed_words([f"resume={run.parent / 'second'}"], scratch(tmp_path))
+        arguments([f"resume={run.parent / 'second'}"], scratch(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b", "{", "name: x", "\x00"])
 def test_a_config_of_something_else_is_refused(run, tmp_path, text):
     (run / CONFIG).write_text(text)
     with pytest.raises(
-        ValueError, match=r"config.yaml is (no YAML|not the configuration of a run)"
+        ValueError, match=r"config.yaml is (not valid YAML|not the configuration of a run)"
     ):
-        resume.resumed_words([f"resume={run}"], scratch(tmp_path))
+        arguments([f"resume={run}"], scratch(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -152,8 +169,8 @@ def test_code_that_a_config_names_is_not_run_unless_the_user_names_it_too(
     config = OmegaConf.load(run / CONFIG)
     OmegaConf.update(config, key, value, force_add=True)
     (run / CONFIG).write_text(OmegaConf.to_yaml(config))
-    with pytest.raises(ValueError, match=f"if you trust it, say so by adding: {key}={value}"):
-        resume.resumed_words([f"resume={run}"], scratch(tmp_path))
+    with pytest.raises(ValueError, match=f"if you trust it, add: {key}={value}"):
+        arguments([f"resume={run}"], scratch(tmp_path))
     trusted = [f"resume={run}", f"{key}={value}"] + ["env=custom"] * key.startswith("env._")
     assert OmegaConf.select(resumed(trusted, tmp_path), key) == value
 
@@ -173,14 +190,14 @@ def test_nothing_is_put_together_that_could_not_be_judged(run, tmp_path, key, va
     section, _, name = key.rpartition(".")
     (config[section] if section else config)[name] = value
     (run / CONFIG).write_text(yaml.safe_dump(config))
-    with pytest.raises(ValueError, match=f"{key} in .*config.yaml holds"):
-        resume.resumed_words([f"resume={run}"], scratch(tmp_path))
+    with pytest.raises(ValueError, match=f"{key} in .*config.yaml is .*expected a value"):
+        arguments([f"resume={run}"], scratch(tmp_path))
 
 
 def test_to_resume_nothing_is_a_new_run(tmp_path):
     for word in ("resume=", "resume=null", "+resume=null"):
-        words = resume.resumed_words([*WORDS, word], scratch(tmp_path))
-        assert words == with_implied(WORDS)
+        words = arguments([*WORDS, word], scratch(tmp_path))
+        assert words == overrides(*WORDS).with_implied().args
 
 
 # ---- finished ------------------------------------------------------------------------------------
@@ -188,7 +205,7 @@ def test_to_resume_nothing_is_a_new_run(tmp_path):
 
 def test_a_finished_run_says_so_and_how_to_extend_it(run, tmp_path, capsys):
     write_text(run / SCORES, "step: 1000003\neval/return: 12.5\n")
-    assert resume.resumed_words([f"resume={run}"], scratch(tmp_path)) is None
+    assert arguments([f"resume={run}"], scratch(tmp_path)) is None
     said = capsys.readouterr().out
     assert f"{run} is finished: 1,000,000 steps, return 12.5" in said
     command = said.splitlines()[-1].removeprefix("python -m worldloom.run ").split()
@@ -202,14 +219,14 @@ def test_what_a_run_left_before_its_first_checkpoint_is_cleared(run):
     (run / "checkpoints" / "replay").mkdir()
     (run / "checkpoints" / "last.tmp").touch()
     (run / "metrics.csv").touch()
-    begin_anew(run)
+    clear_start(run)
     assert [path.name for path in run.iterdir()] == [CONFIG]
 
 
 def test_but_not_checkpoints_of_another_kind(run):
     (run / "checkpoints" / "epoch=0-step=55.ckpt").touch()
-    with pytest.raises(ValueError, match=r"holds epoch=0-step=55.ckpt, but neither last.ckpt"):
-        begin_anew(run)
+    with pytest.raises(ValueError, match=r"contains epoch=0-step=55.ckpt, but neither last.ckpt"):
+        clear_start(run)
     assert (run / "checkpoints" / "epoch=0-step=55.ckpt").exists()
 
 
@@ -222,7 +239,7 @@ def here(tmp_path, monkeypatch):
 
 
 def auto(*words):
-    return resume.newest_unfinished([*WORDS, *words])
+    return resume.find_unfinished(overrides(*WORDS, *words))
 
 
 def test_auto_finds_the_newest_unfinished_run_of_the_same_configuration(run, tmp_path, here):
@@ -245,17 +262,17 @@ def test_auto_passes_by_what_it_cannot_read(run, here, capsys):
     broken = begun(run.parent / "broken")
     (broken / CONFIG).write_text("{")
     assert auto().resolve() == run
-    assert "left out runs/mine/broken" in capsys.readouterr().out
+    assert "skipped runs/mine/broken" in capsys.readouterr().out
 
 
 def test_auto_begins_a_new_run_where_there_is_none(run, tmp_path, here, capsys):
-    words = resume.resumed_words([*WORDS, "seed=4", "resume=auto"], scratch(tmp_path))
-    assert words == with_implied([*WORDS, "seed=4"])
-    assert "a new one begins" in capsys.readouterr().out
+    words = arguments([*WORDS, "seed=4", "resume=auto"], scratch(tmp_path))
+    assert words == overrides(*[*WORDS, "seed=4"]).with_implied().args
+    assert "starting a new one" in capsys.readouterr().out
 
 
 def test_auto_leaves_a_run_to_the_process_that_writes_it(run, here):
-    with claimed(run, resumes=True):
+    with claim_folder(run, resumes=True):
         assert auto() is None
     assert auto().resolve() == run
 
@@ -265,8 +282,8 @@ def test_auto_leaves_a_run_to_the_process_that_writes_it(run, here):
 HOLD = """
 import sys
 from pathlib import Path
-from worldloom.app.run_dir import claimed
-with claimed(Path(sys.argv[1]), resumes=True):
+from worldloom.app.run_dir import claim_folder
+with claim_folder(Path(sys.argv[1]), resumes=True):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -278,21 +295,21 @@ def test_a_second_process_is_refused_until_the_first_is_dead(run):
     with subprocess.Popen(command, **pipes) as first:
         first.stdout.readline()
         said = r"written by another run.*hydra\.run\.dir="
-        with pytest.raises(ValueError, match=said), claimed(run, resumes=True):
+        with pytest.raises(ValueError, match=said), claim_folder(run, resumes=True):
             pass
         first.kill()
         first.wait()
-        with claimed(run, resumes=True):
+        with claim_folder(run, resumes=True):
             pass
 
 
 def test_a_new_run_does_not_overwrite_one(run, tmp_path):
     (tmp_path / "killed" / "checkpoints" / "replay").mkdir(parents=True)
-    with claimed(tmp_path / "killed", resumes=False):  # before it wrote its configuration
-        begin_anew(tmp_path / "killed")
+    with claim_folder(tmp_path / "killed", resumes=False):  # before it wrote its configuration
+        clear_start(tmp_path / "killed")
     assert not (tmp_path / "killed" / "checkpoints").exists()
-    said = rf"already holds a run.*resume={run}"
-    with pytest.raises(ValueError, match=said), claimed(run, resumes=False):
+    said = rf"already contains a run.*resume={run}"
+    with pytest.raises(ValueError, match=said), claim_folder(run, resumes=False):
         pass
-    with claimed(tmp_path / "new", resumes=False):
+    with claim_folder(tmp_path / "new", resumes=False):
         pass

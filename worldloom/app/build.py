@@ -1,96 +1,151 @@
-"""From a composed configuration to tasks, data and scores; shared by the commands."""
+"""Building of a run: from a resolved configuration to the trainer, module and data."""
 
 import copy
 import logging
-import re
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from omegaconf import DictConfig, OmegaConf
 
-from worldloom.acting import Actor, evaluate
-from worldloom.app.run_dir import stands_alone
-from worldloom.app.task import RUNNING, Task
+from worldloom.acting import Actor
+from worldloom.app.resume import require_changeable
+from worldloom.app.run_dir import SCORES, clear_start, read_config, write_config
+from worldloom.app.saved_config import ResolvedConfig
+from worldloom.app.task import Evaluator, Task
 from worldloom.datasets import Dataset, open_dataset
-from worldloom.datasets.folder import read_about
-from worldloom.trees import flatten_tree
+from worldloom.factory import transfer
 
 
-def settled(cfg: DictConfig) -> dict[str, Any]:
-    """Return the configuration that a run's folder holds: whole, but with its interpolations.
+@dataclass
+class Run:
+    """Everything that a run trains with.
 
-    These let who resumes the run change one number, and what is computed from it follows.
+    checkpoint: to continue from; None for a new run.
+    evaluation: the callback that scores the model during the run; it has the best one.
+    unit: what total_steps counts, "env step" or "update".
     """
-    resolved: Any = OmegaConf.to_container(cfg, resolve=True)
-    config = _fixed(OmegaConf.to_container(cfg, resolve=False), resolved)
-    config |= {"folder": str(resolved["folder"]), "resume": None}
-    if (source := resolved["init_from"]) is not None:
-        config["init_from"] = str(Path(source).expanduser().resolve())
-    if "path" in config["data"]:
-        config["data"]["path"] = resolved["data"]["path"]
-    settle_env(config)
-    return config
+
+    config: ResolvedConfig
+    folder: Path
+    task: Task
+    model: Any
+    data: Any
+    module: Any
+    trainer: Any
+    evaluator: Evaluator
+    evaluation: Any
+    checkpoint: Path | None
+    unit: str
 
 
-def _fixed(raw: Any, resolved: Any) -> Any:
-    """Replace what does not stand for other keys alone, ${oc.env:KEY}, by what it is now."""
-    if isinstance(raw, dict):
-        return {key: _fixed(raw[key], resolved[key]) for key in raw}
-    if isinstance(raw, list):
-        return [_fixed(*pair) for pair in zip(raw, resolved, strict=True)]
-    return raw if stands_alone(raw) else resolved
+def build_run(config: ResolvedConfig, resume: bool) -> Run:
+    """Build a run from its configuration, after the changes on resume were checked and printed.
 
-
-def settle_env(plain: dict[str, Any]) -> None:
-    """Put the environment that the data set names into the env section, if the user named none.
-
-    The path of the data set becomes absolute, so that the configuration says where it is.
+    resume: continue the run in its folder, from its last checkpoint if it has one.
     """
-    env, path = plain["env"], plain["data"].get("path")
-    wanted = env.pop("from_data", False)
-    if path is None:
-        return
-    folder = Path(str(path)).expanduser()
-    if folder.exists():
-        plain["data"]["path"] = str(folder.resolve())
-    if not wanted:
-        return
-    given = {key: value for key, value in env.items() if key != "_target_"}
-    plain["env"] = {"_target_": None, **read_about(folder).get("env", {}), **given}
-    if plain["env"]["_target_"] is not None and (words := words_to_trust(plain["env"])):
+    from worldloom.training.callbacks import Evaluation
+    from worldloom.training.checkpoint_files import find_usable, has_checkpoint
+    from worldloom.training.module import WorldModelModule
+    from worldloom.training.precision import require_precision
+
+    plain, folder = config.plain, Path(config.plain["folder"])
+    require_precision(plain["trainer"].get("precision"))
+    prepare_process(plain["seed"], plain["threads"])
+    resumes = resume and has_checkpoint(folder / "checkpoints")
+    if resume:
+        changes = require_changeable(read_config(folder), config.saved)
+        print(f"resuming {folder}", *changes, sep="\n  ", flush=True)
+    if resume and not resumes:
+        print("it was stopped before its first checkpoint, so it starts again", flush=True)
+    if not resumes and is_first_process():
+        clear_start(folder)
+    task, dataset = open_task(plain)
+    model: Any = task.build_model(plain["model"])
+    if plain["init_from"] is not None and not resumes:
+        print(transfer(model, plain["init_from"]).report(), flush=True)
+    actor = task.build_actor(model, plain["planner"])
+    data = build_data(plain, task, actor, dataset)
+    saved = find_usable(folder / "checkpoints", data.damaged) if resumes else None
+    if saved is not None:
+        require_shapes(model, saved[1], folder)
+    module = WorldModelModule(
+        model,
+        instantiate("optimizer", plain["optimizer"]),
+        log_every=plain["training"]["log_every"],
+        config=plain,
+        nonfinite=plain["nonfinite"],
+        folder=folder,
+    )
+    evaluator = Evaluator(task, actor, plain["evaluation"])
+    evaluation = Evaluation(
+        evaluator.score_unfinished,
+        plain["evaluation"]["every"] if task.make_env is not None else 0,
+        folder / "model" if plain["evaluation"]["keep_best"] else None,
+    )
+    trainer = build_trainer(config, folder, evaluation, resumes)
+    return Run(
+        *(config, folder, task, model, data, module, trainer, evaluator, evaluation),
+        None if saved is None else saved[0],
+        "env step" if dataset is None else "update",
+    )
+
+
+def build_trainer(config: ResolvedConfig, folder: Path, evaluation: Any, resumes: bool) -> Any:
+    """Build the trainer with its loggers and callbacks; a new run writes its configuration.
+
+    A resumed run writes it only when training starts: its folder stays unchanged until everything
+    in the checkpoint was restored.
+    """
+    from lightning.pytorch.callbacks import LambdaCallback
+
+    from worldloom.training.checkpoints import Checkpoints
+
+    def begin(*_: Any) -> None:
+        write_config(folder, config.saved)
+        (folder / SCORES).unlink(missing_ok=True)
+
+    loggers, callbacks = (
+        [instantiate(f"{group}.{key}", part) for key, part in config.plain[group].items() if part]
+        for group in ("logger", "callbacks")
+    )
+    if resumes:
+        callbacks.append(LambdaCallback(on_train_start=begin))
+    else:
+        begin()
+    trainer = instantiate(
+        "trainer",
+        config.plain["trainer"],
+        logger=loggers,
+        # A checkpoint after an update includes what the other callbacks do after it.
+        callbacks=sorted([evaluation, *callbacks], key=lambda c: isinstance(c, Checkpoints)),
+    )
+    if resumes and trainer.world_size > 1:
         raise ValueError(
-            f"{path} names an environment whose code is not part of worldloom; if you trust it, "
-            f"say so: {words}; or train without one: env=none"
+            f"a run in {trainer.world_size} processes cannot be resumed yet: its checkpoint has "
+            "the replay of the first process only; resume it in one (trainer.devices=1), or begin "
+            f"a new run from its weights: init_from={folder}"
         )
+    return trainer
 
 
-def words_to_trust(env: Mapping[str, Any]) -> str:
-    """Return how a user names this environment, or "" for one that data may name themselves.
+def instantiate(name: str, section: Mapping[str, Any], **arguments: Any) -> Any:
+    """Build the class that `_target_` names in a section, or ValueError with the section's name."""
+    import hydra.utils
+    from hydra.errors import InstantiationException
 
-    Whoever made a data set must not choose which code is run.
-    """
-    ours = re.fullmatch(r"worldloom\.envs\.suites\.(\w+)\.make_env", str(env["_target_"]))
-    # "module:id" imports the module.
-    if (
-        ours
-        and ours[1] != "custom"
-        and not any(":" in v for v in env.values() if isinstance(v, str))
-    ):
-        return ""
-    named = {key: value for key, value in env.items() if key not in (*RUNNING, "_target_")}
-    options = {key: value for key, value in flatten_tree(named).items() if value is not None}
-    words = [f"env={ours[1]}"] if ours else ["env=custom", f"env._target_={env['_target_']}"]
-    words += [f"++env.{key.replace('/', '.')}={value}" for key, value in options.items()]
-    return " ".join(words)
+    try:
+        return hydra.utils.instantiate(section, **arguments)
+    except InstantiationException as error:
+        raise ValueError(f"{name}: {error.__cause__ or error}") from error
 
 
 def open_task(plain: Mapping[str, Any]) -> tuple[Task, Dataset | None]:
-    """Return what a run is to learn, and the data set if it learns from one."""
+    """Return the task of a run, and the dataset if it learns from one."""
     env, path = plain["env"], plain["data"].get("path")
     if path is None:
         return Task.from_config(env), None
@@ -104,8 +159,7 @@ def open_task(plain: Mapping[str, Any]) -> tuple[Task, Dataset | None]:
 def build_data(
     plain: Mapping[str, Any], task: Task, actor: Actor, dataset: Dataset | None = None
 ) -> Any:
-    """Build the data module that feeds the trainer, from a data set or what is collected."""
-    from worldloom.replay.capacity import rows_per_stream
+    """Build the data module that feeds the trainer, from a dataset or by collecting."""
     from worldloom.training import ReplayBuffer, ReplayDataModule
 
     training, data = plain["training"], plain["data"]
@@ -114,16 +168,16 @@ def build_data(
         if dataset is None:
             raise ValueError("data.capacity is null; expected steps or memory, such as 2GB")
         capacity = dataset.steps + len(dataset)
-    # An episode of one step is two rows.
+    # An episode of one step has two rows.
     most = 2 * (training["total_steps"] + task.running.get("num_envs", 1))
-    first = is_first_process()  # of several, the only one that saves
+    first = is_first_process()  # the only process that saves
     buffer = ReplayBuffer(
         capacity,
         task.obs.shape,
         task.actions.width,
         num_envs=task.running["num_envs"] if dataset is None else 1,
         fields=getattr(actor.model, "replay_fields", None),
-        online_queue=dataset is None and data["online"],
+        online_queue=dataset is None and data["online_queue"],
         seed=plain["seed"],
         storage=data["storage"] if first else "ram",
         folder=Path(plain["folder"]) / "checkpoints" / "replay" if first else None,
@@ -133,14 +187,9 @@ def build_data(
     options = {k: training[k] for k in names} | {"across_episodes": data["across_episodes"]}
     rows = training["sequence_length"] + buffer.context_rows
     if dataset is None:
-        held = rows_per_stream(capacity, buffer.bytes_per_step, buffer.num_envs)
-        if held < rows:
-            raise ValueError(
-                f"data.capacity is {capacity}, {held} rows for each of {buffer.num_envs} "
-                f"environments, but a sequence needs {rows}; raise it to {rows * buffer.num_envs}"
-            )
-        return _online(plain, task, actor, buffer, options)
-    filled = fill(buffer, dataset)
+        _require_room(buffer, capacity, rows)
+        return _build_online_data(plain, task, actor, buffer, options)
+    filled = fill_buffer(buffer, dataset)
     if not buffer.can_sample(rows, across_episodes=data["across_episodes"]):
         raise ValueError(
             f"a sequence needs {rows} rows, but {dataset.path} has {len(buffer)} and its longest "
@@ -151,7 +200,19 @@ def build_data(
     return ReplayDataModule(buffer, **options)
 
 
-def _online(
+def _require_room(buffer: Any, capacity: int | str, rows: int) -> None:
+    """Raise ValueError if the replay has no room for one sequence of each environment."""
+    from worldloom.replay.capacity import rows_per_stream
+
+    held = rows_per_stream(capacity, buffer.bytes_per_step, buffer.num_envs)
+    if held < rows:
+        raise ValueError(
+            f"data.capacity is {capacity}, {held} rows for each of {buffer.num_envs} "
+            f"environments, but a sequence needs {rows}; raise it to {rows * buffer.num_envs}"
+        )
+
+
+def _build_online_data(
     plain: Mapping[str, Any], task: Task, actor: Actor, buffer: Any, options: dict[str, Any]
 ) -> Any:
     """Build the data module that collects into the buffer."""
@@ -162,7 +223,7 @@ def _online(
     changes = {}
     if plain["data"]["overlap"]:
         actor, options["sync_acting_copy"] = make_acting_copy(actor)
-        # A process of their own at least: a renderer stays with the thread in which it began.
+        # At least one worker process: a renderer stays with the thread that created it.
         changes["workers"] = max(1, task.running.get("workers", 0))
     collector = Collector(
         task.vector_env(**changes),
@@ -183,21 +244,21 @@ def _online(
 
 def make_acting_copy(actor: Actor) -> tuple[Actor, Callable[[], None]]:
     """Return a copy of an actor, to act while its model is trained, and a function to sync it."""
-    copied = copy.deepcopy(actor)
-    theirs: Any = copied.model
-    ours: Any = actor.model
+    acting_copy = copy.deepcopy(actor)
+    copied: Any = acting_copy.model
+    trained: Any = actor.model
 
     def sync() -> None:
-        theirs.to(actor.device).load_state_dict(ours.state_dict())
+        copied.to(actor.device).load_state_dict(trained.state_dict())
 
-    return copied, sync
+    return acting_copy, sync
 
 
-def fill(buffer: Any, dataset: Dataset) -> str:
-    """Add the episodes of a data set to a replay, the first ones that fit; tell what it holds.
+def fill_buffer(buffer: Any, dataset: Dataset) -> str:
+    """Add the episodes of a dataset to a replay, the first ones that fit; return a summary.
 
-    The latents that DreamerV3 remembers with every row start as zeros, as at the start of an
-    episode, and become what its training writes back.
+    The latents that DreamerV3 stores with every row start as zeros, as at the start of an episode,
+    and training replaces them.
     """
     returns: list[float] = []
     for episode in dataset:
@@ -219,26 +280,40 @@ def fill(buffer: Any, dataset: Dataset) -> str:
             f"holds {buffer.capacity}; raise data.capacity"
         )
     kept = f"the first {len(returns):,} of " if len(returns) < len(dataset) else ""
-    why = " (data.capacity has room for no more)" if kept else ""
+    why = " (data.capacity has no room for more)" if kept else ""
     return (
         f"data: {kept}{len(dataset):,} episodes{why} of {dataset.path}, {len(buffer):,} rows, "
         f"return {np.mean(returns):.1f} ± {np.std(returns):.1f}"
     )
 
 
+def require_shapes(model: Any, checkpoint: dict[str, Any], folder: Path) -> None:
+    """Raise ValueError if a checkpoint's tensors do not fit the model of the resumed run."""
+    saved = {k.removeprefix("model."): v.shape for k, v in checkpoint["state_dict"].items()}
+    now = {k: v.shape for k, v in model.state_dict().items()}
+    wrong = [k for k in {**saved, **now} if saved.get(k) != now.get(k)]
+    if wrong:
+        before, after = (shapes.get(wrong[0]) for shapes in (saved, now))
+        raise ValueError(
+            f"the overrides change the model's shapes: {wrong[0]} has {before and tuple(before)} "
+            f"in the checkpoint, and {after and tuple(after)} now; leave them out, or begin a new "
+            f"run from this one's weights: init_from={folder}"
+        )
+
+
 def is_first_process() -> bool:
-    """Tell whether this process is the only one, or the first, of those that train together."""
+    """Return whether this is the first, or the only, process of those that train together."""
     from lightning.fabric.utilities.rank_zero import rank_zero_only
 
     return not getattr(rank_zero_only, "rank", 0)
 
 
-def prepare(seed: int, threads: int | None) -> None:
-    """Seed everything, set the CPU threads of torch, and quieten Lightning.
+def prepare_process(seed: int, threads: int | None) -> None:
+    """Seed all random generators, set torch's CPU threads, and quieten Lightning.
 
-    Each of its lines then appears once, through Hydra's log, and its adverts not at all.
+    Each of Lightning's messages then appears once, through Hydra's log, without advertisements.
     """
-    import lightning  # adds the handlers that would double every line
+    import lightning  # adds the handlers that would print every line twice
 
     lightning.seed_everything(seed, verbose=False)
     if threads:
@@ -246,52 +321,12 @@ def prepare(seed: int, threads: int | None) -> None:
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    threading.excepthook = _threads_error
+    threading.excepthook = _ignore_full_disk
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 
-def _threads_error(error: threading.ExceptHookArgs) -> None:
-    """Leave a full disk to the logger, which learns of it from TensorBoard's thread and tells."""
+def _ignore_full_disk(error: threading.ExceptHookArgs) -> None:
+    """Print no traceback of TensorBoard's thread on a full disk: the logger warns about it."""
     if not isinstance(error.exc_value, OSError):
         threading.__excepthook__(error)
-
-
-class Evaluator:
-    """Score an actor in environments of its own."""
-
-    def __init__(self, task: Task, actor: Actor, settings: Mapping[str, Any]) -> None:
-        self.task, self.actor, self.settings = task, actor, settings
-
-    def during(self) -> dict[str, float]:
-        """Score an unfinished run, with other seeds than the final evaluation."""
-        return self(self.settings["episodes_during"], self.settings["seed"] + 1_000_000)
-
-    def __call__(self, episodes: int, seed: int | None = None) -> dict[str, float]:
-        """Return eval/return (mean), eval/return_std, eval/length and eval/success if there is."""
-        num_envs = min(self.settings["num_envs"], episodes)
-        env = self.task.vector_env(num_envs=num_envs)
-        model: Any = self.actor.model
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            results = evaluate(
-                self.actor,
-                env,
-                self.task.obs,
-                self.task.actions,
-                episodes,
-                self.settings["seed"] if seed is None else seed,
-                self.settings["deterministic"],
-            )
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            env.close()
-        names = sorted({name for result in results for name in result})
-        scores = {
-            f"eval/{n}": float(np.mean([result[n] for result in results if n in result]))
-            for n in names
-        }
-        scores["eval/return_std"] = float(np.std([r["return"] for r in results]))
-        return scores

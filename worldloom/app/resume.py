@@ -1,20 +1,24 @@
-"""`resume=…`: which run to continue, and with what configuration."""
+"""Resuming: which run `resume=...` continues, and which settings it may change."""
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from worldloom.app.build import settled
-from worldloom.app.compose import composed, with_implied
-from worldloom.app.run_dir import CONFIG, SCORES, is_claimed, read_config
-from worldloom.app.saved_config import command, require_trusted, resolve_saved
-from worldloom.presets import config_dir
+from worldloom.app.compose import Overrides, compose_config
+from worldloom.app.run_dir import CONFIG, SCORES, find_run, is_claimed, read_config
+from worldloom.app.saved_config import (
+    format_command,
+    require_trusted,
+    resolve_config,
+    resolve_saved,
+)
+from worldloom.files import read_yaml
+from worldloom.presets import config_dir, read_choice
 from worldloom.trees import flatten_tree
 
-# What a run cannot change any more, with the keys of it that it can.
+# What a run cannot change any more, with the exceptions within it.
 FIXED: dict[str, tuple[str, ...]] = {
     "seed": (),
     "init_from": (),
@@ -26,74 +30,77 @@ FIXED: dict[str, tuple[str, ...]] = {
 }
 # Groups of which another choice can be made on resume.
 CHOICES = ("trainer", "logger", "callbacks", "planner", "evaluation")
+HYDRA_CHECK = {"folder_check": {"_target_": "worldloom.app.command_line.FolderCheck"}}
 
 
-def resumed_words(words: Sequence[str], scratch: Path) -> list[str] | None:
-    """Return the words with which Hydra runs what `resume=…` in `words` means.
+def resume_arguments(overrides: Overrides, scratch: Path) -> tuple[str, ...] | None:
+    """Translate `resume=...` into the arguments to run Hydra with; None if the run is finished.
 
-    The configuration that is to be run, a saved one or what the words compose, is left in the
-    folder `scratch`, which Hydra is told of. None if the run is finished, which is printed then.
+    The configuration of the resumed run is written to the folder `scratch`, from which Hydra reads
+    it.
 
     Raises:
         ValueError: there is no such run, or it cannot be changed in that way.
     """
-    wanted = _wanted(words)
-    rest = [word for word in words if not re.match(r"\+*resume=", word)]
-    if wanted is None:
-        return with_implied(rest)
-    if any(word in ("-m", "--multirun") for word in words):
+    source, rest = overrides.value("resume"), overrides.without("resume")
+    if source in (None, "", "null"):
+        return rest.with_implied().args
+    if any(arg in ("-m", "--multirun") for arg in overrides):
         raise ValueError(
             "resume=… continues one run, but -m was given; resume the jobs of a sweep one by one, "
             "each by its own folder"
         )
-    if wanted == "auto":
-        folder = newest_unfinished(rest)
-        if folder is None:
-            print("resume=auto: no unfinished run of this configuration; a new one begins")
-            return with_implied(rest)
-        print(f"resume=auto: going on with {folder}")
-        rest = []
+    if source == "auto":
+        found = find_unfinished(rest)
+        if found is None:
+            print("resume=auto: no unfinished run of this configuration; starting a new one")
+            return rest.with_implied().args
+        print(f"resume=auto: continuing {found}")
+        folder, rest = found, Overrides(())
+        saved = read_config(folder)
     else:
-        if elsewhere := [w for w in rest if re.match(r"\+*(folder|hydra\.run\.dir)=", w)]:
+        if elsewhere := rest.select(r"(folder|hydra\.run\.dir)$").args:
             raise ValueError(
                 f"a resumed run stays in its folder, but {elsewhere[0]} was given; leave it out, "
                 "or copy the folder and resume the copy"
             )
-        folder = Path(str(wanted)).expanduser()
-        folder = folder.parent if folder.name in ("checkpoints", CONFIG, "model") else folder
-        folder = folder.parent.parent if folder.suffix == ".ckpt" else folder
-    saved = read_config(folder)
-    if wanted != "auto":
+        folder = find_run(Path(str(source)).expanduser())
+        saved = read_config(folder)
         require_trusted(resolve_saved(saved, folder / CONFIG), rest)
     merged, rest = _with_choices(saved, rest)
-    merged |= {"folder": str(folder.resolve()), "resume": str(folder.resolve())}
-    merged["hydra"] = {
-        "run": {"dir": str(folder.resolve())},
-        "job": {"name": "worldloom", "chdir": False},
-    }
-    (scratch / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(merged)))
-    if wanted != "auto" and finished(folder, resolve_saved(saved, folder / CONFIG), rest):
+    _write_scratch(merged, folder.resolve(), scratch)
+    if source != "auto" and is_finished(folder, resolve_saved(saved, folder / CONFIG), rest):
         return None
-    return ["--config-path", str(scratch.resolve()), "--config-name", "config", *rest]
+    return ("--config-path", str(scratch.resolve()), "--config-name", "config", *rest)
 
 
-def newest_unfinished(words: Sequence[str]) -> Path | None:
-    """Return the newest unfinished run of the configuration that the words compose, if any.
+def _write_scratch(config: dict[str, Any], folder: Path, scratch: Path) -> None:
+    hydra = {
+        "run": {"dir": str(folder)},
+        "job": {"name": "worldloom", "chdir": False},
+        "callbacks": HYDRA_CHECK,
+    }
+    whole = {**config, "folder": str(folder), "resume": str(folder), "hydra": hydra}
+    (scratch / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(whole)))
 
-    Runs that a living process still writes are left to it.
+
+def find_unfinished(overrides: Overrides) -> Path | None:
+    """Return the newest unfinished run of the configuration that the overrides compose, if any.
+
+    Runs that a living process still writes are skipped.
     """
-    cfg = composed(*with_implied(words))
-    cfg.folder = ""  # Hydra, which does not run yet, would say
-    wanted = settled(cfg)
-    given = [w.partition("=")[2] for w in words if w.startswith("hydra.run.dir=")]
-    folders = [Path(given[-1])] if given else list(Path("runs", str(wanted["name"])).glob("*"))
+    cfg = compose_config(*overrides.with_implied())
+    cfg.folder = ""  # Hydra, which is not running yet, would set it
+    wanted = resolve_config(cfg).saved
+    given = overrides.value("hydra.run.dir")
+    folders = list(Path("runs", str(wanted["name"])).glob("*")) if given is None else [Path(given)]
     for folder in sorted(folders, key=_age):
         if not (folder / CONFIG).is_file() or (folder / SCORES).exists():
             continue
         try:
             same = comparable(read_config(folder)) == comparable(wanted)
         except ValueError as error:
-            print(f"resume=auto: left out {folder}: {error}")
+            print(f"resume=auto: skipped {folder}: {error}")
             continue
         if same and not is_claimed(folder):
             return folder
@@ -106,84 +113,83 @@ def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_changeable(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Return what a resumed run changes, as lines to print; refuse by name what it cannot."""
-    before, after = flatten_tree(comparable(saved)), flatten_tree(comparable(wanted))
-    lines, refused = [], []
-    for key in sorted({*before, *after}):
-        old, new = before.get(key), after.get(key)
-        if old == new:
-            continue
-        dotted = key.replace("/", ".")
-        lines.append(f"{dotted}: {old} -> {new}")
-        for fixed, free in FIXED.items():
-            if dotted == fixed or dotted.startswith(f"{fixed}."):
-                refused += [dotted] * (dotted.removeprefix(f"{fixed}.") not in free)
-    if refused:
+    """Return the changes of a resumed run, as lines to print.
+
+    Raises:
+        ValueError: names the changes that a resumed run cannot make.
+    """
+    before, after = (flatten_tree(comparable(config), ".") for config in (saved, wanted))
+    changed = {
+        key: f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted({*before, *after})
+        if before.get(key) != after.get(key)
+    }
+    if refused := [key for key in changed if _is_fixed(key)]:
         raise ValueError(
-            f"a resumed run cannot change {', '.join(refused)} ({before_and_after(lines, refused)})"
-            "; leave it out, or begin a new run from this one's weights: init_from=<run folder>"
+            f"a resumed run cannot change {', '.join(refused)} "
+            f"({', '.join(changed[key] for key in refused)}); leave it out, or begin a new run "
+            "from this one's weights: init_from=<run folder>"
         )
-    return lines
+    return list(changed.values())
 
 
-def before_and_after(lines: Sequence[str], keys: Sequence[str]) -> str:
-    """Return the lines of these keys in one."""
-    return ", ".join(line for line in lines if line.split(": ")[0] in keys)
+def _is_fixed(key: str) -> bool:
+    return any(
+        key == fixed or (key.startswith(f"{fixed}.") and key.removeprefix(f"{fixed}.") not in free)
+        for fixed, free in FIXED.items()
+    )
 
 
-def finished(folder: Path, saved: Mapping[str, Any], words: Sequence[str]) -> bool:
-    """Tell, and print, whether a run is finished and these words do not extend it."""
+def is_finished(folder: Path, saved: Mapping[str, Any], overrides: Overrides) -> bool:
+    """Return whether a run is finished and not extended by the overrides; print how to extend it.
+
+    saved: its resolved configuration.
+    """
     if not (folder / SCORES).is_file():
         return False
     total = saved["training"]["total_steps"]
-    longer = [w.partition("=")[2] for w in words if w.startswith("training.total_steps=")]
-    if longer and (not longer[-1].replace("_", "").isdigit() or int(longer[-1]) > total):
+    longer = overrides.value("training.total_steps")
+    if longer and (not longer.replace("_", "").isdigit() or int(longer) > total):
         return False
-    scores: Any = OmegaConf.to_container(OmegaConf.load(folder / SCORES)) or {}
+    scores = read_yaml(folder / SCORES, "delete it to resume the run")
     result = f", return {scores['eval/return']:.1f}" if "eval/return" in scores else ""
     print(
-        f"{folder} is finished: {total:,} steps{result}. To train on:\n"
-        + command("run", f"resume={folder}", f"training.total_steps={2 * total}", config=saved)
+        f"{folder} is finished: {total:,} steps{result}. To train longer:\n"
+        + format_command(
+            *("run", f"resume={folder}", f"training.total_steps={2 * total}"), config=saved
+        )
     )
     return True
 
 
-def _with_choices(saved: dict[str, Any], words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Put other choices of groups (trainer=gpu) into a saved configuration; return other words."""
+def _with_choices(saved: dict[str, Any], overrides: Overrides) -> tuple[dict[str, Any], Overrides]:
+    """Put other choices of groups (trainer=gpu) into a saved configuration; return the rest."""
     merged, rest = dict(saved), []
-    for word in words:
-        group, equals, choice = word.partition("=")
+    for arg in overrides:
+        group, equals, choice = arg.partition("=")
         if not equals or not (config_dir() / group / f"{choice}.yaml").is_file():
-            rest.append(word)
-        elif group == "env" and _same_env(choice, saved):
-            continue  # said once more beside env._target_=…, to trust it
+            rest.append(arg)
+        elif group == "env" and _is_same_env(choice, saved):
+            continue  # repeated next to env._target_=…, to trust it
         elif group not in CHOICES:
             raise ValueError(
-                f"a resumed run keeps its {group}, but {word} was given; leave it out, or begin a "
+                f"a resumed run keeps its {group}, but {arg} was given; leave it out, or begin a "
                 f"new run from this one's weights: init_from=<run folder>; {', '.join(CHOICES)} "
-                "can be chosen anew"
+                "can be changed"
             )
         else:
-            fresh = composed(word, "~experiment")[group]
-            merged[group] = OmegaConf.to_container(fresh, resolve=False)
-    return merged, rest
+            chosen = compose_config(arg, "~experiment")[group]
+            merged[group] = OmegaConf.to_container(chosen, resolve=False)
+    return merged, Overrides(tuple(rest))
 
 
-def _wanted(words: Sequence[str]) -> str | None:
-    """Return what a command line wants to resume: a folder, "auto", or None."""
-    values = [word.partition("=")[2] for word in words if re.match(r"\+*resume=", word)]
-    return None if not values or values[-1] in ("", "null") else values[-1].strip("'\"")
-
-
-def _same_env(choice: str, saved: Mapping[str, Any]) -> bool:
-    if choice == "custom":
-        return True
-    fresh: Any = OmegaConf.load(config_dir() / "env" / f"{choice}.yaml")
-    return fresh.get("_target_") == saved["env"]["_target_"]
+def _is_same_env(choice: str, saved: Mapping[str, Any]) -> bool:
+    chosen = read_choice(config_dir() / "env" / f"{choice}.yaml")
+    return choice == "custom" or chosen.get("_target_") == saved["env"]["_target_"]
 
 
 def _age(folder: Path) -> float:
-    """Sort newest first, by when it was last saved."""
+    """Return a key that sorts runs by when they were last saved, the newest first."""
     paths = (folder / "checkpoints" / "last.ckpt", folder / CONFIG)
     times = [path.stat().st_mtime for path in paths if path.exists()]
     return -times[0] if times else 0.0

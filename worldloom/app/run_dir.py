@@ -1,8 +1,7 @@
-"""The folder of a run: what lies where in it, and that only one process writes it."""
+"""The folder of a run: its files, its format, and that only one process writes it."""
 
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,51 +10,96 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+
+from worldloom.files import read_yaml, write_text
 
 log = logging.getLogger(__name__)
 
-# The configuration; the final scores, which only a finished run has; the lock of who writes.
-WRITTEN = "expected what python -m worldloom.run wrote; restore it from a copy"
+# The configuration; the final scores, which only a finished run has; the lock of the writing run.
 CONFIG, SCORES, LOCK = "config.yaml", "scores.yaml", ".lock"
+# Version of the layout of a run folder and of its configuration; config.yaml records it.
+FORMAT = 1
+WRITTEN = "expected a file written by python -m worldloom.run; restore it from a copy"
+
+
+def find_run(path: Path) -> Path:
+    """Return the folder of a run from its own path or from that of a file or folder in it."""
+    if path.suffix == ".ckpt":
+        return path.parent.parent
+    return path.parent if path.name in ("checkpoints", CONFIG, "model") else path
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """Return the configuration of a run, with its interpolations.
+    """Return the configuration of a run, with its interpolations unresolved.
 
     Raises:
-        ValueError: there is none, or it is not what `worldloom.run` writes.
+        ValueError: the folder is not a run of this format, contains links that point outside, or
+            its configuration is damaged.
     """
     file = run / CONFIG
     if not file.is_file():
         near = sorted(path.parent for path in run.parent.glob(f"*/{CONFIG}"))
         example = near[-1] if near else "runs/cartpole/2026-01-01_00-00-00"
         raise ValueError(
-            f"{run} holds no {CONFIG}; expected a folder that python -m worldloom.run wrote, such "
-            f"as {example}"
+            f"{run} contains no {CONFIG}; expected a folder written by python -m worldloom.run, "
+            f"such as {example}"
         )
-    try:
-        saved: Any = OmegaConf.to_container(OmegaConf.load(file))
-    except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file} is no YAML ({reason}); {WRITTEN}") from None
+    reject_links(run)
+    saved = read_yaml(file, WRITTEN, interpolations=True)
     wanted = {"env": Mapping, "model": Mapping, "planner": Mapping, "threads": int | None}
     for key, kind in wanted.items():
         if not isinstance(saved, dict) or key not in saved or not isinstance(saved[key], kind):
             held = f"{key} {saved[key]!r}" if key in (saved or ()) else f"no {key!r}"
             raise ValueError(f"{file} is not the configuration of a run: it has {held}; {WRITTEN}")
+    _require_format(file, saved.pop("format", None))
     return saved
 
 
+def write_config(run: Path, config: Mapping[str, Any]) -> None:
+    """Write the configuration of a run, with the version of its format."""
+    write_text(run / CONFIG, OmegaConf.to_yaml(OmegaConf.create({"format": FORMAT, **config})))
+
+
+def _require_format(file: Path, found: Any) -> None:
+    if found == FORMAT:
+        return
+    newer = isinstance(found, int) and found > FORMAT
+    writer = f"a worldloom whose runs have format {found!r}"
+    raise ValueError(
+        f"{file} was written by {writer if found else 'worldloom 0.1.0 before format 1'} (commit "
+        f"unknown), but this version reads format {FORMAT}; "
+        + ("update worldloom" if newer else "use it with the commit that wrote it, or train again")
+    )
+
+
+def reject_links(folder: Path) -> None:
+    """Raise ValueError if anything in a folder is a link to the outside, or not a regular file.
+
+    Programs that open such a file for writing would overwrite the file that the link points to.
+    """
+    root = os.path.realpath(folder)
+    for parent, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = os.path.join(parent, name)
+            target = os.path.realpath(path)
+            if os.path.islink(path) and os.path.commonpath([root, target]) != root:
+                raise ValueError(
+                    f"{path} is a link to {target}, outside of the run's folder; replace the link "
+                    "by a copy of the file or folder, or choose another folder"
+                )
+            if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+                raise ValueError(f"{path} is neither a file nor a folder; delete it")
+
+
 @contextmanager
-def claimed(folder: Path, resumes: bool) -> Iterator[None]:
-    """Hold a run's folder, which only one process may write.
+def claim_folder(folder: Path, resumes: bool) -> Iterator[None]:
+    """Hold the lock of a run's folder, which only one process may write.
 
     Raises:
-        ValueError: another process writes it, or there is a run in it that would be overwritten.
+        ValueError: another process writes it, or it contains a run that would be overwritten.
     """
-    # Whoever only looks whether a run lives (`is_claimed`) holds its lock for a moment.
+    reject_links(folder)
+    # `is_claimed` holds the lock briefly, so wait up to 1 s.
     lock = FileLock(folder / LOCK, timeout=1)
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -66,12 +110,14 @@ def claimed(folder: Path, resumes: bool) -> Iterator[None]:
             "folder: hydra.run.dir=…"
         ) from None
     except NotImplementedError:
-        log.warning("%s knows no locks: make sure that no second run writes it", folder)
+        log.warning(
+            "the file system of %s has no locks: make sure that no second run writes it", folder
+        )
     try:
-        # One that was killed before it wrote its configuration has nothing to lose.
+        # A run that was killed before it wrote its configuration has nothing to lose.
         if not resumes and (folder / CONFIG).exists():
             raise ValueError(
-                f"{folder} already holds a run, which would be overwritten; continue it with "
+                f"{folder} already contains a run, which would be overwritten; continue it with "
                 f"resume={folder}, or choose another folder: hydra.run.dir=…"
             )
         yield
@@ -79,26 +125,8 @@ def claimed(folder: Path, resumes: bool) -> Iterator[None]:
         lock.release()
 
 
-def begin_anew(folder: Path) -> None:
-    """Clear what a run left that was killed before its first checkpoint, if there was one.
-
-    Raises:
-        ValueError: there is something else among its checkpoints.
-    """
-    checkpoints = folder / "checkpoints"
-    left = [path for path in checkpoints.glob("*") if path.suffix != ".tmp"]
-    if others := [path.name for path in left if path.name != "replay"]:
-        raise ValueError(
-            f"{checkpoints} holds {', '.join(others)}, but neither last.ckpt nor previous.ckpt, so "
-            "this run cannot go on; begin a new one, from its model if it has one: init_from=…"
-        )
-    shutil.rmtree(checkpoints, ignore_errors=True)
-    if (folder / CONFIG).exists():
-        (folder / "metrics.csv").unlink(missing_ok=True)
-
-
 def is_claimed(folder: Path) -> bool:
-    """Tell whether a living process writes this run."""
+    """Return whether a living process writes this run."""
     try:
         with FileLock(folder / LOCK, timeout=0):
             return False
@@ -108,16 +136,32 @@ def is_claimed(folder: Path) -> bool:
         return False
 
 
-def stands_alone(value: Any) -> bool:
-    """Tell whether all that a value of a configuration stands for are other keys, ${section.key}.
+def clear_start(folder: Path) -> None:
+    """Delete what a run left that was killed before its first checkpoint.
 
-    Not what a resolver finds elsewhere, ${oc.env:KEY}, nor keys that are put together from parts.
+    Raises:
+        ValueError: there are other files among its checkpoints.
     """
-    return "${" not in re.sub(r"\$\{[A-Za-z_][\w.]*\}", "", str(value))
+    checkpoints = folder / "checkpoints"
+    left = [path for path in checkpoints.glob("*") if path.suffix != ".tmp"]
+    if others := [path.name for path in left if path.name != "replay"]:
+        raise ValueError(
+            f"{checkpoints} contains {', '.join(others)}, but neither last.ckpt nor previous.ckpt, "
+            "so this run cannot continue; begin a new one, from its model if it has one: "
+            "init_from=…"
+        )
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    if (folder / CONFIG).exists():
+        (folder / "metrics.csv").unlink(missing_ok=True)
 
 
-def write_text(file: Path, text: str) -> None:
-    """Write a file under a temporary name, then rename it, so that there is never half of it."""
-    temporary = file.with_name(f".{file.name}")
-    temporary.write_text(text)
-    os.replace(temporary, file)
+def written_files(folder: Path) -> set[str]:
+    """Return the names of the files and folders in a folder."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
+
+
+def remove_unused(folder: Path) -> None:
+    """Delete the folder of a run that failed before it wrote anything worth keeping."""
+    files = [path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()]
+    if {file.parts[0] for file in files} <= {".hydra", "worldloom.log", CONFIG, LOCK}:
+        shutil.rmtree(folder)

@@ -1,221 +1,216 @@
-"""What the commands share that act with a finished run: its configuration, environment, model."""
+"""What the configuration of a run may contain, and what a file may make worldloom execute.
+
+Everything that a run folder or a dataset says about code passes through here. Such files are read
+as plain data (`worldloom.files.read_yaml`), resolved, and then judged: a value that would import
+code which is not part of worldloom is accepted only if the user repeats it on the command line.
+"""
 
 import functools
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from worldloom.acting import Actor
-from worldloom.app.compose import composed, one_line, with_implied
-from worldloom.app.run_dir import CONFIG, WRITTEN, read_config, stands_alone
-from worldloom.app.task import Task
-from worldloom.app.validation import check_env_section, checked_section
-from worldloom.errors import suggest
-from worldloom.factory import create_world_model
-from worldloom.presets import config_dir
-from worldloom.saving import get_config
+from worldloom.app.command_line import join_lines
+from worldloom.app.compose import key_of
+from worldloom.app.run_dir import WRITTEN
+from worldloom.app.validation import RUNNING
+from worldloom.datasets.folder import read_about
+from worldloom.files import reject_interpolations
+from worldloom.presets import config_dir, read_choice
+
+# Keys to which Hydra and the environments give a meaning of their own, at any depth.
+RESERVED = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
+# The only places where worldloom's own configurations have them.
+PLACES = re.compile(
+    rf"(?:(model|env|optimizer|planner|trainer)|(callbacks|logger)\.\w+)\.({'|'.join(RESERVED)})"
+)
+REFERENCE = re.compile(r"(?<!\\)\$\{[A-Za-z_][\w.]*\}")
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """Return the configuration of a run: of its folder, the model folder or a checkpoint in it.
+class ResolvedConfig(NamedTuple):
+    """The configuration of a run, in two forms.
+
+    saved: as config.yaml records it. Interpolations between keys are kept, so that an override on
+        resume changes the values that are computed from it too.
+    plain: with every interpolation replaced by its value; everything is built from it.
+    """
+
+    saved: dict[str, Any]
+    plain: dict[str, Any]
+
+
+def resolve_config(cfg: DictConfig) -> ResolvedConfig:
+    """Resolve a composed configuration; paths become absolute, a dataset may add its environment.
 
     Raises:
-        ValueError: there is none, or it is not what `worldloom.run` writes.
+        ValueError: the dataset names an environment that the user has to name.
     """
-    run = path.parent if path.name in ("model", CONFIG) else path
-    run = path.parent.parent if path.suffix == ".ckpt" else run
-    return resolve_saved(read_config(run), run / CONFIG)
+    plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    saved = _keep_references(OmegaConf.to_container(cfg, resolve=False), plain)
+    plain |= {"folder": str(plain["folder"]), "resume": None}
+    if plain["init_from"] is not None:
+        plain["init_from"] = str(Path(plain["init_from"]).expanduser().resolve())
+    adopt_dataset_env(plain)
+    saved["env"].pop("from_data", None)
+    saved |= {key: plain[key] for key in ("folder", "resume", "init_from")}
+    if "path" in plain["data"]:
+        saved["data"]["path"] = plain["data"]["path"]
+        saved["env"] = plain["env"]
+    return ResolvedConfig(saved, plain)
+
+
+def _keep_references(raw: Any, resolved: Any) -> Any:
+    """Return a configuration in which ${section.key} remains and other interpolations do not."""
+    if isinstance(raw, dict):
+        return {key: _keep_references(raw[key], resolved[key]) for key in raw}
+    if isinstance(raw, list):
+        return [_keep_references(*pair) for pair in zip(raw, resolved, strict=True)]
+    return raw if has_only_references(raw) else resolved
+
+
+def has_only_references(value: Any) -> bool:
+    """Return whether all interpolations in a value are references to other keys, ${section.key}.
+
+    Resolvers such as ${oc.env:KEY} are not, nor relative, nested and escaped interpolations.
+    """
+    return "${" not in REFERENCE.sub("", str(value))
 
 
 def resolve_saved(saved: Mapping[str, Any], file: Path | str) -> dict[str, Any]:
-    """Return a configuration read from a file with each ${key} replaced by what it stands for.
+    """Return a configuration read from a file, with each ${section.key} replaced by its value.
 
-    Only ${key} and ${section.key} are: a resolver such as ${oc.env:KEY} reads what is none of the
-    file's business, and what is put together from parts cannot be judged before it is used. For the
-    same reason a `_target_` has to be written out. `folder` becomes the one that the file lies in.
+    `folder` becomes the folder in which the file is located.
+
+    Raises:
+        ValueError: it contains interpolations other than references, one in a reserved key such as
+            `_target_`, or `defaults` or `hydra`, which would select other files.
     """
-    for key, value in _leaves(saved):
-        if not stands_alone(value) or (key.endswith("_target_") and "${" in str(value)):
-            raise ValueError(
-                f"{key} in {file} holds {value!r}, which would look outside of it or is put "
-                "together from parts; expected a value, or the key of another one such as "
-                "${training.learning_rate}; put the value there instead"
-            )
     for key in ("defaults", "hydra"):
         if key in saved:
-            raise ValueError(f"{file} has {key!r}, which would choose other files; take it out")
+            raise ValueError(f"{file} has {key!r}, which would select other files; delete it")
+    for key, value in _leaves(saved):
+        if "${" in key or not has_only_references(value) or ("${" in str(value) and _reserved(key)):
+            raise ValueError(
+                f"{key} in {file} is {value!r}; expected a value, or a reference to another key "
+                "such as ${training.learning_rate}; replace it by its value"
+            )
     here = {"folder": str(Path(file).parent)} if "folder" in saved else {}
     try:
         plain: Any = OmegaConf.to_container(OmegaConf.create({**saved, **here}), resolve=True)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{file} cannot be resolved ({one_line(error)}); {WRITTEN}") from None
+        raise ValueError(f"{file} cannot be resolved ({join_lines(error)}); {WRITTEN}") from None
+    reject_interpolations(plain, file)  # references may have been joined to one
     return plain
 
 
-def require_trusted(config: Mapping[str, Any], said: Sequence[str]) -> None:
-    """Refuse a configuration out of a file that names code which is not part of worldloom.
+def require_trusted(config: Mapping[str, Any], overrides: Iterable[str]) -> None:
+    """Reject a resolved configuration from a file that names code which is not part of worldloom.
 
-    Whoever made a file must not choose which code is run. Every `_target_` in it must be one of
-    those in conf/, and no environment's id may import a module ("module:id"), unless the user has
-    said the same.
-
-    config: of a run, or some sections of it. said: words of the command line, KEY=VALUE.
+    Every `_target_` must be one that conf/ has in the same section, and no value of the environment
+    may import a module ("module:id"), unless the user gives the same override.
 
     Raises:
-        ValueError: gives the words that say it.
+        ValueError: gives the overrides that are missing.
     """
-    known = {
-        key.lstrip("+"): value.strip("'\"") for key, _, value in (w.partition("=") for w in said)
-    }
-    foreign = foreign_code(resolve_saved(config, "the configuration"))
-    if words := [f"{key}={value}" for key, value in foreign.items() if known.get(key) != value]:
+    given = {key_of(arg): arg.partition("=")[2].strip("'\"") for arg in overrides}
+    foreign = find_foreign_code(config)
+    if missing := {k: v for k, v in foreign.items() if given.get(k, "").lower() != f"{v}".lower()}:
         raise ValueError(
-            f"the saved configuration names code that is not part of worldloom; if you trust it, "
-            f"say so by adding: {' '.join(words)}"
+            "worldloom never imports third-party code just because a saved file names it; if you "
+            f"trust it, add: {shlex.join(_overrides(missing))}"
         )
 
 
-def foreign_code(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return what in a configuration would import code that is not worldloom's, {key: value}."""
-    return {key: value for key, value in _leaves(config) if _imports(key, value)}
+def find_foreign_code(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what in a resolved configuration would run code that is not worldloom's."""
+    return {key: value for key, value in _leaves(config) if _is_foreign(key, value)}
 
 
-def _imports(key: str, value: Any) -> bool:
-    if not key.endswith("_target_"):
-        return key.startswith("env.") and ":" in str(value)  # an id such as "module:id"
-    # Hydra builds whatever has a _target_, at any depth; ours stand in these places only.
-    place = re.fullmatch(
-        r"(model|env|optimizer|planner|trainer)\._target_|(callbacks|logger)\.\w+\._target_", key
-    )
-    return value is not None and (
-        place is None or value not in shipped_targets(place[1] or place[2])
-    )
+def _is_foreign(key: str, value: Any) -> bool:
+    if not _reserved(key):
+        return key.startswith("env.") and ":" in str(value)  # gymnasium imports "module:id"
+    place = PLACES.fullmatch(key)
+    if place is None:
+        return True
+    return value is not None and (place[3], value) not in shipped_values(place[1] or place[2])
 
 
-def command(name: str, *words: str, config: Mapping[str, Any]) -> str:
-    """Return a command line for a run, with what has to be said again to trust its code."""
-    foreign = foreign_code({key: config[key] for key in ("model", "env")})
-    words = (*words, *(f"{key}={value}" for key, value in foreign.items()))
-    return f"python -m worldloom.{name} {shlex.join(words)}"
+def _reserved(key: str) -> bool:
+    return any(part in RESERVED for part in key.split("."))
 
 
 @functools.cache
-def shipped_targets(group: str) -> frozenset[str]:
-    """Return every `_target_` that the files of a group in conf/ name."""
+def shipped_values(group: str) -> frozenset[tuple[str, Any]]:
+    """Return each (reserved key, value) in the files of a group in conf/."""
     files = (config_dir() / group).glob("*.yaml")
-    leaves = (leaf for file in files for leaf in _leaves(_yaml(file)))
-    targets = {str(value) for key, value in leaves if key.endswith("_target_")}
-    return frozenset(targets - {"???", "None"})
+    leaves = (leaf for file in files for leaf in _leaves(read_choice(file)))
+    values = {(key.rpartition(".")[2], value) for key, value in leaves if _reserved(key)}
+    return frozenset(pair for pair in values if pair[1] not in ("???", None))
 
 
-def split_words(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Tell a command's own settings, {key: value}, from the words about a run's configuration.
+def format_command(name: str, *args: str, config: Mapping[str, Any]) -> str:
+    """Return a command line for a saved run, with the overrides that its third-party code needs."""
+    foreign = find_foreign_code({key: config[key] for key in ("model", "env")})
+    return f"python -m worldloom.{name} {shlex.join([*args, *_overrides(foreign)])}"
 
-    Those are env=…, env.KEY=… and whatever says that code is trusted, SECTION._target_=….
+
+def adopt_dataset_env(plain: dict[str, Any]) -> None:
+    """Set the env section to the environment that the dataset names, if the user named none.
+
+    The path of the dataset becomes absolute.
+
+    Raises:
+        ValueError: the environment would run code that is not part of worldloom.
     """
-    others = [word for word in words if re.match(r"\+*(env[.=]|[\w.]+\._target_=)", word)]
-    for word in words:
-        if word not in others and not re.match(r"[A-Za-z_]\w*=", word):
-            raise ValueError(
-                f"cannot read {word!r}; expected words such as seed=0 and env.KEY=VALUE, without "
-                "spaces around the ="
-            )
-    own: Any = OmegaConf.to_container(OmegaConf.from_cli([w for w in words if w not in others]))
-    return own, others
-
-
-def checked(given: Mapping[str, Any], cls: type) -> Any:
-    """Make the settings class of a command from what was given; refuse what it does not know."""
-    return checked_section("", given, cls)
-
-
-def env_section(words: Sequence[str], default: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the env section that words of a command line ask for.
-
-    env=GROUP composes it as `python -m worldloom.run` does, without a recipe; without it
-    env.KEY=VALUE changes the default.
-    """
-    if others := [word for word in words if not re.match(r"\+*env[.=]", word)]:
+    env, path = plain["env"], plain["data"].get("path")
+    wanted = env.pop("from_data", False)
+    if path is None:
+        return
+    folder = Path(str(path)).expanduser()
+    if folder.exists():
+        plain["data"]["path"] = str(folder.resolve())
+    if not wanted:
+        return
+    found = read_about(folder).get("env", {})
+    reject_interpolations(found, folder)
+    plain["env"] = {"_target_": None, **found, **{k: v for k, v in env.items() if k != "_target_"}}
+    if plain["env"]["_target_"] is not None and (named := env_overrides(plain["env"])):
         raise ValueError(
-            f"unknown key {others[0].partition('=')[0]!r}; expected env=… and env.KEY=…"
+            f"{path} names an environment whose code is not part of worldloom; if you trust it, "
+            f"add: {named}; or train without one: env=none"
         )
-    if default is not None and not any(word.startswith("env=") for word in words):
-        # The run's own function, which the user repeats to say that it may be run.
-        words = [word for word in words if word != f"env._target_={default.get('_target_')}"]
-    section = _composed_env(with_implied(words), default)
-    check_env_section(section)
-    return section
 
 
-def _composed_env(words: Sequence[str], default: Mapping[str, Any] | None) -> dict[str, Any]:
-    if default is None or any(word.startswith("env=") for word in words):
-        env = composed(*{"~experiment": None, **dict.fromkeys(words)}).env
-        if missing := sorted(OmegaConf.missing_keys(env)):
-            raise ValueError(f"{missing[0]} is not set; add {missing[0]}=…")
-        section: Any = OmegaConf.to_container(env, resolve=True)
-        return section
-    before = OmegaConf.create({"env": dict(default)})
-    for word in words:
-        key = word.partition("=")[0]
-        parent, _, name = key.rpartition(".")
-        known = OmegaConf.select(before, parent) or {}
-        if name not in known and not word.startswith("+"):
-            raise ValueError(f"unknown key '{key}'{suggest(name, map(str, known), f'{parent}.')}")
-    given = OmegaConf.from_cli([word.lstrip("+") for word in words])
-    changed: Any = OmegaConf.to_container(OmegaConf.merge(before, given))
-    return changed["env"]
+def env_overrides(env: Mapping[str, Any]) -> str:
+    """Return the overrides that name an environment, or "" for one that datasets may name.
 
-
-def opened_run(path: Path, words: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the configuration of a run and the env section to act in, both trusted.
-
-    words: what the command line says about its configuration.
+    Those are worldloom's suites, except env=custom, without values that import a module.
     """
-    config = read_run(path)
-    env_words = [word for word in words if re.match(r"\+*env[.=]", word)]
-    for word in words:
-        key, _, value = word.partition("=")
-        if word not in env_words and OmegaConf.select(OmegaConf.create(config), key) != value:
-            raise ValueError(
-                f"{word} is not what {path} was trained with; expected the words of its training, "
-                "which say that its code may be run; leave this one out"
-            )
-    section = env_section(env_words, config["env"])
-    used = {"env": section, "model": config["model"], "planner": config["planner"]}
-    require_trusted(used, words)
-    return config, section
+    suite = re.fullmatch(r"worldloom\.envs\.suites\.(\w+)\.make_env", str(env["_target_"]))
+    if suite and suite[1] != "custom" and not find_foreign_code({"env": env}):
+        return ""
+    options = {k: v for k, v in env.items() if k not in ("_target_", *RUNNING)}
+    named = [f"env={suite[1]}"] if suite else ["env=custom", f"env._target_={env['_target_']}"]
+    given = {f"++env.{key}": value for key, value in _leaves(options) if value is not None}
+    return shlex.join([*named, *_overrides(given)])
 
 
-def load_actor(path: Path, config: Mapping[str, Any], task: Task) -> Actor:
-    """Load the model of a run to act in a task, which need not be the one it was trained on.
-
-    config: of the run, as `opened_run` returns it.
-    """
-    model: Any = create_world_model(path, allow=(config["model"]["_target_"],)).eval()
-    made = get_config(model) or {}
-    known = {"obs_shape": task.obs.shape, "action_dim": task.actions.action_dim}
-    for name, value in known.items():
-        if made.get(name, value) != value:
-            raise ValueError(
-                f"the model of {path} has {name} {made[name]}, but the environment {value}; choose "
-                "the environment that it was trained in"
-            )
-    return task.build_actor(model, config["planner"])
+def _overrides(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in values.items()]
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every value of nested dicts and lists with its key, such as callbacks.mine.0.folder."""
+    """Yield every value of nested dicts and lists with its key, such as callbacks.mine.0.folder.
+
+    Unlike `flatten_tree`, it yields both values where {"a.b": 1, "a": {"b": 2}} has one key twice.
+    """
     if not isinstance(tree, Mapping | list):
         yield prefix, tree
         return
     for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
         yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
-
-
-def _yaml(file: Path) -> Any:
-    return OmegaConf.to_container(OmegaConf.load(file))

@@ -1,38 +1,42 @@
-"""What is to be learned: an environment as the configuration names it, or a data set's spaces."""
+"""Tasks: the spaces, environment and model that a configuration describes, and their scores."""
 
 import functools
-import inspect
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
-from worldloom.acting import Actor
+from worldloom.acting import Actor, evaluate
+from worldloom.app.compose import Overrides, compose_env, key_of
+from worldloom.app.run_dir import CONFIG, find_run, read_config
+from worldloom.app.saved_config import require_trusted, resolve_saved
+from worldloom.app.validation import RUNNING, check_arguments
 from worldloom.datasets import Dataset
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.suites.custom import make_env as make_custom_env
 from worldloom.envs.suites.custom import split_options
 from worldloom.envs.vector import episode_length, frames_per_step, make_vector_env
 from worldloom.envs.workers import choose_workers
-from worldloom.errors import suggest
-from worldloom.factory import build_model, import_target
+from worldloom.factory import build_model, create_world_model, import_target
 from worldloom.protocol import REQUIRED, find_missing_methods
-
-# Keys of the env section that say how environments are run, not which.
-RUNNING = ("num_envs", "workers", "timeout")
+from worldloom.saving import get_config
 
 
 @dataclass
 class Task:
-    """What is to be learned: what models see of it and do, and the environment if there is one.
+    """Observations and actions as models receive them, and the environment if there is one.
 
-    episode_length: decisions until the time limit, None if there is none.
-    frames_per_step: simulator's steps of a decision.
-    make_env: None where there is nothing but a data set. running: how environments are run.
+    episode_length: actions until the time limit; None without a limit.
+    frames_per_step: simulator steps per action.
+    make_env: None if there is only a dataset.
+    running: how environments are run, the keys in `RUNNING`.
     """
 
     obs: ObsSpec
@@ -44,12 +48,12 @@ class Task:
 
     @classmethod
     def from_config(cls, env: Mapping[str, Any], collects: bool = True) -> "Task":
-        """Read the env section; one environment is made, looked at and closed.
+        """Read the env section; one environment is made, inspected and closed.
 
-        collects: whether environments will be run otherwise than in this process.
+        collects: whether a run collects from the environments; False evaluates in this process.
         """
         make_env = env_maker(env)
-        with blaming(env["_target_"]):
+        with name_failing_env(env["_target_"]):
             probe: Any = make_vector_env(make_env)
         try:
             obs = ObsSpec.from_space(probe.single_observation_space, **(env.get("obs") or {}))
@@ -64,23 +68,23 @@ class Task:
 
     @classmethod
     def from_dataset(cls, dataset: Dataset) -> "Task":
-        """Know of a data set alone; its longest episode stands for the time limit."""
+        """Build a task from a dataset; its longest episode serves as the time limit."""
         return cls(dataset.obs, dataset.actions, max(dataset.lengths))
 
     def vector_env(self, **changes: int) -> Any:
-        """Make the environments of a run; changes of num_envs and workers are for these alone."""
+        """Make the environments of a run, with changes of num_envs or workers."""
         assert self.make_env is not None
         return make_vector_env(self.make_env, **{**self.running, **changes})
 
     def build_model(self, config: Mapping[str, Any]) -> nn.Module:
         """Build the model section's class for this task.
 
-        Where the section has a null for something that only the environment knows, it is told.
+        `episode_length` and `episodic` are filled in where the section leaves them null.
         """
-        knows = {"episode_length": self.episode_length, "episodic": "auto"}
-        told = {k: v for k, v in knows.items() if k in config and config[k] is None}
+        known = {"episode_length": self.episode_length, "episodic": "auto"}
+        filled = {k: v for k, v in known.items() if k in config and config[k] is None}
         spaces = (self.obs.shape, self.actions.action_dim, self.actions.discrete)
-        model = build_model({**config, **told}, *spaces)
+        model = build_model({**config, **filled}, *spaces)
         if lacking := find_missing_methods(model):
             raise ValueError(
                 f"{config['_target_']} has no {', '.join(lacking)}; expected the methods of "
@@ -90,7 +94,7 @@ class Task:
         return model
 
     def build_actor(self, model: Any, planner: Mapping[str, Any]) -> Actor:
-        """Let the model act with its policy, or plan with it if it has none."""
+        """Return an actor that uses the model's policy, or plans with it if it has none."""
         if callable(getattr(model, "policy", None)):
             return Actor(model)
         options = {k: v for k, v in planner.items() if k != "_target_"}
@@ -98,9 +102,9 @@ class Task:
         return Actor(model, cls(model, self.actions.action_dim, self.actions.discrete, **options))
 
     def describe(self, model: nn.Module) -> str:
-        """Say in a few lines what the model sees, does and weighs."""
+        """Return a few lines about the model, its observations and its actions."""
         lines = [f"  {key or 'obs':<16} {self.obs.describe(key)}" for key in self.obs.parts]
-        lines += [f"  {key:<16} left out" for key in self.obs.dropped]
+        lines += [f"  {key:<16} not used" for key in self.obs.dropped]
         kind = "one-hot choices" if self.actions.discrete else "continuous in [-1, 1]"
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return "\n".join(
@@ -110,12 +114,12 @@ class Task:
                 "observations:",
                 *lines,
                 f"actions: {self.actions.action_dim} ({kind})",
-                *self._where(),
+                *self._describe_workers(),
             ]
         )
 
-    def _where(self) -> list[str]:
-        """Say where the environments of a run are stepped."""
+    def _describe_workers(self) -> list[str]:
+        """Return a line about the processes that step the environments."""
         if not self.running:
             return []
         copies = self.running.get("num_envs", 1)
@@ -131,27 +135,104 @@ def env_maker(env: Mapping[str, Any]) -> Callable[[], Any]:
     make = import_target(str(env["_target_"]))
     kept = {k: v for k, v in env.items() if k not in (*RUNNING, "obs") and not k.startswith("_")}
     options, around = split_options(make, kept)
-    takes = inspect.signature(make).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        for key in options:
-            if key not in takes:
-                near = suggest(key, takes, "env.") or f"; it takes {', '.join(takes) or 'none'}"
-                raise ValueError(f"{env['_target_']} has no option 'env.{key}'{near}")
+    check_arguments("env", options, make)
     if not around:
         return functools.partial(make, **options)
     return functools.partial(make_custom_env, make, options, **around)
 
 
 @contextmanager
-def blaming(target: str) -> Iterator[None]:
-    """Name the function whose environment cannot be made, where its error does not say so."""
+def name_failing_env(target: str) -> Iterator[None]:
+    """Name the function whose environment cannot be made, if its error does not."""
     try:
         yield
     except (ValueError, TypeError, ImportError):
-        raise  # our own, and what says which option is wrong
+        raise  # raised by worldloom, or names the wrong option
     except Exception as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise ValueError(
             f"{target} raised {type(error).__name__} in {frame.filename}:{frame.lineno}: {error}; "
-            "expected an environment; mend it (HYDRA_FULL_ERROR=1 shows the whole traceback)"
+            "expected an environment; fix it (HYDRA_FULL_ERROR=1 shows the whole traceback)"
         ) from error
+
+
+def open_saved_run(path: Path, overrides: Overrides) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the resolved configuration of a run and the env section to act in, both trusted.
+
+    path: of the run, or of its model folder or a checkpoint in it.
+    overrides: env=NAME and env.KEY=VALUE change the environment; SECTION._target_=NAME repeats the
+        override that named third-party code when the run was trained.
+    """
+    run = find_run(path)
+    config = resolve_saved(read_config(run), run / CONFIG)
+    env_overrides = overrides.select(r"env$|env\.")
+    for arg in overrides:
+        key, _, value = arg.partition("=")
+        if (
+            arg not in env_overrides.args
+            and OmegaConf.select(OmegaConf.create(config), key) != value
+        ):
+            raise ValueError(
+                f"{arg} differs from the value with which {path} was trained; repeat the override "
+                f"of the training command, or leave {key_of(arg)} out"
+            )
+    section = compose_env(env_overrides, config["env"])
+    used = {"env": section, "model": config["model"], "planner": config["planner"]}
+    require_trusted(used, overrides)
+    return config, section
+
+
+def load_actor(path: Path, config: Mapping[str, Any], task: Task) -> Actor:
+    """Load the model of a run to act in a task, which may differ from the one of its training.
+
+    config: of the run, as `open_saved_run` returns it.
+    """
+    model: Any = create_world_model(path, allow=(config["model"]["_target_"],)).eval()
+    built_with = get_config(model) or {}
+    spaces = {"obs_shape": task.obs.shape, "action_dim": task.actions.action_dim}
+    for name, value in spaces.items():
+        if built_with.get(name, value) != value:
+            raise ValueError(
+                f"the model of {path} has {name} {built_with[name]}, but the environment {value}; "
+                "choose the environment in which it was trained"
+            )
+    return task.build_actor(model, config["planner"])
+
+
+class Evaluator:
+    """Scores an actor in its own environments."""
+
+    def __init__(self, task: Task, actor: Actor, settings: Mapping[str, Any]) -> None:
+        self.task, self.actor, self.settings = task, actor, settings
+
+    def score_unfinished(self) -> dict[str, float]:
+        """Score an unfinished run, with other seeds than the final evaluation."""
+        return self(self.settings["episodes_during"], self.settings["seed"] + 1_000_000)
+
+    def __call__(self, episodes: int, seed: int | None = None) -> dict[str, float]:
+        """Return eval/return (mean), eval/return_std, eval/length and, if known, eval/success."""
+        env = self.task.vector_env(num_envs=min(self.settings["num_envs"], episodes))
+        model: Any = self.actor.model
+        modes = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            results = evaluate(
+                self.actor,
+                env,
+                self.task.obs,
+                self.task.actions,
+                episodes,
+                self.settings["seed"] if seed is None else seed,
+                self.settings["deterministic"],
+            )
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            env.close()
+        names = sorted({name for result in results for name in result})
+        scores = {
+            f"eval/{n}": float(np.mean([result[n] for result in results if n in result]))
+            for n in names
+        }
+        scores["eval/return_std"] = float(np.std([r["return"] for r in results]))
+        return scores

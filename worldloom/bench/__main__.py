@@ -21,27 +21,26 @@ divided by the rate of a large matrix product; "share" is floor / median update.
 in turns, so that other load slows down both. Peak memory on a CPU is that of the whole process.
 """
 
-import sys
-
 import torch
 
-from worldloom.app.compose import readable_errors
+from worldloom.app.command_line import run_command
+from worldloom.app.compose import Overrides
 from worldloom.bench.measure import measure, read_settings
-from worldloom.memory import keep_freed_memory
+
+
+def bench_command(overrides: Overrides) -> None:
+    """Measure as the command line describes, and print the table."""
+    config, hyperparameters = read_settings(overrides.args)
+    torch.set_num_threads(config.threads)
+    table = measure(config, **hyperparameters).table()
+    model = (arg for arg in overrides if arg.startswith("model."))
+    print(*(f"{key}={value}" for key, value in vars(config).items()), *model)
+    print(table)
 
 
 def main() -> None:
     """Run the command line."""
-    if {"-h", "--help"} & set(sys.argv):
-        sys.exit(print(__doc__))
-    keep_freed_memory()
-    with readable_errors():
-        config, hyperparameters = read_settings(sys.argv[1:])
-        torch.set_num_threads(config.threads)
-        table = measure(config, **hyperparameters).table()
-    model = (arg for arg in sys.argv[1:] if arg.startswith("model."))
-    print(*(f"{key}={value}" for key, value in vars(config).items()), *model)
-    print(table)
+    run_command(str(__doc__), bench_command, needs_arguments=False)
 
 
 if __name__ == "__main__":

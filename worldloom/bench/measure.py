@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from worldloom.acting import Actor
-from worldloom.app.compose import composed
-from worldloom.app.validation import checked_section
+from worldloom.app.command_line import parse_settings
+from worldloom.app.compose import compose_config
 from worldloom.factory import create_world_model, import_target
 from worldloom.presets import file_name, load_preset
 from worldloom.protocol import Batch, context_rows, split_result
@@ -66,7 +66,7 @@ class BenchConfig:
     def compose_run(self) -> DictConfig:
         """Return the configuration of a run with this model."""
         load_preset(self.model)  # for its error message
-        return composed(f"model={file_name(self.model)}", "~experiment")
+        return compose_config(f"model={file_name(self.model)}", "~experiment")
 
     @property
     def spaces(self) -> tuple[Any, Any, bool]:
@@ -89,9 +89,8 @@ def read_settings(args: Sequence[str]) -> tuple[BenchConfig, dict[str, Any]]:
     """
     model = [arg.removeprefix("model.") for arg in args if arg.startswith("model.")]
     own = [arg for arg in args if not arg.startswith("model.")]
-    settings: Any = OmegaConf.to_container(OmegaConf.from_cli(own))
     hyperparameters: Any = OmegaConf.to_container(OmegaConf.from_cli(model))
-    return checked_section("", settings, BenchConfig), hyperparameters
+    return parse_settings(own, BenchConfig), hyperparameters
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ are problems.
 import sys
 from dataclasses import dataclass
 
-from worldloom.app.compose import readable_errors
-from worldloom.app.saved_config import checked, env_section, split_words
-from worldloom.app.task import blaming, env_maker
+from worldloom.app.command_line import parse_settings, run_command, split_settings
+from worldloom.app.compose import Overrides, compose_env
+from worldloom.app.task import env_maker, name_failing_env
 from worldloom.check.environment import EnvProblems, check_env
 from worldloom.errors import require_positive
 
@@ -29,23 +29,24 @@ class CheckConfig:
         require_positive(steps=self.steps)
 
 
+def check_command(overrides: Overrides) -> None:
+    """Check an environment as the command line describes; exit with 1 if there are problems."""
+    args, env_overrides = split_settings(overrides)
+    if not env_overrides.args:
+        raise ValueError("no environment was named; add env=gymnasium env.id=CartPole-v1")
+    settings = parse_settings(args, CheckConfig)
+    section = compose_env(env_overrides)
+    try:
+        with name_failing_env(section["_target_"]):
+            print(check_env(env_maker(section), **vars(settings), **(section.get("obs") or {})))
+    except EnvProblems as found:
+        print(found)
+        sys.exit(1)
+
+
 def main() -> None:
     """Run the command line."""
-    if len(sys.argv) < 2 or {"-h", "--help"} & set(sys.argv):
-        print(__doc__)
-        sys.exit(0 if len(sys.argv) > 1 else 2)
-    with readable_errors():
-        given, words = split_words(sys.argv[1:])
-        if not words:
-            raise ValueError("no environment was named; add env=gymnasium env.id=CartPole-v1")
-        how = checked(given, CheckConfig)
-        section = env_section(words)
-        try:
-            with blaming(section["_target_"]):
-                print(check_env(env_maker(section), **vars(how), **(section.get("obs") or {})))
-        except EnvProblems as found:
-            print(found)
-            sys.exit(1)
+    run_command(str(__doc__), check_command)
 
 
 if __name__ == "__main__":

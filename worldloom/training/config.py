@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass, fields
+from typing import Any
 
 from worldloom.errors import require, require_positive
 
@@ -122,6 +123,80 @@ def parse_interval(every: str) -> tuple[float, int]:
             "checkpoint.every=10min or checkpoint.every=500updates"
         )
     return (math.inf, int(match[1])) if in_updates else (float(match[1]), 0)
+
+
+@dataclass
+class EnvConfig:
+    """How environments are made and run; the keys that every choice of the `env` section has.
+
+    Attributes:
+        num_envs: environments from which a run collects.
+        workers: processes that step them; 0 steps them in this process, "auto" measures which is
+            faster.
+        timeout: seconds after which a worker that does not answer is restarted.
+        obs: regular expressions: which keys of dict observations to `keep`, and which to treat as
+            an `image` or a `vector`.
+        image_size: width and height to which images are resized; None keeps their size.
+        pixels: observe the rendered image; None leaves it to a custom environment.
+        frame_stack: latest images observed at once; None for 1.
+        action_repeat: environment steps per action; None for the environment's default.
+        time_limit: environment steps per episode; None for the environment's own limit.
+    """
+
+    num_envs: int = 4
+    workers: int | str = "auto"
+    timeout: float = 120.0
+    obs: dict[str, str | None] | None = None
+    image_size: int | None = None
+    pixels: bool | None = None
+    frame_stack: int | None = None
+    action_repeat: int | None = None
+    time_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value that no environment can have."""
+        for name in ("num_envs", "image_size", "frame_stack", "action_repeat", "time_limit"):
+            value = getattr(self, name)
+            off = "" if name == "num_envs" else ", or null"
+            require(value is None or value >= 1, name, value, f"at least 1{off}")
+        known = self.workers == "auto" or (isinstance(self.workers, int) and self.workers >= 0)
+        require(known, "workers", self.workers, "auto, or at least 0")
+        require(self.timeout > 0, "timeout", self.timeout, "seconds, above 0")
+        for key, pattern in (self.obs or {}).items():
+            ok = pattern is None or isinstance(pattern, str)
+            require(ok, f"obs.{key}", pattern, "a regular expression, or null")
+            known = key in ("keep", "image", "vector")
+            require(known, "obs", f"{{{key}: ...}}", "the keys keep, image and vector")
+
+
+@dataclass
+class DataConfig:
+    """Where training data comes from and how it is kept; the `data` section.
+
+    Attributes:
+        path: recorded episodes to train on, or the id of a Minari dataset; None collects.
+        capacity: environment steps in the replay, or memory such as "2GB"; None for all of `path`.
+        storage: "ram", or "memmap" to keep images and latents in files.
+        across_episodes: sequences continue into the next episode.
+        online_queue: train on new steps once, soon after they are collected.
+        overlap: collect while the trainer works; such runs are not reproducible bit for bit.
+    """
+
+    path: str | None = None
+    capacity: Any = 1_000_000
+    storage: str = "ram"
+    across_episodes: bool = True
+    online_queue: bool = True
+    overlap: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value that no replay can have."""
+        capacity = self.capacity
+        ok = capacity is None or isinstance(capacity, str)
+        if isinstance(capacity, int | float) and not isinstance(capacity, bool):
+            ok = math.isfinite(capacity) and capacity >= 1
+        require(ok, "capacity", capacity, "steps such as 100000, or memory such as 2GB")
+        require(self.storage in ("ram", "memmap"), "storage", self.storage, "ram or memmap")
 
 
 def field_names(cls: type) -> list[str]:

@@ -1,0 +1,140 @@
+"""The folder of a run: its format, and links in it that point to a user's other files."""
+
+import os
+import sys
+
+import pytest
+import yaml
+
+from worldloom import eval as evaluation
+from worldloom import run as training
+from worldloom.app.run_dir import (
+    CONFIG,
+    FORMAT,
+    claim_folder,
+    read_config,
+    reject_links,
+    write_config,
+)
+
+MINIMAL = {"env": {}, "model": {}, "planner": {}, "threads": 1}
+# Every file that a run writes, and the temporary names of earlier versions.
+NAMES = [
+    *("config.yaml", ".config.yaml", "metrics.csv", "metrics.tmp", "worldloom.log", ".lock"),
+    *("scores.yaml", ".scores.yaml", ".probe", "events.out.tfevents.1.host.2.0"),
+    *(".hydra", ".hydra/config.yaml", ".hydra/overrides.yaml", "checkpoints", "checkpoints/replay"),
+    *("checkpoints/last.ckpt", "checkpoints/last.tmp", "model", "model/config.yaml"),
+    *("model/.config.yaml", "model/model.safetensors", "a/b/c/anything"),
+]
+
+
+def link(folder, name, target):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(target)
+
+
+@pytest.fixture
+def precious(tmp_path):
+    """A file and a folder of the user, outside of any run."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".bashrc").write_text("precious")
+    return tmp_path / "home"
+
+
+def require_untouched(precious):
+    assert [path.name for path in precious.iterdir()] == [".bashrc"]
+    assert (precious / ".bashrc").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("target", [".bashrc", "", "missing"])
+def test_links_to_the_outside_are_rejected(tmp_path, precious, name, target):
+    folder = tmp_path / "run"
+    link(folder, name, precious / target)
+    with pytest.raises(ValueError, match=r"is a link to .*home.*replace the link"):
+        reject_links(folder)
+    with pytest.raises(ValueError, match="is a link to"), claim_folder(folder, resumes=True):
+        pass
+    require_untouched(precious)
+
+
+def test_relative_and_chained_links_are_rejected_too(tmp_path, precious):
+    folder = tmp_path / "run"
+    link(folder, "a/metrics.csv", "../../home/.bashrc")
+    with pytest.raises(ValueError, match="is a link to"):
+        reject_links(folder)
+    (folder / "a" / "metrics.csv").unlink()
+    (tmp_path / "other").symlink_to(precious)
+    link(folder, "a/metrics.csv", tmp_path / "other" / ".bashrc")
+    with pytest.raises(ValueError, match="is a link to"):
+        reject_links(folder)
+
+
+def test_a_pipe_is_rejected(tmp_path):
+    os.mkfifo(tmp_path / "worldloom.log")
+    with pytest.raises(ValueError, match="neither a file nor a folder"):
+        reject_links(tmp_path)
+
+
+def test_links_within_the_folder_and_to_the_folder_are_fine(tmp_path):
+    (tmp_path / "run").mkdir()
+    write_config(tmp_path / "run", MINIMAL)
+    link(tmp_path / "run", "latest", "config.yaml")
+    (tmp_path / "alias").symlink_to(tmp_path / "run")
+    reject_links(tmp_path / "alias")
+    assert read_config(tmp_path / "alias") == MINIMAL
+    reject_links(tmp_path / "missing")
+
+
+COMMANDS = {
+    "a new run": (training, ["hydra.run.dir=RUN"]),
+    "a run in another folder": (training, ["folder=RUN", "hydra.run.dir=LOG", "threads=1"]),
+    "a sweep": (training, ["-m", "seed=0,1", "hydra.sweep.dir=RUN"]),
+    "resume": (training, ["resume=RUN"]),
+    "eval": (evaluation, ["checkpoint=RUN"]),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_reject_links_before_they_write(tmp_path, precious, monkeypatch, capsys, command):
+    module, arguments = COMMANDS[command]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if command in ("resume", "eval"):
+        write_config(folder, MINIMAL)
+    for name in ("worldloom.log", ".hydra", "0", "metrics.csv"):
+        link(folder, name, precious / (".bashrc" if "." in name[1:] else ""))
+    before = sorted(os.listdir(folder))
+    paths = {"RUN": str(folder), "LOG": str(tmp_path / "log")}
+    for key, path in paths.items():
+        arguments = [argument.replace(key, path) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    with pytest.raises(SystemExit, match="1"):
+        module.main()
+    assert "is a link to" in capsys.readouterr().err
+    require_untouched(precious)
+    assert sorted(os.listdir(folder)) == before
+
+
+# ---- the format ----------------------------------------------------------------------------------
+
+
+def test_a_configuration_records_its_format(tmp_path):
+    write_config(tmp_path, MINIMAL)
+    assert yaml.safe_load((tmp_path / CONFIG).read_text())["format"] == FORMAT
+    assert read_config(tmp_path) == MINIMAL
+
+
+@pytest.mark.parametrize(
+    ("recorded", "message"),
+    [
+        ({}, r"written by worldloom 0\.1\.0 before format 1 \(commit unknown\).*train again"),
+        ({"format": 99}, "runs have format 99.*reads format 1; update worldloom"),
+        ({"format": "x"}, "runs have format 'x'"),
+    ],
+)
+def test_another_format_is_rejected_with_its_version(tmp_path, recorded, message):
+    (tmp_path / CONFIG).write_text(yaml.safe_dump({**MINIMAL, **recorded}))
+    with pytest.raises(ValueError, match=message):
+        read_config(tmp_path)

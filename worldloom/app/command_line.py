@@ -1,0 +1,217 @@
+"""The frame of every command: usage, settings, and one-line error messages."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, OverrideParseException
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from worldloom.app.compose import Overrides, compose_config, key_of
+from worldloom.app.run_dir import reject_links, remove_unused, written_files
+from worldloom.app.validation import SECTIONS, build_settings, suggest_key, top_level_keys
+from worldloom.errors import suggest
+from worldloom.memory import keep_freed_memory
+from worldloom.presets import config_dir
+
+# Errors that a user can cause. Any other error is a bug and keeps its traceback.
+USER_ERRORS = (
+    HydraException,
+    OmegaConfBaseException,
+    ValueError,
+    TypeError,
+    ImportError,
+    OSError,
+    FloatingPointError,
+    MemoryError,
+)
+
+
+class _Stop(BaseException):
+    """Carries a user error past Hydra, which would print an extra line for any Exception."""
+
+
+class FolderCheck(Callback):
+    """Reject an output folder with links that point outside, before Hydra writes into it."""
+
+    def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check the folder of a single run."""
+        self._check(config, "hydra.run.dir")
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Check the folder of a sweep, which contains those of its jobs."""
+        self._check(config, "hydra.sweep.dir")
+
+    def _check(self, config: DictConfig, key: str) -> None:
+        HydraConfig.instance().set_config(config)  # for ${hydra:...} in the name of the folder
+        try:
+            reject_links(Path(str(OmegaConf.select(config, key))))
+        except ValueError as error:
+            raise _Stop from error
+
+
+def run_command(
+    usage: str, command: Callable[[Overrides], None], needs_arguments: bool = True
+) -> None:
+    """Run a command with the arguments of the process; the `main` of every command but `run`.
+
+    --help, or no arguments where some are needed, prints the usage. Errors that the user can fix
+    end the process with one line and exit code 1.
+    """
+    args = tuple(sys.argv[1:])
+    if (needs_arguments and not args) or {"-h", "--help"} & {*args}:
+        print(usage)
+        sys.exit(0 if args else 2)
+    keep_freed_memory()
+    with print_errors():
+        command(Overrides(args))
+
+
+def parse_settings(args: Sequence[str], cls: type, **defaults: Any) -> Any:
+    """Build the settings class of a command from its KEY=VALUE arguments."""
+    for arg in args:
+        if not re.match(r"[A-Za-z_]\w*=", arg):
+            raise ValueError(
+                f"cannot read {arg!r}; expected arguments such as seed=0 and env.KEY=VALUE, "
+                "without spaces around the ="
+            )
+    given: Any = OmegaConf.to_container(OmegaConf.from_cli(list(args)))
+    return build_settings("", {**defaults, **given}, cls)
+
+
+def split_settings(overrides: Overrides) -> tuple[list[str], Overrides]:
+    """Separate the settings of a command from the overrides of a run's configuration.
+
+    The latter are env=NAME, env.KEY=VALUE and SECTION._target_=NAME.
+    """
+    config = overrides.select(r"env$|env\.|[\w.]+\.[\w.]*_\w+_(\.|$)")
+    return [arg for arg in overrides if arg not in config.args], config
+
+
+@contextmanager
+def print_errors() -> Iterator[None]:
+    """Print a user error as one line and exit with code 1.
+
+    With HYDRA_FULL_ERROR=1 the whole traceback is printed instead.
+    """
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
+    try:
+        yield
+    except (_Stop, *USER_ERRORS) as stopped:
+        error = stopped.__cause__ if isinstance(stopped, _Stop) else stopped
+        assert error is not None
+        if before not in (None, "", "0"):
+            raise error from error.__cause__
+        print(f"error: {explain_error(error)}", file=sys.stderr)
+        sys.exit(1)
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if before is not None:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+@contextmanager
+def stop_on_errors() -> Iterator[None]:
+    """End a single run on a user error; in a sweep only the job ends, as Hydra does it.
+
+    The new folder of a run that fails before it trains is deleted.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    is_new = written_files(folder) <= {".hydra", "worldloom.log"}
+    try:
+        yield
+    except USER_ERRORS as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        if is_new:
+            remove_unused(folder)
+        raise _Stop from error
+
+
+def explain_error(error: BaseException) -> str:
+    """Return one line that gives the wrong value, what was expected and how to fix it."""
+    text = str(error)
+    if isinstance(error, ChildProcessError):
+        return text  # contains the traceback of a worker process
+    if "Config group override must be a string" in text:
+        return (
+            "a group takes the name of a choice, such as trainer=gpu; only the recipe can be "
+            "removed: '~experiment'"
+        )
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return join_lines(error)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _explain_key(match[1])
+    if match := re.search(r"Could not delete from config. '([^']+)' does not exist", text):
+        return _explain_key(match[1])
+    if match := re.search(r"Could not (?:find|load) '([^']+)'", text):
+        return _explain_choice(match[1])
+    if match := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", text):
+        return (
+            f"{match[1]} is {match[2]}, and commas separate the values of a sweep; write "
+            f"'{match[1]}=[{match[2]}]' for a list, '{match[1]}=\"{match[2]}\"' for a text, or "
+            "add -m to run one after the other"
+        )
+    if isinstance(error, OverrideParseException):
+        return (
+            f"cannot read {error.override!r}; expected GROUP=CHOICE or SECTION.KEY=VALUE, without "
+            "spaces around the = and with quotes around a value that contains spaces, commas or "
+            "brackets: 'data.path=\"my data\"'"
+        )
+    if match := re.search(r"Interpolation key '([^']+)' not found", text):
+        return f"'{match[1]}' is missing, but other settings are computed from it; put it back"
+    if isinstance(error, OmegaConfBaseException):
+        key = re.search(r"full_key: (\S+)", text)
+        return f"{key[1] if key else 'the configuration'}: {text.splitlines()[0]}"
+    return join_lines(error)
+
+
+def join_lines(error: BaseException) -> str:
+    """Return the message of an error without line breaks, or its repr if it has no message."""
+    return " ".join(str(error).split()) or repr(error)
+
+
+def _explain_key(key: str) -> str:
+    """Return why Hydra cannot set or delete a key."""
+    parent, dot, name = key.rpartition(".")
+    try:
+        composed = _compose_choices()
+        node: Any = OmegaConf.select(composed, parent) if parent else composed
+    except USER_ERRORS:
+        node = None
+    if not isinstance(node, DictConfig):
+        near = suggest(parent.split(".")[0], top_level_keys()[0])
+        return f"unknown key '{key}'; there is no section '{parent}'{near}"
+    if name in node:
+        if isinstance(node[name], DictConfig):
+            return f"{key} is not a single value; set its keys one by one: {key}.KEY=VALUE"
+        return f"'{key}' cannot be set where {parent} is removed; drop ~{parent}"
+    add = f"; to add a key write +{key}=…" if parent and parent not in SECTIONS else ""
+    return f"unknown key '{key}'{suggest_key(name, node, parent + dot)}{add}"
+
+
+def _explain_choice(path: str) -> str:
+    """Return which choices a group has instead of an unknown one."""
+    group, _, name = path.rpartition("/")
+    files = sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
+    options = [file for file in files if not file.endswith("_base")]
+    options += ["default"] * (group in ("training", "evaluation"))
+    if not options:
+        groups = sorted(folder.name for folder in config_dir().iterdir() if folder.is_dir())
+        return f"unknown group '{group}'; groups: {', '.join(groups)}"
+    return f"unknown {group} '{name}'{suggest(name, options)}; choices: {', '.join(options)}"
+
+
+def _compose_choices() -> DictConfig:
+    """Compose the configuration from the group choices on the command line alone."""
+    given = [arg for arg in sys.argv[1:] if re.fullmatch(r"[\w/]+=[\w.:-]+", arg)]
+    return compose_config(*(arg for arg in given if (config_dir() / key_of(arg)).is_dir()))
