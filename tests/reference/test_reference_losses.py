@@ -24,7 +24,12 @@ from tests.reference.reference_format import (
     norm,
 )
 from worldloom.models.dreamerv3 import DreamerV3
-from worldloom.models.dreamerv3.behavior import Normalizers, imagination_losses, replay_value_loss
+from worldloom.models.dreamerv3.behavior import (
+    Normalizers,
+    imagination_losses,
+    replay_value_loss,
+    rollout,
+)
 from worldloom.nn.twohot import twohot_mean
 from worldloom.protocol import Batch, split_result
 
@@ -124,8 +129,9 @@ def stepwise_losses(agent: Agent, model: DreamerV3, batch: Batch) -> dict[str, T
         rows, steps = deter.shape[:2]
         starts = min(model.imag_last or steps, steps)
         deter, stoch = deter[:, -starts:], stoch[:, -starts:]
-        features, actions = model.imagine_policy(deter.flatten(0, 1), stoch.flatten(0, 1))
-        imagined = model.evaluate(features, actions)
+        start = torch.cat([deter, stoch], -1).flatten(0, 1)
+        states = rollout(model.rssm, model.actor, start, model.imag_length)
+        imagined, (features, actions, _) = model.evaluate(*states), states
         img_deter, img_stoch = features.split([model.rssm.deter, stoch.shape[-1]], -1)
         ours |= {
             "img/feat/deter": img_deter[:, 1:],

@@ -26,7 +26,7 @@ from worldloom.models.dreamerv3.heads import Actor, Head, Policy
 from worldloom.models.dreamerv3.losses import name_losses
 from worldloom.models.dreamerv3.networks import Decoder, Encoder
 from worldloom.models.dreamerv3.rssm import RSSM
-from worldloom.models.dreamerv3.sequences import Sequences, start_from_context, start_from_zeros
+from worldloom.models.dreamerv3.sequences import Sequences, align_batch
 from worldloom.models.spaces import ActSpaces, ObsSpaces, check_rows, require_keys
 from worldloom.nn.distributions import binary_cross_entropy, class_entropy, kl_divergence
 from worldloom.nn.normalizer import Normalizer
@@ -265,9 +265,11 @@ class DreamerV3(nn.Module):
         rows, steps = check_rows(batch, obs, self.act_spaces)
         if steps < 2:
             raise ValueError(f"sequences have {steps} rows; a loss over time needs at least 2")
-        if self.replay_context and batch.get("context"):
-            return start_from_context(batch, obs, self.rssm.gru.bias.dtype)
-        return start_from_zeros(batch, obs, *self.rssm.initial(rows))
+        deter, stoch = self.rssm.initial(rows)
+        context = batch.get("context") if self.replay_context else None
+        if context:
+            deter, stoch = (context[k].flatten(1).to(deter.dtype) for k in ("deter", "stoch"))
+        return align_batch(batch, obs, deter, stoch, bool(context))
 
     def world_model_terms(
         self, seq: Sequences
@@ -346,23 +348,13 @@ class DreamerV3(nn.Module):
             )
         return terms, {k: v.detach() for k, v in stats.items()}
 
-    def imagine_policy(self, deter: Tensor, stoch: Tensor) -> tuple[Tensor, Tensor]:
-        """Roll out the policy from deter [N, D] and stoch [N, S * C].
-
-        Returns features [N, H + 1, F] and actions [N, H, A], without gradient.
-        """
-        start = torch.cat([deter, stoch], -1)
-        with torch.no_grad():
-            return rollout(self.rssm, self.actor, start, self.imag_length)[:2]
-
-    def evaluate(self, features: Tensor, actions: Tensor, policy: Policy | None = None) -> Imagined:
-        """Apply the heads to imagined features [N, H + 1, F]; the actor too without `policy`."""
+    def evaluate(self, features: Tensor, actions: Tensor, policy: Policy) -> Imagined:
+        """Apply the heads to the result of `rollout`, with features [N, H + 1, F]."""
         with torch.no_grad():
             on_cpu = features.device.type == "cpu"
             rows = HEAD_ROWS_ON_CPU // features.shape[1] if on_cpu else len(features)
             chunks = features.split(max(1, rows))
             reward, cont, slow_value = torch.cat([self._predict_scalars(x) for x in chunks], 1)
-        policy = self.actor(features[:, :-1]) if policy is None else policy
         return Imagined(actions, policy, reward, cont, self.critic(features), slow_value)
 
     def _predict_scalars(self, features: Tensor) -> Tensor:

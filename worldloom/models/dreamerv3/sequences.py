@@ -1,11 +1,11 @@
-"""Training sequences of DreamerV3, and the states that they start from.
+"""Training sequences of DreamerV3.
 
 Axes: B batch rows, T time steps, D deter, S stoch, C classes, A actions.
 """
 
 from dataclasses import dataclass
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from worldloom.protocol import Batch
@@ -29,35 +29,27 @@ class Sequences:
     stoch: Tensor
 
 
-def start_from_zeros(
-    batch: Batch, obs: dict[str, Tensor], deter: Tensor, stoch: Tensor
+def align_batch(
+    batch: Batch, obs: dict[str, Tensor], deter: Tensor, stoch: Tensor, context: bool
 ) -> Sequences:
-    """Return all rows; each sequence starts like an episode, from the all-zero state given."""
-    actions = batch["actions"].to(deter.dtype)
-    first = batch["is_first"].clone()
-    first[:, 0] = True
+    """Pair each row with the action that led to it, starting from a latent state.
+
+    With `context` the state is that of row 0, and rows 1 to T - 1 remain. Otherwise it is the
+    initial state of episodes: row 0 becomes a first row without previous action.
+    """
+    skip = 1 if context else 0
+    first = batch["is_first"][:, skip:]
+    if not context:
+        first = first.clone()
+        first[:, 0] = True
+    prev_actions = batch["actions"][:, :-1].to(deter.dtype)
     return Sequences(
-        obs,
-        torch.cat([torch.zeros_like(actions[:, :1]), actions[:, :-1]], 1),
-        batch["rewards"],
+        {key: value[:, skip:] for key, value in obs.items()},
+        prev_actions if context else F.pad(prev_actions, (0, 0, 1, 0)),
+        batch["rewards"][:, skip:],
         first,
-        batch["is_last"],
-        batch["is_terminal"],
+        batch["is_last"][:, skip:],
+        batch["is_terminal"][:, skip:],
         deter,
         stoch,
-    )
-
-
-def start_from_context(batch: Batch, obs: dict[str, Tensor], dtype: torch.dtype) -> Sequences:
-    """Return rows 1 to T - 1, starting from the stored latent state of row 0."""
-    context = batch["context"]
-    return Sequences(
-        {key: value[:, 1:] for key, value in obs.items()},
-        batch["actions"][:, :-1].to(dtype),
-        batch["rewards"][:, 1:],
-        batch["is_first"][:, 1:],
-        batch["is_last"][:, 1:],
-        batch["is_terminal"][:, 1:],
-        context["deter"].flatten(1).to(dtype),
-        context["stoch"].flatten(1).to(dtype),
     )
