@@ -161,6 +161,7 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Any], Tensors]:
             "nothing in it was executed. Expected a checkpoint written by python -m worldloom.run; "
             "copy it again, or use another one"
         ) from None
+    reject_interpolations(config, file)
     prefix = "model."
     return config, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
 

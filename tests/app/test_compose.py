@@ -1,6 +1,5 @@
 """What a user may type, and the one line that answers a mistake."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -14,20 +13,6 @@ from worldloom.app.compose import Overrides
 from worldloom.presets import aliases, config_dir, load_preset, preset_names
 
 QUIET = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before(monkeypatch):
-    """Hydra, told to be quiet, switches off all that logs in this process."""
-    known = logging.root.manager.loggerDict.values()
-    disabled = {logger: logger.disabled for logger in known if isinstance(logger, logging.Logger)}
-    level = logging.root.level
-    monkeypatch.setattr(logging, "raiseExceptions", True)
-    yield
-    logging.captureWarnings(False)
-    logging.root.setLevel(level)
-    for logger, before in disabled.items():
-        logger.disabled = before
 
 
 @pytest.fixture

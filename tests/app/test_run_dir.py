@@ -1,13 +1,16 @@
 """The folder of a run: its format, and links in it that point to a user's other files."""
 
 import os
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from worldloom import eval as evaluation
 from worldloom import run as training
+from worldloom.app.resume import require_changeable
 from worldloom.app.run_dir import (
     CONFIG,
     FORMAT,
@@ -16,6 +19,7 @@ from worldloom.app.run_dir import (
     reject_links,
     write_config,
 )
+from worldloom.app.saved_config import resolve_config
 
 MINIMAL = {"env": {}, "model": {}, "planner": {}, "threads": 1}
 # Every file that a run writes, and the temporary names of earlier versions.
@@ -138,3 +142,46 @@ def test_another_format_is_rejected_with_its_version(tmp_path, recorded, message
     (tmp_path / CONFIG).write_text(yaml.safe_dump({**MINIMAL, **recorded}))
     with pytest.raises(ValueError, match=message):
         read_config(tmp_path)
+
+
+# ---- a run written by an earlier version of worldloom --------------------------------------------
+
+# Of format 1, by: python -m worldloom.run name=tiny threads=1 env.num_envs=2 env.workers=0
+# env.time_limit=20 training.total_steps=40 evaluation.episodes=2, and a model of minimal sizes.
+# A change that cannot read it needs a new format.
+FIXTURE = Path(__file__).resolve().parent.parent / "fixtures" / "run"
+
+
+@pytest.fixture
+def saved_run(tmp_path):
+    return shutil.copytree(FIXTURE, tmp_path / "saved")
+
+
+def test_a_saved_run_is_evaluated(saved_run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval.py", f"checkpoint={saved_run}", "episodes=2"])
+    evaluation.main()
+    scores = yaml.safe_load((FIXTURE / "scores.yaml").read_text())
+    mean, std = scores["eval/return"], scores["eval/return_std"]
+    assert capsys.readouterr().out.startswith(f"return {mean:.2f} ± {std:.2f} over 2 episodes")
+
+
+def test_a_saved_run_that_is_finished_is_recognised_on_resume(saved_run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", f"resume={saved_run}"])
+    training.main()
+    out = capsys.readouterr().out
+    assert f"{saved_run} is finished: 40 steps" in out
+    assert f"resume={saved_run} training.total_steps=80" in out
+
+
+def test_a_saved_run_is_resumed_with_its_configuration(saved_run, monkeypatch):
+    started = []
+    monkeypatch.setattr(training, "train", lambda cfg: started.append(cfg) or {})
+    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
+    arguments = [f"resume={saved_run}", "training.total_steps=80", *quiet]
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    training.main()
+    (cfg,) = started
+    assert cfg.training.total_steps == 80 and cfg.model.units == 4 and cfg.name == "tiny"
+    assert cfg.folder == cfg.resume == str(saved_run)
+    lines = require_changeable(read_config(saved_run), resolve_config(cfg).saved)
+    assert lines == ["training.total_steps: 40 -> 80"]
