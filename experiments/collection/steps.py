@@ -1,10 +1,10 @@
-"""Environment steps per second beside a plain loop: python experiments/collection/steps.py [TASK…]
+"""Environment steps per second against a plain loop: python experiments/collection/steps.py [TASK…]
 
-A task is what the command line says after env, such as "gymnasium env.id=CartPole-v1". The loop is
-gymnasium's own: one environment, random actions drawn beforehand, reset where an episode ends.
-Beside it: rows (worldloom's stream of rows) and rows with a replay behind it, for 1, 4 and 16
-environments, in this process and in two processes. All are timed in turn, five rounds, and the
-median is given, so that other load on the machine slows all of them down.
+A task is the command line's env setting and its options, such as "gymnasium env.id=CartPole-v1".
+The plain loop steps one gymnasium environment with precomputed random actions, and resets it at the
+end of each episode. It is compared with worldloom's RowStream for 1, 4 and 16 environments, in this
+process, in two processes, and with a replay buffer. All variants are timed in turn for five rounds;
+the table has medians, so that other load on the machine affects all of them.
 """
 
 import sys

@@ -312,7 +312,7 @@ def test_pictures_of_floats(tmp_path):
         ("action_dim: [2", r"dataset.yaml is not valid YAML \("),
         ("action_dim: many", "dataset.yaml has action_dim 'many'"),
         ("discrete: 2", "dataset.yaml has discrete 2"),
-        ("obs_shape: [4]", r"has observations \(3,\) but dataset.yaml says \[4\]; correct or"),
+        ("obs_shape: [4]", r"has observations \(3,\), but obs_shape in .* is \[4\]; correct"),
         ("action_dim: [2, 3]", r"has action_dim \[2, 3\] but discrete is False"),
         ("action_dim: 3", r"000.npz: The actions have shape \(4, 2\); expected \[N, \*\(3,\)\]"),
         (

@@ -35,7 +35,7 @@ def test_channels_last_images_become_channels_first():
     spec = ObsSpec.from_space(image(32, 48, 3))
     obs = np.random.default_rng(0).integers(0, 256, (2, 32, 48, 3), np.uint8)
     encoded = spec.encode(obs)
-    assert spec.shape == (3, 32, 48) and spec.dtypes == "uint8"
+    assert spec.shape == (3, 32, 48) and spec.parts[""].dtype == "uint8"
     assert encoded.shape == (2, 3, 32, 48) and encoded.dtype == np.uint8
     assert (encoded[1, 2] == obs[1, :, :, 2]).all()
     assert encoded.flags.c_contiguous
@@ -68,14 +68,14 @@ def test_boxes_become_float_vectors(shape):
     spec = ObsSpec.from_space(spaces.Box(-1, 1, shape, np.float64))
     obs = np.arange(2 * np.prod(shape, dtype=int), dtype=np.float64).reshape(2, *shape) / 3
     encoded = spec.encode(obs)
-    assert spec.shape == (np.prod(shape, dtype=int),) and spec.dtypes == "float32"
+    assert spec.shape == (np.prod(shape, dtype=int),) and spec.parts[""].dtype == "float32"
     assert encoded.dtype == np.float32
     assert (encoded == obs.reshape(2, -1).astype(np.float32)).all()
 
 
 def test_uint8_vectors_become_floats_of_the_same_value():
     spec = ObsSpec.from_space(image(128))  # Atari's memory
-    assert spec.dtypes == "float32"
+    assert spec.parts[""].dtype == "float32"
     assert (spec.encode(np.full((2, 128), 200, np.uint8)) == 200.0).all()
 
 
@@ -105,7 +105,8 @@ def test_dicts_become_flat_dicts():
     space = spaces.Dict({"camera": image(16, 16, 3), "arm": arm})
     spec = ObsSpec.from_space(space)
     assert spec.shape == {"arm/joints": (2,), "arm/mode": (2,), "camera": (3, 16, 16)}
-    assert spec.dtypes == {"arm/joints": "float32", "arm/mode": "float32", "camera": "uint8"}
+    dtypes = {key: part.dtype for key, part in spec.parts.items()}
+    assert dtypes == {"arm/joints": "float32", "arm/mode": "float32", "camera": "uint8"}
     encoded = spec.encode(create_empty_array(space, n=5))
     assert {key: value.shape for key, value in encoded.items()} == {
         "arm/joints": (5, 2),
@@ -187,7 +188,7 @@ def test_patterns_match_whole_keys_nested_ones_too():
 
 def test_what_looks_like_an_image_may_be_a_vector():
     spec = ObsSpec.from_space(ROBOT, image="depth", vector="map")
-    assert spec.shape["map"] == (512,) and spec.dtypes["map"] == "float32"
+    assert spec.shape["map"] == (512,) and spec.parts["map"].dtype == "float32"
     assert spec.shape["camera"] == (3, 64, 64)
     rng = np.random.default_rng(0)
     obs = {
@@ -201,7 +202,7 @@ def test_what_looks_like_an_image_may_be_a_vector():
 
 def test_boxes_of_floats_and_of_two_axes_may_be_images():
     spec = ObsSpec.from_space(ROBOT, image="depth")
-    assert spec.shape["depth"] == (1, 32, 48) and spec.dtypes["depth"] == "uint8"
+    assert spec.shape["depth"] == (1, 32, 48) and spec.parts["depth"].dtype == "uint8"
     depth = np.array([0.5, 1.5, 2.5, 9.0], np.float32)[:, None, None] * np.ones((1, 32, 48))
     encoded = spec.parts["depth"].encode(depth)
     assert encoded.shape == (4, 1, 32, 48) and encoded.dtype == np.uint8

@@ -129,11 +129,11 @@ def test_environments_instead_of_functions_are_refused():
 
 
 def test_numbers_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match=r"num_envs=0 and workers=0"):
+    with pytest.raises(ValueError, match=r"num_envs is 0; expected at least 1"):
         make_vector_env(catch, num_envs=0)
-    with pytest.raises(ValueError, match=r"num_envs=1 and workers=-1"):
+    with pytest.raises(ValueError, match=r"workers is -1; expected 'auto' or at least 0"):
         make_vector_env(catch, workers=-1)
-    with pytest.raises(ValueError, match=r"workers is 'many'; expected a number or auto"):
+    with pytest.raises(ValueError, match=r"workers is 'many'; expected 'auto' or at least 0"):
         make_vector_env(catch, workers="many")
     for timeout in (0.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match=rf"timeout is {timeout}; expected seconds, above 0"):

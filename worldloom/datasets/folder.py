@@ -70,8 +70,8 @@ def open_folder(
         shape = {key: x for key, x in shape.items() if key not in dropped}
     if shape != inferred:
         raise ValueError(
-            f"{files[0]} has observations {spec.shape} but {ABOUT} says {shape}; correct or "
-            f"delete {path / ABOUT}"
+            f"{files[0]} has observations {spec.shape}, but obs_shape in {ABOUT} is {shape}; "
+            f"correct or delete {path / ABOUT}"
         )
     lengths, largest = _scan_actions(files)
     schema = Schema(

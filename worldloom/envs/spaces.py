@@ -95,13 +95,6 @@ class ObsSpec:
             return self.parts[""].shape
         return {key: part.shape for key, part in self.parts.items()}
 
-    @property
-    def dtypes(self) -> str | dict[str, str]:
-        """Return "uint8" for images, else "float32": one string, or one per key, as in `shape`."""
-        if "" in self.parts:
-            return self.parts[""].dtype
-        return {key: part.dtype for key, part in self.parts.items()}
-
     def describe(self, key: str) -> str:
         """Return the shape of a key's array for models, and the kind of its encoder."""
         shape = self.parts[key].shape

@@ -18,6 +18,7 @@ from worldloom.envs.replayable import LocalVectorEnv
 from worldloom.envs.spaces import ActionSpec, Obs, ObsSpec
 from worldloom.envs.workers import WorkerVectorEnv, choose_workers
 from worldloom.envs.wrappers import ActionRepeat
+from worldloom.errors import require_positive
 
 log = logging.getLogger(__name__)
 
@@ -73,13 +74,9 @@ def make_vector_env(
             f"make_env is {make_env!r}; expected a function that makes an environment; for example "
             "make_vector_env(lambda: gymnasium.make('CartPole-v1'))"
         )
-    if isinstance(workers, str) and workers != "auto":
-        raise ValueError(f"workers is {workers!r}; expected a number or auto; set env.workers=auto")
-    if num_envs < 1 or (workers != "auto" and workers < 0):
-        raise ValueError(
-            f"Got num_envs={num_envs} and workers={workers}; expected at least one environment "
-            "and at least 0 workers; set env.num_envs=1 and env.workers=0"
-        )
+    require_positive(num_envs=num_envs)
+    if workers != "auto" and (isinstance(workers, str) or workers < 0):
+        raise ValueError(f"workers is {workers!r}; expected 'auto' or at least 0")
     if not 0 < timeout <= MAX_TIMEOUT:
         raise ValueError(
             f"timeout is {timeout}; expected seconds, above 0 and at most {MAX_TIMEOUT} (a day); "

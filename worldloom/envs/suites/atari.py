@@ -16,9 +16,10 @@ from gymnasium import spaces
 from PIL import Image
 
 from worldloom.envs.extras import suggest_extra
-from worldloom.envs.suites.settings import find_task, require, require_pixels
+from worldloom.envs.suites.settings import find_task, require_pixels
 from worldloom.envs.suites.simulator import SimulatorEnv
 from worldloom.envs.wrappers import wrap
+from worldloom.errors import require
 
 NOOP = 0
 STICKY = 0.25  # the published probability of sticky actions
@@ -53,15 +54,15 @@ class Protocol:
     time_limit: int = 108_000
 
     def __post_init__(self) -> None:
-        require("actions", self.actions, self.actions in ("all", "needed"), "'all' or 'needed'")
-        require("sticky", self.sticky, 0 <= self.sticky <= 1, "a probability, such as 0.25")
-        require("noops", self.noops, self.noops >= 0, "0 or more")
+        require(self.actions in ("all", "needed"), "env.actions", self.actions, "'all' or 'needed'")
+        require(0 <= self.sticky <= 1, "env.sticky", self.sticky, "a probability, such as 0.25")
+        require(self.noops >= 0, "env.noops", self.noops, "0 or more")
         for name in ("action_repeat", "pooling", "time_limit", "image_size"):
-            require(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+            require(getattr(self, name) >= 1, f"env.{name}", getattr(self, name), "at least 1")
         # The official code has a third choice, "discount": a lost life ends the return but not the
         # episode. Gymnasium has no signal for that, and the official code overwrites it.
         choices = "'unused' or 'reset' (a return that ends before its episode is not supported)"
-        require("lives", self.lives, self.lives in ("unused", "reset"), choices)
+        require(self.lives in ("unused", "reset"), "env.lives", self.lives, choices)
 
 
 # From the official DreamerV3 code (commit e3f0224), with two differences: the official code also
@@ -207,7 +208,7 @@ def _find(game: str, known: list[str]) -> tuple[str, str | None]:
 def _get_protocol(game: str, name: str | None, prefix: str | None) -> Protocol:
     """Return the protocol with this name, or named by the prefix of the game."""
     name = name or prefix or "atari100k"
-    require("protocol", name, name in PROTOCOLS, f"one of {', '.join(PROTOCOLS)}")
-    same = prefix in (None, name)
-    require("protocol", name, same, f"{prefix} as in env.game={game}, or a game without prefix")
+    require(name in PROTOCOLS, "env.protocol", name, f"one of {', '.join(PROTOCOLS)}")
+    expected = f"{prefix} as in env.game={game}, or a game without prefix"
+    require(prefix in (None, name), "env.protocol", name, expected)
     return PROTOCOLS[name]

@@ -1,4 +1,4 @@
-"""A user's own environment, inside the wrappers that its settings require."""
+"""Custom environments, with the wrappers that their settings require."""
 
 import inspect
 from collections.abc import Callable, Mapping

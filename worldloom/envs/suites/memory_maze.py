@@ -1,4 +1,4 @@
-"""Memory Maze: find coloured objects in a maze again and again, and remember where they are."""
+"""Memory Maze: remember where coloured objects are in a maze, and find them repeatedly."""
 
 import importlib
 import importlib.util
@@ -12,9 +12,10 @@ from gymnasium import spaces
 
 from worldloom.envs.extras import suggest_extra
 from worldloom.envs.renderer import use_renderer
-from worldloom.envs.suites.settings import require, require_pixels
+from worldloom.envs.suites.settings import require_pixels
 from worldloom.envs.suites.simulator import SimulatorEnv
 from worldloom.envs.wrappers import wrap
+from worldloom.errors import require
 
 # Settings of the maze generator that the package changes from their defaults.
 MAZE_SETTINGS = (
@@ -42,11 +43,12 @@ def make_env(
     """
     require_pixels(pixels, "Memory Maze")
     maze = task.lower().replace("-", "_").rpartition("_")[2]
-    require("task", task, maze in LENGTHS, f"one of {', '.join(LENGTHS)}")
+    require(maze in LENGTHS, "env.task", task, f"one of {', '.join(LENGTHS)}")
     size, limit = image_size or 64, time_limit or LENGTHS[maze]
     # In smaller images the package's border is 0 pixels wide, and img[-0:] is the whole image.
-    require("image_size", size, size >= 64, "at least 64")
-    require("time_limit", limit, limit <= LENGTHS[maze], f"at most {LENGTHS[maze]} for {maze}")
+    require(size >= 64, "env.image_size", size, "at least 64")
+    most = LENGTHS[maze]
+    require(limit <= most, "env.time_limit", limit, f"at most {most} for {maze}")
     with suggest_extra(f"memory_maze {task}"):
         use_renderer("memory_maze")
         make = getattr(_import_tasks(), f"memory_maze_{maze}")

@@ -9,9 +9,10 @@ from gymnasium import spaces
 
 from worldloom.envs.extras import suggest_extra
 from worldloom.envs.renderer import use_renderer
-from worldloom.envs.suites.settings import find_task, require
+from worldloom.envs.suites.settings import find_task
 from worldloom.envs.suites.simulator import SimulatorEnv
 from worldloom.envs.wrappers import wrap
+from worldloom.errors import require
 
 LENGTH = 200  # steps of an episode: 100 actions, each repeated twice, as in TD-MPC2's benchmark
 SUFFIX = "-v3-goal-observable"
@@ -39,7 +40,7 @@ def make_env(
     time_limit: simulator steps after which an episode is truncated, 200 by default.
     """
     valid = fixed_goal is not True and isinstance(fixed_goal, int) and fixed_goal >= 0
-    require("fixed_goal", fixed_goal, valid, "false, or a seed of at least 0 such as 0")
+    require(valid, "env.fixed_goal", fixed_goal, "false, or a seed of at least 0 such as 0")
     with suggest_extra(f"metaworld task {task}"):
         if pixels:
             use_renderer("metaworld")
@@ -74,7 +75,7 @@ class Manipulation(SimulatorEnv):
         self.name = f"metaworld {simulator.task_name}"
         model = simulator.model
         cameras = [model.camera(index).name for index in range(model.ncam)]
-        require("camera", camera, camera in cameras, f"one of {', '.join(cameras)}")
+        require(camera in cameras, "env.camera", camera, f"one of {', '.join(cameras)}")
         self.camera = cameras.index(camera)
         simulator.mujoco_renderer = MujocoRenderer(
             model, simulator.data, width=size, height=size, camera_id=self.camera

@@ -10,8 +10,9 @@ import numpy as np
 from gymnasium import spaces
 
 from worldloom.envs.extras import suggest_extra
-from worldloom.envs.suites.settings import find_task, require
+from worldloom.envs.suites.settings import find_task
 from worldloom.envs.wrappers import resize_image, wrap
+from worldloom.errors import require
 
 # All words in the missions of the package's tasks; commas are words.
 WORDS = (  # noqa: SIM905 (a list of them is hard to read)
@@ -41,7 +42,7 @@ def make_env(
     time_limit: steps after which an episode is truncated, instead of the task's limit; the reward
         of a success decreases linearly to 0.1 at that step.
     """
-    require("view", view, view in ("agent", "full"), "'agent' or 'full'")
+    require(view in ("agent", "full"), "env.view", view, "'agent' or 'full'")
     if image_size is not None and not pixels:
         raise ValueError(
             f"env.image_size is {image_size}, but symbols are observed, which are not an image; "
@@ -136,7 +137,7 @@ class GridObservation(gym.ObservationWrapper):
 
 
 def _varies(space: Any) -> bool:
-    """Return whether missions may differ between episodes; BabyAI's spaces do not tell."""
+    """Return whether missions may differ between episodes; always true for BabyAI."""
     choices = space.ordered_placeholders or []
     return type(space).__name__ == "BabyAIMissionSpace" or any(len(c) > 1 for c in choices)
 

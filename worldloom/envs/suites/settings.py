@@ -1,17 +1,11 @@
 """Checks of settings, and the search for a task's name, shared by the suites."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from worldloom.errors import find_similar
 
 T = TypeVar("T")
-
-
-def require(name: str, value: Any, valid: bool, expected: str) -> None:
-    """Raise ValueError if the setting env.<name> is not valid."""
-    if not valid:
-        raise ValueError(f"env.{name} is {value!r}; expected {expected}; change env.{name}")
 
 
 def require_pixels(pixels: bool, suite: str) -> None:
@@ -32,7 +26,7 @@ def find_task(
     setting: str = "task",
     examples: Iterable[str],
 ) -> T:
-    """Return the task that a suite knows under a normalised spelling.
+    """Return the task that a suite has under a normalised spelling.
 
     tasks: {spelling: task}. given: the name as the user wrote it, for the message.
     examples: spellings suggested if none is similar.
