@@ -11,10 +11,11 @@ anomaly detection reports. The exit code is 1 if the loss and the gradients are 
 allow=… names a model class outside worldloom that may be imported; the file alone cannot do that.
 """
 
+import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
@@ -144,7 +145,7 @@ def diagnose(
         try:
             losses = _loss(model, found, where)
         except Exception as error:
-            place = _find_place(traceback.extract_tb(error.__traceback__))
+            place = _find_place(_lines(traceback.extract_tb(error.__traceback__)))
             diagnosis.raised = f"{type(error).__name__}: {error}{place}"
     diagnosis.forward = next(iter(first), None)
     if diagnosis.raised:
@@ -185,7 +186,7 @@ def _watch_modules(model: nn.Module) -> Iterator[list[str]]:
         if find_nonfinite(dict(module.named_parameters()) | dict(module.named_buffers())):
             return
         spans = " and ".join(map(_describe, _tensors((args, kwargs)))) or "no tensors"
-        place = _find_place(traceback.extract_stack())
+        place = _find_place(_lines(traceback.extract_stack()))
         first.append(f"module {name or 'model'} ({type(module).__name__}), given {spans}{place}")
 
     hooks = []
@@ -226,28 +227,25 @@ def _detect_anomaly(model: nn.Module, found: Mapping[str, Any], device: torch.de
                 if "returned nan values" not in str(error):
                     raise
                 text = str(error)
-    traces = [str(note.message) for note in caught if "Error detected in" in str(note.message)]
-    return f"{text}{_find_printed_place(traces[0]) if traces else ''}"
+    notes = "".join(
+        str(note.message) for note in caught if "Error detected in" in str(note.message)
+    )
+    return text + _find_place(re.findall(r'File "(.+?)", line (\d+),.*\n(.*)', notes))
 
 
-def _find_place(frames: traceback.StackSummary) -> str:
-    """Return the innermost line outside torch and this file, as the end of a message."""
-    for frame in reversed(frames):
-        if not _is_internal(frame.filename):
-            return f"\n           at {frame.filename}:{frame.lineno}: {frame.line}"
+def _find_place(frames: Iterable[tuple[str, Any, str]]) -> str:
+    """Return the last line outside torch and this file, as the end of a message.
+
+    frames: file, number and code of each line, outermost first.
+    """
+    for file, number, code in reversed(list(frames)):
+        if not _is_internal(file):
+            return f"\n           at {file}:{number}: {code.strip()}"
     return ""
 
 
-def _find_printed_place(trace: str) -> str:
-    """Return the innermost line outside torch and this file in a printed traceback."""
-    places = []
-    lines = trace.splitlines()
-    for line, code in zip(lines, [*lines[1:], ""], strict=True):
-        if line.strip().startswith('File "'):
-            file, number = line.split('"')[1], line.split(", line ")[1].split(",")[0]
-            if not _is_internal(file):
-                places.append(f"\n           computed at {file}:{number}: {code.strip()}")
-    return places[-1] if places else ""
+def _lines(frames: traceback.StackSummary) -> list[tuple[str, Any, str]]:
+    return [(frame.filename, frame.lineno, frame.line or "") for frame in frames]
 
 
 def _is_internal(file: str) -> bool:

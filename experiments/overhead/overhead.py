@@ -1,16 +1,16 @@
-"""Measure what a whole run costs per update beyond the bare loop, turn by turn in one process.
+"""Measure the time per update of a whole run beyond a bare training loop, alternating in a process.
 
-usage: python experiments/overhead/overhead.py [updates=100] [rounds=5] [plain=callbacks,…] [WORD …]
+usage: python experiments/overhead/overhead.py [updates=100] [rounds=5] [KEY=VALUE …]
 
-A WORD is one of `python -m worldloom.run`: model=…, model.KEY=…, training.batch_size=…. The run
-is the real one: its callbacks, loggers, data module and Lightning's trainer at their defaults, on
-random vectors that were recorded beforehand (nothing is collected). The bare loop is compute_loss,
-backward, step, zero_grad and after_update, with the same model, optimiser and batches: the stream
-of batches runs it itself, in between two that it hands out. `updates` of each make a round.
+KEY=VALUE are overrides of `python -m worldloom.run`: model=…, model.KEY=…, training.batch_size=….
+The run is a real one, with its callbacks, loggers, data module and Lightning's trainer at their
+defaults, on random vectors that were recorded before (nothing is collected). The bare loop calls
+compute_loss, backward, step, zero_grad and after_update with the same model, optimiser and batches,
+inside the stream of batches. A round consists of `updates` updates of each.
 
-All figures are medians over the rounds, but for what comes once in `training.log_every` updates or
-more rarely (log, pictures), which are means. Sampling and writing latents back ("sample") belong to
-both, and are left out of the update.
+All figures are medians over the rounds, except for log and pictures, which occur only every
+`training.log_every` updates or less often: these are means. Sampling and writing replay fields back
+("sample") belong to both and are not included in the update.
 """
 
 import sys
@@ -35,9 +35,9 @@ OBS, ACTIONS, EPISODES, STEPS = 24, 6, 20, 500
 
 
 class Turns:
-    """Hand out batches in rounds, with as many bare updates after each; note the phases of both.
+    """Yield batches in rounds, with the same number of bare updates after each round.
 
-    run, bare: of every round, the seconds by phase.
+    run, bare: seconds by phase of every round.
     """
 
     def __init__(self, data: Any, module: WorldModelModule, updates: int, rounds: int) -> None:
@@ -46,7 +46,7 @@ class Turns:
         self.bare: list[dict[str, float]] = []
 
     def batches(self) -> Iterator[Batch]:
-        """Stand in for the data module's stream; the first round warms up."""
+        """Replace the data module's stream; the first round is a warm-up."""
         for _ in range(self.rounds + 1):
             with Timer() as timer:
                 yield from self._sampled()
@@ -61,7 +61,7 @@ class Turns:
             yield from self.data._next_batch()
 
     def _bare(self) -> None:
-        """Do the same number of updates without the trainer."""
+        """Perform the same number of updates without the trainer."""
         model: Any = self.module.model
         optimizer: Any = self.module.optimizers(use_pl_optimizer=False)
         for batch in self._sampled():
@@ -79,7 +79,7 @@ class Turns:
 
 
 def record(folder: Path) -> None:
-    """Write random episodes as `data=offline` reads them."""
+    """Write random episodes in the format of `data=offline`."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     for number in range(EPISODES):
@@ -93,11 +93,11 @@ def record(folder: Path) -> None:
         )
 
 
-def measure(words: list[str], updates: int, rounds: int, folder: Path) -> Turns:
-    """Train as `worldloom.run` does, and in between bare; return both."""
+def measure(overrides: list[str], updates: int, rounds: int, folder: Path) -> Turns:
+    """Train like `worldloom.run`, alternating with the bare loop; return the times of both."""
     record(folder / "data")
-    said = ["data=offline", f"data.path={folder / 'data'}", "env=none", "~experiment"]
-    cfg = compose_config(*said, f"folder={folder / 'run'}", *words)
+    offline = ["data=offline", f"data.path={folder / 'data'}", "env=none", "~experiment"]
+    cfg = compose_config(*offline, f"folder={folder / 'run'}", *overrides)
     prepare_process(cfg.seed, cfg.threads)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     task, dataset = open_task(plain)
@@ -124,18 +124,18 @@ def measure(words: list[str], updates: int, rounds: int, folder: Path) -> Turns:
 def main() -> None:
     """Run the command line."""
     numbers = {"updates": 100, "rounds": 5}
-    words = [word for word in sys.argv[1:] if word.partition("=")[0] not in numbers]
+    overrides = [word for word in sys.argv[1:] if word.partition("=")[0] not in numbers]
     numbers |= {
-        w.partition("=")[0]: int(w.partition("=")[2]) for w in sys.argv[1:] if w not in words
+        w.partition("=")[0]: int(w.partition("=")[2]) for w in sys.argv[1:] if w not in overrides
     }
     with TemporaryDirectory() as folder:
-        turns = measure(words, **numbers, folder=Path(folder))
-    report(words, numbers["updates"], turns)
+        turns = measure(overrides, **numbers, folder=Path(folder))
+    report(overrides, numbers["updates"], turns)
 
 
-def report(words: list[str], updates: int, turns: Turns) -> None:
-    """Print milliseconds per update and phase, without the first round."""
-    print(*words, f"({turns.rounds} rounds of {updates} updates; ms per update)")
+def report(overrides: list[str], updates: int, turns: Turns) -> None:
+    """Print milliseconds per update for each phase, without the first round."""
+    print(*overrides, f"({turns.rounds} rounds of {updates} updates; ms per update)")
     print(f"{'':<14}{'run':>10}{'bare':>10}{'run - bare':>12}{'error':>10}")
     names = list(dict.fromkeys(name for spent in turns.run + turns.bare for name in spent))
     for name in [*names, None]:
@@ -148,7 +148,7 @@ def report(words: list[str], updates: int, turns: Turns) -> None:
 
 
 def _ms(rounds: list[dict[str, float]], name: str | None, updates: int) -> np.ndarray:
-    """Return the milliseconds per update of a phase in every round; of all but sampling if None."""
+    """Return ms per update of a phase in every round; None for all phases but sampling."""
     own = [{k: v for k, v in spent.items() if k != "sample"} for spent in rounds]
     spent = [x.get(name, 0.0) for x in rounds] if name else [sum(x.values()) for x in own]
     return np.array(spent) * 1e3 / updates
