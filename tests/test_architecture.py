@@ -1,6 +1,6 @@
-"""The rules of the layout: imports point downwards, and files are small and well named.
+"""Rules of the code layout: imports point downwards, and files are small and well named.
 
-The sources are only parsed; nothing of the package is imported. Each test lists all offenders.
+The sources are parsed, not imported. Each test lists all offenders.
 """
 
 import ast
@@ -9,8 +9,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "worldloom"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Bottom to top. A file may import from its own entry and from those on earlier lines, at its top
-# or inside a function. An entry is a module or a subpackage of worldloom, or a command in one.
+# Bottom to top. A file may import from its own entry and from those on earlier lines, at the top of
+# the file or inside a function. An entry is a module, a subpackage, or a command in a subpackage.
 LAYERS = [
     {"errors", "trees", "files", "timing", "memory"},
     {"protocol"},
@@ -30,17 +30,17 @@ LAYERS = [
     {"run", "eval", "collect", "diagnose", "bench", "bench.__main__", "check.__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-# They gather public names, or keep the place where a command was looked for in the past.
+# Files that collect public names, and `python -m worldloom.envs.check`, which forwards to check.
 EXEMPT = {"__init__.py", "envs/check.py"}
 
-# Where the heavy frameworks may be imported. All else works in a notebook without them.
+# Where the large frameworks may be imported. Everything else works without them.
 ALLOWED = {
     "lightning": ("training/", "app/", "run.py"),
     "hydra": ("app/", "run.py"),
 }
 
 
-# Longer than the rules allow, to be split.
+# Files that are still longer than the rules allow.
 PENDING = ("replay/buffer.py", "replay/archive.py", "run.py")
 
 
