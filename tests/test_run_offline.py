@@ -131,14 +131,14 @@ def test_what_training_remembers_is_written_back(finished):
     checkpoint = torch.load(finished[0] / "checkpoints" / "last.ckpt", weights_only=True)
     state = checkpoint["ReplayDataModule"]["buffer"]
     folder = finished[0] / "checkpoints" / "replay"
-    layout = {name: x.partition("(") for name, x in state["layout"].items() if "latents" in name}
+    layout = {name: x.partition("(") for name, x in state["layout"].items() if "fields" in name}
     fields = {name: (literal_eval("(" + x[2]), np.dtype(x[0])) for name, x in layout.items()}
     files, size = BlockFiles(folder), sum(row_bytes(*field) for field in fields.values())
     blocks = []
     for name, crc in state["files"].items():
         rows = (folder / name).stat().st_size // size
-        blocks.append(torch.tensor(files.read(name, crc, fields, rows)["latents['deter']"]))
-    blocks += [tail["latents['deter']"] for tail in state["tails"] if tail]
+        blocks.append(torch.tensor(files.read(name, crc, fields, rows)["fields['deter']"]))
+    blocks += [tail["fields['deter']"] for tail in state["tails"] if tail]
     written = torch.cat([block.float().abs().sum(1) for block in blocks]) > 0
     assert written.any() and not written.all()
 

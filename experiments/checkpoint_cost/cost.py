@@ -161,6 +161,7 @@ def main() -> None:
     try:
         at_start = status("VmRSS")
         buffer = new_buffer()
+        buffer.finish(buffer.state_dict())  # a run also saves its empty replay first
         print(f"{at_start:.2f} GB resident before;", buffer.resources)
         work = Work(buffer)
         start = time.perf_counter()

@@ -416,9 +416,12 @@ def test_state_of_another_layout_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"capacity": 0}, "capacity 0 holds no step for each of 1 envs.*raise data.capacity"),
-        ({"capacity": -5}, "capacity -5 holds no step"),
-        ({"capacity": 3, "num_envs": 4}, "capacity 3 holds no step for each of 4 envs"),
+        (
+            {"capacity": 0},
+            "capacity 0 is less than one step for each of 1 env.*raise data.cap",
+        ),
+        ({"capacity": -5}, "capacity -5 is less than one step"),
+        ({"capacity": 3, "num_envs": 4}, "capacity 3 is less than one step for each of 4 envs"),
         ({"capacity": "lots"}, "capacity is 'lots'; set data.capacity to steps such as 100000"),
         ({"action_dim": 0}, "action_dim is 0; expected at least 1"),
         ({"num_envs": 0}, "num_envs is 0; expected at least 1"),

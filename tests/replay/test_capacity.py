@@ -143,13 +143,13 @@ def test_files_of_the_run_itself_count_as_free(tmp_path, disk):
 
 def test_needs_are_told_beside_what_there_is(tmp_path, disk):
     disk.memory, disk.free = 20 * 10**9, 70 * 10**9
-    assert capacity.resources(1_000_000, 45, 12_300, tmp_path / "not" / "there") == (
+    assert capacity.describe_resources(1_000_000, 45, 12_300, tmp_path / "not" / "there") == (
         "replay: 1,000,000 steps x 12,300 bytes = 12.3 GB on disk (70.0 GB free), "
         "x 45 bytes = 45.0 MB in memory (20.0 GB available)"
     )
-    assert capacity.resources(1_000_000, 12_345) == (
+    assert capacity.describe_resources(1_000_000, 12_345) == (
         "replay: 1,000,000 steps x 12,345 bytes = 12.3 GB in memory (20.0 GB available)"
     )
-    assert replay(tmp_path, 1000).resources == capacity.resources(
+    assert replay(tmp_path, 1000).resources == capacity.describe_resources(
         1000, SMALL, SMALL + IMAGE + 4 * DETER, tmp_path
     )

@@ -335,9 +335,7 @@ def test_rows_of_a_damaged_file_are_never_drawn(tmp_path, storage, harm, caplog)
     for key, name in (("actions", "actions"), ("rewards", "rewards")):
         np.testing.assert_array_equal(kept[key][:, 0], truth[name][0, row % ROWS])
     np.testing.assert_array_equal(kept["obs"]["image"][:, 0], truth["obs['image']"][0, row % ROWS])
-    np.testing.assert_array_equal(
-        kept["context"]["deter"], truth["latents['deter']"][0, row % ROWS]
-    )
+    np.testing.assert_array_equal(kept["context"]["deter"], truth["fields['deter']"][0, row % ROWS])
 
     # A later state knows of it, until the rows would have left the ring.
     again = make(tmp_path, num_envs=1, online_queue=False)
@@ -384,7 +382,7 @@ def test_damaged_latents_begin_at_zero(tmp_path, caplog):
     hurt = make(tmp_path, "memmap", num_envs=1)
     hurt.load_state_dict(state)
     assert "10 rows of the replay have lost these fields, which are now zero" in caplog.text
-    for name in ("latents['deter']", "latents['stoch']"):
+    for name in ("fields['deter']", "fields['stoch']"):
         pair[0]._store.rings[name][0, 20:30] = 0
     compare([pair[0], hurt])
     healed = make(tmp_path, num_envs=1)
@@ -498,14 +496,14 @@ def test_a_sealed_replay_saves_latents_only(tmp_path, storage):
             each.write_fields(batch["index"], new, 4)
     state = save(buffer)
     assert all("fields" in name for name in state["files"]) and len(state["files"]) == 3
-    assert set(state["tails"][0]) == {"latents['deter']", "latents['stoch']"}
+    assert set(state["tails"][0]) == {"fields['deter']", "fields['stoch']"}
     buffer.keep(state["files"])
     assert (names(folders[0]) == set(state["files"])) == (storage == "ram")
     compare([copy.deepcopy(twin)])
     resumed = filled(folders[0], storage=storage)
     resumed.load_state_dict(state)
     compare([twin, resumed])
-    with pytest.raises(RuntimeError, match="frozen, so it accepts no more rows"):
+    with pytest.raises(RuntimeError, match="frozen; add all rows before freeze"):
         add([resumed], np.random.default_rng(0))
     with pytest.raises(RuntimeError, match="frozen"):
         add_episode([resumed], np.random.default_rng(0), 3, 0)
@@ -543,13 +541,13 @@ def test_messages_about_storage(tmp_path):
         make(tmp_path, "disk")
     state = save(make(tmp_path))
     message = (
-        r"saved replay has latents\['deter'\] float16\(300,\) but this one float16\(200,\); resume "
+        r"saved replay has fields\['deter'\] float16\(300,\) but this one float16\(200,\); resume "
         r"without changing the sizes of the model .*, or start a new run"
     )
     other = LATENTS | {"deter": ReplayField((200,), torch.float16)}
     with pytest.raises(ValueError, match=message):
         make(tmp_path, fields=other).load_state_dict(state)
-    with pytest.raises(ValueError, match=r"has latents\['stoch'\] uint8\(4, 4\) but this one none"):
+    with pytest.raises(ValueError, match=r"has fields\['stoch'\] uint8\(4, 4\) but this one none"):
         make(tmp_path, fields={"deter": LATENTS["deter"]}).load_state_dict(state)
 
 

@@ -197,7 +197,7 @@ def test_so_it_does_while_batches_are_drawn(overlap, across_episodes):
         train_ratio=16.0,
         total_steps=400,
         across_episodes=across_episodes,
-        refresh=(lambda: None) if overlap else None,
+        sync_acting_copy=(lambda: None) if overlap else None,
     )
     for batch in data.train_dataloader():
         obs = batch["obs"]

@@ -85,7 +85,7 @@ def fit(model, updates, *callbacks, nonfinite="stop", **options):
 def stored(data):
     """Return all rows of the fields, by name."""
     rows = data.buffer.state_dict()["streams"][0]
-    return {name: x.clone() for name, x in rows.items() if name.startswith("latents")}
+    return {name: x.clone() for name, x in rows.items() if name.startswith("fields")}
 
 
 def expected_counts(seen, skipped=()):
@@ -107,13 +107,13 @@ def test_rows_keep_what_the_model_returned_last(cls, accumulate):
     rows = stored(data)
     counts = expected_counts(model.seen)
     assert data.buffer.context_rows == model.context_rows and counts.max() > 1
-    assert (rows["latents['mean']"].numpy() == counts[:, None, None]).all()
-    std = rows["latents['std']"]
+    assert (rows["fields['mean']"].numpy() == counts[:, None, None]).all()
+    std = rows["fields['std']"]
     assert std.dtype == torch.float16 and set(std.unique().tolist()) == {0.0, 0.5}
     if cls is Remembering:
-        changed = rows["latents['deter']"][:, 0] != 0
+        changed = rows["fields['deter']"][:, 0] != 0
         rewards = data.buffer.state_dict()["streams"][0]["rewards"]
-        assert changed.any() and torch.equal(rows["latents['deter']"][changed, 0], rewards[changed])
+        assert changed.any() and torch.equal(rows["fields['deter']"][changed, 0], rewards[changed])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -126,7 +126,7 @@ def test_a_skipped_update_leaves_the_fields_alone(accumulate):
     model = Planning()
     data = fit(model, 8, Spoil(), nonfinite="skip", accumulate_grad_batches=accumulate)
     counts = expected_counts(model.seen, skipped=(3, 6))
-    assert (stored(data)["latents['mean']"].numpy() == counts[:, None, None]).all()
+    assert (stored(data)["fields['mean']"].numpy() == counts[:, None, None]).all()
 
 
 def test_what_a_callback_saves_has_the_fields_of_the_same_update(tmp_path):
@@ -153,7 +153,7 @@ def test_fields_that_do_not_fit_are_rejected():
     for values, message in (
         ({"mean": torch.zeros(2, 5, 2, 3)}, r"\['mean'\] have shape \(2, 5, 2, 3\).*last n of 4"),
         ({"mean": torch.zeros(2)}, r"\['mean'\] have shape \(2,\); expected \[B, n, ...\]"),
-        ({"mean": torch.zeros(2, 4, 3)}, r"has shape \(2, 4, 3\) but \(2, 4, 2, 3\) is needed"),
+        ({"mean": torch.zeros(2, 4, 3)}, r"has shape \(2, 4, 3\); expected \(2, 4, 2, 3\)"),
         ({"code": torch.zeros(2, 4)}, r"fields are \['code'\] but this replay stores \['mean', "),
     ):
         with pytest.raises(ValueError, match=message):

@@ -12,7 +12,6 @@ written, it copies those rows aside.
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,42 +19,12 @@ import torch
 
 from worldloom.replay.block_files import Block, BlockFiles, fields_name, parse_block, rows_name
 from worldloom.replay.row_format import Arrays, to_numpy
+from worldloom.replay.snapshot import Snapshot
 from worldloom.replay.store import RowStore
 
 log = logging.getLogger(__name__)
 
 MAX_COPIES = 256 * 2**20  # bytes of rows copied aside at which changes wait for `finish`
-
-
-@dataclass
-class Copies:
-    """Rows of a block that were copied aside.
-
-    saved: [C], which rows; parts: (their positions in the block, their values).
-    """
-
-    saved: np.ndarray
-    parts: list[tuple[np.ndarray, Arrays]] = field(default_factory=list)
-
-
-@dataclass
-class Snapshot:
-    """The files that a state needs. The lock of the archive protects it.
-
-    generation: of the state; files: {name: CRC-32} of the files that exist.
-    waiting: blocks whose rewritable fields have to be written; copied: those of them with rows
-        copied aside, in order; size: bytes of these copies.
-    changed: blocks of which rewritable fields were changed since the state was made.
-    error: why immutable fields could not be written, or None.
-    """
-
-    generation: int
-    error: OSError | None = None
-    files: dict[str, int] = field(default_factory=dict)
-    waiting: dict[Block, None] = field(default_factory=dict)
-    copied: dict[Block, Copies] = field(default_factory=dict)
-    changed: set[Block] = field(default_factory=set)
-    size: int = 0
 
 
 class Archive:
@@ -83,24 +52,24 @@ class Archive:
         self._finishing = False
 
     def append(self, values: Arrays) -> None:
-        """Write the next row of every stream and count it."""
+        """Write the next row of every stream."""
         store = self.store
         with self._lock:
             if self._snapshot is not None and self._snapshot.waiting:
                 self._protect(store.streams, store.written - store.rows)
             store.append(values)
-        store.advance()
         if self._behind or store.common is None or store.common % store.block_rows == 0:
-            self.add_blocks(store.num_envs)
+            self._add_blocks(store.num_envs)
 
     def write(self, env: int, row: np.ndarray, values: Arrays) -> None:
-        """Write new rows (numbers [N]) of one stream; the caller counts them."""
+        """Write the next rows (consecutive numbers [N]) of one stream."""
         with self._changed:
             if self._snapshot is not None and self._snapshot.waiting:
                 last = self.store.written[env] - 1  # the new rows may skip slots of the ring
                 overwritten = last - (last - row) % self.store.rows
                 self._protect(np.full(len(row), env), overwritten)
             self.store.write(env, row, values)
+        self._add_blocks(len(row))
 
     def rewrite(self, env: np.ndarray, row: np.ndarray, values: Arrays) -> None:
         """Replace rewritable fields of stored rows (numbers [N]) of streams env [N]."""
@@ -110,15 +79,6 @@ class Archive:
                 if self._snapshot is not None:
                     self._snapshot.changed.add(block)
             self.store.rewrite(env, row, values)
-
-    def add_blocks(self, rows: int) -> None:
-        """Write blocks that have become complete after `rows` new rows, unless that is not due.
-
-        The number of files per call is limited: streams that complete their blocks at the same
-        time share the work between the following calls.
-        """
-        if self._eager:
-            self._write_blocks(1 + rows // self.store.block_rows)
 
     def freeze(self) -> None:
         """Accept no more rows; states contain their checksum instead."""
@@ -133,7 +93,7 @@ class Archive:
             self._eager = not frozen
             complete = frozen or self._write_blocks()
             self._generation += 1
-            snapshot = Snapshot(self._generation, None if complete else self._error)
+            snapshot = Snapshot(store, self._generation, None if complete else self._error)
             self._snapshot = snapshot
             used = self.files.used
             for block in self._blocks():
@@ -241,22 +201,19 @@ class Archive:
         self._warn(lost_rows, "rows", "are lost, and training continues without them")
         self._warn(lost_fields, "rewritable fields", "have lost these fields, which are now zero")
 
-    def restore_rings(self, rings: list[Arrays]) -> None:
-        """Take over whole rings [R, *shape] of every stream, from a state without files."""
+    def load_rings(self, rings: list[Arrays]) -> None:
+        """Load whole rings, [R, *shape] of each stream, from a state without files."""
         self._reset()
-        store = self.store
-        for env, ring in enumerate(rings):
-            row = np.arange(store.oldest[env], store.written[env])
-            store.write(env, row, {name: x[row % store.rows] for name, x in ring.items()})
-        self._next = store.oldest // store.block_rows
-        self._eager = bool(store.large)  # rows in memory wait for the first state
+        self.store.load_rings(rings)
+        self._next = self.store.oldest // self.store.block_rows
+        self._eager = bool(self.store.large)  # rows in memory wait for the first state
         if self._eager:
             self._write_blocks()
 
-    def require_digest(self, state: Mapping[str, Any]) -> None:
+    def check_dataset(self, state: Mapping[str, Any]) -> None:
         """Raise ValueError for a state that was saved with other rows of a dataset."""
         if "digest" not in state:
-            return  # another kind of state: see `require_kind`
+            return  # another kind of state: see `check_kind`
         if (state["digest"], state["written"]) != (self.digest, self.store.written.tolist()):
             raise ValueError(
                 f"the dataset has changed since this run was saved: it had {sum(state['written'])} "
@@ -270,6 +227,15 @@ class Archive:
         complete = self.store.written // self.store.block_rows
         for env, (first, end) in enumerate(zip(oldest.tolist(), complete.tolist(), strict=True)):
             yield from ((env, number) for number in range(first, end))
+
+    def _add_blocks(self, rows: int) -> None:
+        """Write blocks that have become complete after `rows` new rows, unless that is not due.
+
+        The number of files per call is limited: streams that complete their blocks at the same
+        time share the work between the following calls.
+        """
+        if self._eager:
+            self._write_blocks(1 + rows // self.store.block_rows)
 
     def _write_blocks(self, limit: int = -1) -> bool:
         """Write up to `limit` complete blocks, all by default; return whether all are written.
@@ -326,42 +292,16 @@ class Archive:
         if (snapshot := self._snapshot) is not None:
             for block, code in zip(blocks, unique, strict=True):
                 if block in snapshot.waiting:
-                    self._copy(snapshot, block, np.unique(row[codes == code]))
+                    snapshot.protect(block, np.unique(row[codes == code]))
             while self._finishing and snapshot.size > MAX_COPIES:
                 self._changed.wait()
         return blocks
-
-    def _copy(self, snapshot: Snapshot, block: Block, row: np.ndarray) -> None:
-        """Copy rewritable fields of rows (ascending numbers [N]) aside, once each."""
-        rows = self.store.block_rows
-        copies = snapshot.copied.setdefault(block, Copies(np.zeros(rows, bool)))
-        row = row[~copies.saved[row % rows]]
-        if len(row):
-            values = self.store.get(self.store.rewritable, block, row)
-            copies.saved[row % rows] = True
-            copies.parts.append((row % rows, values))
-            snapshot.size += sum(x.nbytes for x in values.values())
-
-    def _take(self, snapshot: Snapshot) -> tuple[Block, Arrays]:
-        """Remove a block from those waiting; return its rewritable fields as they were.
-
-        Blocks with copied rows come first, which frees the copies.
-        """
-        block = next(iter(snapshot.copied or snapshot.waiting))
-        del snapshot.waiting[block]
-        arrays = self.store.get(self.store.rewritable, block, self.store.row_numbers(block))
-        if (copies := snapshot.copied.pop(block, None)) is not None:
-            for position, values in copies.parts:
-                for name, value in values.items():
-                    arrays[name][position] = value
-                    snapshot.size -= value.nbytes
-        return block, arrays
 
     def _write_snapshot(self, snapshot: Snapshot, written: dict[Block, str]) -> None:
         """Write the blocks that a snapshot waits for; add the names of the files to `written`."""
         while snapshot.waiting:
             with self._changed:
-                block, arrays = self._take(snapshot)
+                block, arrays = snapshot.take()
                 self._changed.notify_all()
             name = written[block] = fields_name(block, snapshot.generation)
             snapshot.files[name] = self.files.write(name, arrays)
@@ -430,7 +370,7 @@ class Archive:
             )
 
 
-def require_kind(state: Mapping[str, Any], has_folder: bool, frozen: bool) -> None:
+def check_kind(state: Mapping[str, Any], has_folder: bool, frozen: bool) -> None:
     """Raise ValueError for a state with files but no folder, or with another source of rows."""
     if "streams" not in state and not has_folder:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How many rows a replay may hold, and whether the machine has the memory and disk for them."""
+"""Replay capacity: number of rows, and the memory and disk that they need."""
 
 import logging
 import math
@@ -9,11 +9,11 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-FILL = 0.9  # how much of the free memory or disk a replay may take
+FILL = 0.9  # fraction of the free memory or disk that a replay may use
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
-# Where a container finds its memory: limit, use, statistics and, in those, the cache of files that
-# the system drops as soon as memory is wanted. Control groups of version 2, then of version 1.
+# Memory of a container: limit, usage, statistics and, in these, the page cache that the system
+# frees when memory is needed. For control groups of version 2, then of version 1.
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUP_FILES = (
     ("memory.max", "memory.current", "memory.stat", "inactive_file"),
@@ -27,26 +27,26 @@ CGROUP_FILES = (
 
 
 def rows_per_stream(capacity: int | float | str, bytes_per_step: int, num_envs: int) -> int:
-    """Return the rows of each of `num_envs` streams for a capacity in steps or in memory."""
+    """Return the rows per stream for a capacity in steps or in bytes, such as "2GB"."""
     steps = capacity
     if isinstance(capacity, str):
         match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([MGT]i?B)\s*", capacity, re.IGNORECASE)
         if match is None:
             raise ValueError(
-                f"capacity is {capacity!r}; set data.capacity to steps such as 100000 or to memory "
+                f"capacity is {capacity!r}; set data.capacity to steps such as 100000 or to a size "
                 f"such as '2GB' or '1.5GiB'"
             )
         steps = float(match[1]) * BYTES[match[2].upper()] / bytes_per_step
     rows = int(steps) // num_envs
     if rows < 1:
         raise ValueError(
-            f"capacity {capacity} holds no step for each of {num_envs} envs ({bytes_per_step} "
-            f"bytes per step); raise data.capacity"
+            f"capacity {capacity} is less than one step for each of {num_envs} envs "
+            f"({bytes_per_step} bytes per step); raise data.capacity"
         )
     return rows
 
 
-def fitting_rows(
+def fit_rows(
     rows: int,
     num_envs: int,
     in_memory: int,
@@ -55,14 +55,13 @@ def fitting_rows(
     own: int = 0,
     shrink: bool = False,
 ) -> int:
-    """Return the rows of each stream, if memory and disk have room for them.
+    """Return the rows per stream after checking that memory and disk are large enough for them.
 
-    in_memory, on_disk: bytes per step; folder: where those on disk go; own: bytes that lie there
-    already and count as free, because they are this run's; shrink: return as many rows as fit,
-    where those asked for do not.
+    in_memory, on_disk: bytes per step; folder: of the files; own: bytes of this run's files in the
+    folder, which count as free; shrink: if the rows do not fit, return the number that does.
 
     Raises:
-        ValueError: there is no room, and `shrink` is false or would leave nothing.
+        ValueError: memory or disk are too small, and `shrink` is false or no row fits.
     """
     room = [(in_memory, available_memory(), "the machine has {:.1f} GB available")]
     if folder is not None and on_disk:
@@ -81,45 +80,46 @@ def fitting_rows(
     if problem and not (shrink and fit):
         raise ValueError(f"{problem}; lower data.capacity, for example to {fit * num_envs}")
     if problem:
-        log.warning("%s; it keeps the newest %d steps instead", problem, fit * num_envs)
+        log.warning("%s; the replay keeps the newest %d steps instead", problem, fit * num_envs)
     return fit
 
 
-def resources(
+def describe_resources(
     steps: int,
     bytes_in_memory: int,
     bytes_on_disk: int = 0,
     folder: Path | None = None,
     own: int = 0,
 ) -> str:
-    """Return one line on what a replay will need beside what there is, given bytes per step.
+    """Return one line with the memory and disk that a replay needs and that are available.
 
-    own: bytes in the folder that are this run's already, which count as free.
+    bytes_in_memory, bytes_on_disk: per step; own: bytes of this run's files in the folder, which
+    count as free.
     """
     needs = []
     if folder is not None and bytes_on_disk:
-        needs.append((bytes_on_disk, "on disk", f"{gigabytes(free_disk(folder) + own)} free"))
-    needs.append((bytes_in_memory, "in memory", f"{gigabytes(available_memory())} available"))
+        needs.append((bytes_on_disk, "on disk", f"{format_bytes(free_disk(folder) + own)} free"))
+    needs.append((bytes_in_memory, "in memory", f"{format_bytes(available_memory())} available"))
     parts = [
-        f"{size:,} bytes = {gigabytes(steps * size)} {where} ({there})"
+        f"{size:,} bytes = {format_bytes(steps * size)} {where} ({there})"
         for size, where, there in needs
     ]
     return f"replay: {steps:,} steps x " + ", x ".join(parts)
 
 
-def gigabytes(size: float) -> str:
-    """Return bytes as text with a unit that suits them."""
+def format_bytes(size: float) -> str:
+    """Format a number of bytes in GB or MB."""
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def free_disk(folder: Path) -> int:
-    """Return the bytes that may still be written to a folder, which need not exist yet."""
+    """Return the free bytes on the disk of a folder, which need not exist yet."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(there).free
 
 
 def available_memory() -> int:
-    """Return the bytes that programs can still get without swapping, within a container's limit."""
+    """Return the bytes that can be allocated without swapping, within a container's limit."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         machine = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
@@ -129,7 +129,7 @@ def available_memory() -> int:
 
 
 def _container_memory() -> float:
-    """Bytes left below the limit of this control group; infinite where there is none."""
+    """Return the bytes left below the limit of this control group; infinite without a limit."""
     for *names, cache in CGROUP_FILES:
         try:
             limit, used, stat = ((CGROUPS / name).read_text() for name in names)

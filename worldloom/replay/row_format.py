@@ -1,7 +1,7 @@
-"""What a row of the replay holds, and how the arrays that a user gives become rows.
+"""Row schema: the fields of a row, and the conversion of the user's arrays to rows.
 
-Letters: E streams, N steps of an episode, A action_dim. `lead` stands for leading axes of rows,
-such as [E] for one row of every stream or [N + 1] for those of an episode.
+Letters: E streams, N steps of an episode, A action_dim. `lead` stands for the leading axes of
+rows: [E] for one row of every stream, [N + 1] for the rows of an episode.
 """
 
 import math
@@ -19,36 +19,36 @@ ArrayObs = Array | Mapping[str, Array]
 Arrays = dict[str, np.ndarray]
 Fields = dict[str, tuple[tuple[int, ...], np.dtype]]  # name -> shape and dtype of one row
 
-# What in a run's configuration decides on a part of the layout.
+# The settings of a run that determine a part of the layout.
 SETTINGS = {
     "num_envs": "env.num_envs",
     "capacity": "data.capacity",
-    "obs": "what the environment shows (env=…, env.image_size, env.frame_stack, env.obs)",
+    "obs": "the observations (env=…, env.image_size, env.frame_stack, env.obs)",
     "actions": "the actions (env=…, env.task)",
-    "latents": "the sizes of the model (model=…)",
+    "fields": "the sizes of the model (model=…)",
 }
 FLAGS = ("is_first", "is_last", "is_terminal")
 
 
-class RowFormat:
-    """The fields of a row, in the order and the dtypes in which they are stored.
+class RowSchema:
+    """The fields of a row, in the order and with the dtypes in which they are stored.
 
-    fields: {name: (shape, dtype)} of everything in a row, names written as a message shows them.
-    obs_names: field of each key of dict observations, or None for a single array.
-    latent_names: field of each array that is stored for the model.
-    every_row: those of which a batch has all rows.
+    fields: {name: (shape, dtype)} of all fields, with the names that messages show.
+    obs_names: {key: name} of dict observations, or None for a single array.
+    model_names: {key: name} of the fields that are stored for the model.
+    every_row: keys of those of which a batch contains all rows.
     """
 
     def __init__(
         self,
         obs_shape: tuple[int, ...] | Mapping[str, tuple[int, ...]],
         action_dim: int,
-        latents: Mapping[str, ReplayField],
+        model_fields: Mapping[str, ReplayField],
         obs_dtypes: Any,
         num_envs: int = 1,
     ) -> None:
         self.obs_names = _names("obs", obs_shape) if isinstance(obs_shape, Mapping) else None
-        self.latent_names = _names("latents", latents)
+        self.model_names = _names("fields", model_fields)
         self.fields: Fields = {
             **_obs_fields(obs_shape, obs_dtypes),
             "actions": ((action_dim,), np.dtype(np.float32)),
@@ -56,21 +56,21 @@ class RowFormat:
             **{name: ((), np.dtype(bool)) for name in FLAGS},
             "episode": ((), np.dtype(np.int64)),  # number of the first row of this row's episode
         }
-        self.every_row = [name for name, field in latents.items() if field.every_row]
-        self._latent_dtypes = {
-            self.latent_names[key]: field.dtype for key, field in latents.items()
+        self.every_row = [name for name, field in model_fields.items() if field.every_row]
+        self._model_dtypes = {
+            self.model_names[key]: field.dtype for key, field in model_fields.items()
         }
-        for name, field in latents.items():
+        for name, field in model_fields.items():
             stored_as = torch.empty(0, dtype=field.dtype).numpy().dtype
-            self.fields[self.latent_names[name]] = (tuple(field.shape), stored_as)
+            self.fields[self.model_names[name]] = (tuple(field.shape), stored_as)
         self._lead = (num_envs,)
         self._row = {
             name: ((num_envs, *shape), dtype, dtype.kind == "f")
             for name, (shape, dtype) in self.fields.items()
         }
 
-    def named(self, obs: ArrayObs) -> dict[str, Array]:
-        """Return observations by the names of their fields, in a new dict."""
+    def name_obs(self, obs: ArrayObs) -> dict[str, Array]:
+        """Return {field name: observation} in a new dict."""
         if self.obs_names is None and (type(obs) is np.ndarray or not isinstance(obs, Mapping)):
             return {"obs": obs}
         want = "a single array" if self.obs_names is None else sorted(self.obs_names)
@@ -80,9 +80,12 @@ class RowFormat:
         return {name: obs[key] for key, name in self.obs_names.items()}
 
     def convert(self, name: str, value: Array, lead: tuple[int, ...], where: str) -> np.ndarray:
-        """Convert what a user gave for a field to [*lead, *shape], or say what is wrong with it.
+        """Convert a user's array for a field to [*lead, *shape] and the stored dtype.
 
-        where: names a row in messages, with {} for its index.
+        where: description of a row for messages, with {} for its index.
+
+        Raises:
+            ValueError, TypeError: shape, dtype or a value is wrong.
         """
         shape, dtype = self.fields[name]
         array = to_numpy(value)
@@ -103,16 +106,16 @@ class RowFormat:
             at = tuple(np.argwhere(~np.isfinite(array))[0])
             raise ValueError(
                 f"{name} of {where.format(at[0])} holds {array[at]}; only finite numbers can be "
-                f"trained on, so mend the environment or the data it comes from"
+                f"trained on, so fix the environment or the dataset that it comes from"
             )
         return array
 
     def convert_row(self, given: dict[str, Any]) -> Arrays:
-        """Convert one row of every stream, in place, as `convert` does field by field."""
+        """Convert one row of every stream in place, like `convert` for each field."""
         row, isfinite = self._row, np.isfinite
         for name, value in given.items():
             shape, dtype, is_float = row[name]
-            # Nearly every row is right as it is, and seen to be in a fifth of the time.
+            # Nearly every row needs no conversion; checking that takes a fifth of the time.
             if (
                 type(value) is not np.ndarray
                 or value.dtype != dtype
@@ -122,55 +125,55 @@ class RowFormat:
                 given[name] = self.convert(name, value, self._lead, "env {}")
         return given
 
-    def convert_latents(
-        self, latents: Mapping[str, Array] | None, lead: tuple[int, ...], partly: bool = False
+    def convert_model_fields(
+        self, given: Mapping[str, Array] | None, lead: tuple[int, ...], partial: bool = False
     ) -> Arrays:
-        """Convert a model's fields to how they are stored; None gives zeros.
+        """Convert the model's fields to [*lead, *shape] and the stored dtypes; None gives zeros.
 
-        partly: some fields may be missing, and are then missing in the result.
+        partial: the result has only the given fields.
         """
-        known = set(self.latent_names)
-        if latents is not None and (set(latents) - known if partly else set(latents) != known):
+        known = set(self.model_names)
+        if given is not None and (set(given) - known if partial else set(given) != known):
             raise ValueError(
-                f"fields are {sorted(latents)} but this replay stores {sorted(known)}; give "
-                f"{'only' if partly else 'exactly'} these"
+                f"fields are {sorted(given)} but this replay stores {sorted(known)}; give "
+                f"{'only' if partial else 'exactly'} these"
             )
         values = {}
-        for key, name in self.latent_names.items():
+        for key, name in self.model_names.items():
             shape, dtype = self.fields[name]
-            if latents is None:
+            if given is None:
                 values[name] = np.zeros((*lead, *shape), dtype)
                 continue
-            if key not in latents:
+            if key not in given:
                 continue
-            given = latents[key]
-            if isinstance(given, Tensor) and dtype.kind == "f":
-                given = given.to(self._latent_dtypes[name])  # numpy takes 70 times as long
-            array = to_numpy(given)
+            value = given[key]
+            if isinstance(value, Tensor) and dtype.kind == "f":
+                value = value.to(self._model_dtypes[name])  # numpy takes 70 times as long
+            array = to_numpy(value)
             _require_shape(name, array, lead, shape)
             if array.dtype != dtype:
-                # A straight-through one-hot may lie an ulp below 1, which uint8 would cut to 0.
+                # A straight-through one-hot may be slightly below 1: uint8 would truncate it to 0.
                 array = (np.rint(array) if dtype.kind == "u" else array).astype(dtype)
             values[name] = array
         return values
 
-    def episode(
+    def convert_episode(
         self, obs: ArrayObs, actions: Array, rewards: Array, terminated: bool, where: str
     ) -> tuple[Arrays, int, bool]:
-        """Lay out an episode of N steps as rows; return them, their number M and if M is N + 1.
+        """Convert an episode of N steps to rows; return them, their number M and if M is N + 1.
 
-        With M = N rows, for want of a final observation, the last step is left out.
+        Without a final observation there are N rows, and the last step is left out.
         """
         steps = len(actions)
         actions = self.convert("actions", actions, (steps,), where)
         rewards = self.convert("rewards", rewards, (steps,), where)
-        require_range(actions)
-        named = self.named(obs)
+        check_action_range(actions)
+        named = self.name_obs(obs)
         rows = len(next(iter(named.values())))
         final = has_final_observation(rows, steps)
         values = {name: self.convert(name, x, (rows,), where) for name, x in named.items()}
         values |= {name: np.zeros(rows, bool) for name in FLAGS}
-        values |= self.convert_latents(None, (rows,))
+        values |= self.convert_model_fields(None, (rows,))
         values["is_first"][0] = values["is_last"][-1] = True
         values["is_terminal"][-1] = terminated and final
         values["actions"] = np.pad(actions[: rows - 1], [(0, 1), (0, 0)])
@@ -184,7 +187,7 @@ def row_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 
 def to_numpy(value: Array) -> np.ndarray:
-    """Return an array or tensor as an array, of float32 for bfloat16, which numpy lacks."""
+    """Return an array or tensor as an array; bfloat16, which numpy lacks, becomes float32."""
     if isinstance(value, Tensor):
         value = value.detach().cpu()
         return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
@@ -192,7 +195,7 @@ def to_numpy(value: Array) -> np.ndarray:
 
 
 def has_final_observation(rows: int, steps: int) -> bool:
-    """Tell whether `rows` observations of `steps` actions include what the last action led to."""
+    """Return whether `rows` observations of `steps` actions include the final observation."""
     if rows not in (steps, steps + 1):
         raise ValueError(
             f"obs has {rows} rows for {steps} actions; give {steps + 1}, the last one being "
@@ -202,9 +205,11 @@ def has_final_observation(rows: int, steps: int) -> bool:
 
 
 def has_terminated(steps: int, dones: Any, terminations: Any, truncations: Any) -> bool:
-    """Check the flags [N] of an episode's steps; tell whether it ended by terminating."""
+    """Check the flags [N] of an episode's steps; return whether the environment terminated it."""
     if dones is not None and not (terminations is None and truncations is None):
-        raise ValueError("dones came with terminations or truncations; give dones or the other two")
+        raise ValueError(
+            "dones was given with terminations or truncations; give dones or the other two"
+        )
     if steps == 0:
         raise ValueError("the episode has no actions; give at least one step")
     given = {"dones": dones, "terminations": terminations, "truncations": truncations}
@@ -215,23 +220,26 @@ def has_terminated(steps: int, dones: Any, terminations: Any, truncations: Any) 
             at = int(flag.argmax())
             raise ValueError(
                 f"{name} is true at index {at} of {steps} steps, before the end of the arrays; "
-                f"split them after it and give each episode to add_episode by itself"
+                f"split them there and call add_episode once per episode"
             )
     return any(bool(flag[-1]) for name, flag in flags.items() if name != "truncations")
 
 
-def require_range(actions: np.ndarray) -> None:
-    """Refuse actions [N, A] outside [-1, 1]."""
+def check_action_range(actions: np.ndarray) -> None:
+    """Raise ValueError if actions [N, A] are outside [-1, 1]."""
     worst = actions.flat[np.abs(actions).argmax()]
     if abs(worst) > 1 + 1e-6:  # what rescaling in float32 may round to
         raise ValueError(
-            f"actions hold {worst} but must lie in [-1, 1]; rescale them from the bounds of the "
+            f"actions contain {worst} but must be in [-1, 1]; rescale them from the bounds of the "
             f"action space"
         )
 
 
-def require_borders(begins: np.ndarray, values: Arrays) -> None:
-    """Check the flags of one row per stream; begins [E]: this row must be an episode's first."""
+def check_episode_flags(begins: np.ndarray, values: Arrays) -> None:
+    """Raise ValueError for inconsistent flags of one row per stream.
+
+    begins: [E], whether the row must be the first of an episode.
+    """
     for flag, needs, what in (
         (begins, "is_first", "begins without is_first; set it in the row of each reset"),
         (
@@ -245,8 +253,8 @@ def require_borders(begins: np.ndarray, values: Arrays) -> None:
             raise ValueError(f"the row of env {wrong.argmax()} {what}")
 
 
-def require_layout(ours: Mapping[str, str], saved: Mapping[str, str]) -> None:
-    """Refuse a saved replay that differs in streams, capacity or a field, naming it and both."""
+def check_layout(ours: Mapping[str, str], saved: Mapping[str, str]) -> None:
+    """Raise ValueError if a saved replay has other streams, another capacity or other fields."""
     for name in dict.fromkeys([*ours, *saved]):
         if ours.get(name) != saved.get(name):
             setting = SETTINGS.get(name.split("[")[0], "env and model")
@@ -258,7 +266,7 @@ def require_layout(ours: Mapping[str, str], saved: Mapping[str, str]) -> None:
 
 
 def _names(what: str, keys: Iterable[str]) -> dict[str, str]:
-    """Field names by key, written as a message should show them."""
+    """Return {key: field name}, with the names that messages show."""
     return {key: f"{what}['{key}']" for key in keys}
 
 
@@ -279,6 +287,6 @@ def _require_shape(
 ) -> None:
     if array.shape != (*lead, *shape):
         raise ValueError(
-            f"{name} has shape {array.shape} but {(*lead, *shape)} is needed: {lead[0]} rows, each "
-            f"of shape {shape}"
+            f"{name} has shape {array.shape}; expected {(*lead, *shape)}: {lead[0]} rows of "
+            f"shape {shape}"
         )

@@ -1,11 +1,17 @@
-"""Sampling: which sequences of a replay a batch consists of.
+"""Sampling: which sequences of a replay a batch consists of, and how they are read.
 
-Letters: B sequences, E streams, S stretches of consecutive rows: one per stream, or more where
-rows were lost.
+Letters: B sequences, T rows, E streams, S stretches of consecutive rows: one per stream, or more
+if rows were lost.
 """
 
-import numpy as np
+from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from worldloom.protocol import Obs
+from worldloom.replay.row_format import FLAGS, RowSchema
 from worldloom.replay.store import RowStore
 
 Places = tuple[np.ndarray, np.ndarray]  # streams and numbers of first rows, [B] each
@@ -115,3 +121,54 @@ class Sampler:
     def _episodes(self, env: int, first: int, end: int) -> np.ndarray:
         """Return the episode (number of its first row) of each row of a stretch."""
         return self._store.rings["episode"][env, np.arange(first, end) % self._store.rows]
+
+
+class BatchReader:
+    """Reads sequences from the rows of `store` as a batch of tensors."""
+
+    def __init__(self, store: RowStore, schema: RowSchema) -> None:
+        self._store, self._schema = store, schema
+
+    def read(self, env: np.ndarray, start: np.ndarray, length: int) -> dict[str, Any]:
+        """Return the keys of `Batch` for sequences of streams env [B] from rows start [B] on."""
+        where = env, start, self._store.slots(env, start, length)
+        rows = {name: self._store.take(name, *where) for name in ("actions", "rewards", *FLAGS)}
+        # An episode may have been abandoned: a resumed run resets its environments, and a crashed
+        # environment is replaced. The last row was written before that, so it lacks `is_last` and
+        # has an action that led to no row.
+        abandoned = rows["is_first"][:, 1:] > rows["is_last"][:, :-1]
+        if np.count_nonzero(abandoned):
+            rows["is_last"][:, :-1] |= abandoned
+            rows["actions"][:, :-1][abandoned] = 0.0
+        batch: dict[str, Any] = {"obs": self._take_obs(*where)}
+        batch |= {name: torch.from_numpy(x) for name, x in rows.items()}
+        index = np.empty((len(env), 2), np.int64)
+        index[:, 0], index[:, 1] = env, start
+        batch["index"] = torch.from_numpy(index)
+        if self._schema.model_names and length:
+            batch |= self._take_model_fields(*where)
+        return batch
+
+    def _take_model_fields(
+        self, env: np.ndarray, start: np.ndarray, slots: np.ndarray
+    ) -> dict[str, dict[str, Tensor]]:
+        """Return "context" {name: [B, ...]} and "stored" {name: [B, T, ...]}, float32."""
+        taken: dict[str, dict[str, Tensor]] = {}
+        for key, name in self._schema.model_names.items():
+            if key in self._schema.every_row:
+                values = self._take(name, env, start, slots).float()
+                taken.setdefault("stored", {})[key] = values
+            else:
+                first = self._take(name, env, start, slots[:, :1])[:, 0].float()
+                taken.setdefault("context", {})[key] = first
+        return taken
+
+    def _take_obs(self, *where: np.ndarray) -> Obs:
+        if self._schema.obs_names is None:
+            return self._take("obs", *where)
+        return {key: self._take(name, *where) for key, name in self._schema.obs_names.items()}
+
+    def _take(self, name: str, env: np.ndarray, start: np.ndarray, slots: np.ndarray) -> Tensor:
+        """Gather a field as `RowStore.take` does; floats become float32."""
+        taken = torch.from_numpy(self._store.take(name, env, start, slots))
+        return taken.float() if taken.is_floating_point() else taken

@@ -9,6 +9,7 @@ import tempfile
 import weakref
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ class RowStore:
         its rows are in memory; afterwards immutable fields are read from the block file and
         rewritable fields are in a scratch file.
 
-    written: number of rows ever written to each stream, [E]; set by the caller.
+    written: number of rows ever written to each stream, [E].
     common: that number if it is the same for all streams, else None.
     blocks: {block: {field: [C, *shape]}}, large fields that are still in memory.
     lost: blocks that could not be read when the run was resumed.
@@ -82,13 +83,6 @@ class RowStore:
         self.common = first if (written == first).all() else None
         self._written = written
 
-    def advance(self) -> None:
-        """Count one more row in every stream."""
-        if self.common is None:
-            self._written = self._written + 1
-        else:
-            self.common += 1
-
     @property
     def oldest(self) -> np.ndarray:
         """Number of the oldest stored row of each stream, [E]."""
@@ -127,7 +121,7 @@ class RowStore:
         return self.streams, (self._written + ahead) % self.rows
 
     def append(self, values: Arrays) -> None:
-        """Write the next row of every stream, [E, *shape]; `advance` counts it."""
+        """Write the next row of every stream, [E, *shape]."""
         index, rings = self.ring_index(0), self.rings
         for name, value in values.items():
             if name in rings:
@@ -137,9 +131,15 @@ class RowStore:
                 block = self._block_in_memory((env, number // self.block_rows))
                 for name, array in block.items():
                     array[number % self.block_rows] = values[name][env]
+        if self.common is None:
+            self._written = self._written + 1
+        else:
+            self.common += 1
 
     def write(self, env: int, row: np.ndarray, values: Arrays) -> None:
-        """Write new consecutive rows (numbers [N]) of one stream; values: [N, *shape]."""
+        """Write the next rows (consecutive numbers [N]) of one stream; values: [N, *shape]."""
+        if len(row) == 0:
+            return
         slot = row % self.rows
         for name, value in values.items():
             if name in self.rings:
@@ -148,6 +148,9 @@ class RowStore:
             first = int(row[low]) % self.block_rows
             for name, array in self._block_in_memory(block).items():
                 array[first : first + high - low] = values[name][low:high]
+        written = self.written.copy()
+        written[env] = row[-1] + 1
+        self.written = written
 
     def rewrite(self, env: np.ndarray, row: np.ndarray, values: Arrays) -> None:
         """Replace rewritable fields of stored rows (numbers [N]) of streams env [N]."""
@@ -219,6 +222,12 @@ class RowStore:
                 self.rings[name][block[0], slot] = array[stored]
             elif self._scratch is not None and name in self.rewritable:
                 self._scratch.write(name, block, 0, array)
+
+    def load_rings(self, rings: list[Arrays]) -> None:
+        """Load whole rings, [R, *shape] of each stream; `written` is that of the rings already."""
+        for env, ring in enumerate(rings):
+            row = np.arange(self.oldest[env], self.written[env])
+            self.write(env, row, {name: x[row % self.rows] for name, x in ring.items()})
 
     def digest(self) -> int:
         """Return the CRC-32 of the immutable fields of all stored rows."""
@@ -363,3 +372,14 @@ def bytes_needed(
         memory += 0 if large else size
         disk += size * (GENERATIONS + large if name in rewritable else 1)
     return memory, disk if on_disk else 0
+
+
+def check_storage(storage: str, folder: Path | None) -> None:
+    """Raise ValueError for an unknown storage, or for one that lacks a folder."""
+    if storage not in ("ram", "memmap"):
+        raise ValueError(f"storage is {storage!r}; set data.storage to 'ram' or 'memmap'")
+    if storage == "memmap" and folder is None:
+        raise ValueError(
+            "storage is 'memmap' but there is no folder for its files; give one, or set "
+            "data.storage=ram"
+        )
