@@ -5,6 +5,7 @@ import errno
 import io
 import logging
 import os
+import subprocess
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -525,6 +526,81 @@ def test_a_sealed_replay_saves_latents_only(tmp_path, storage):
 def resident_of_files() -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(x.split()[1]) * 1024 for x in lines if x.startswith(("RssFile", "RssShmem")))
+
+
+def own_memory() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    names = ("RssAnon", "RssFile", "RssShmem")
+    return sum(int(x.split()[1]) * 1024 for x in lines if x.startswith(names))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux' /proc")
+def test_memory_and_disk_grow_with_the_rows_and_only_on_the_disk(tmp_path):
+    fields = {"deter": ReplayField((2**15,), torch.float32)}  # 128 KiB a row
+    buffer = ReplayBuffer(20_000, (3,), 2, fields=fields, storage="memmap", folder=tmp_path)
+    assert used_blocks(buffer) == 0 and not names(tmp_path)  # the scratch file has no name
+    before = own_memory()
+    no, value = np.zeros(1, bool), torch.empty(1, 2**15)
+    for t in range(1024):  # 128 MiB
+        first = np.array([t == 0])
+        value.fill_(t)
+        buffer.add(np.zeros((1, 3)), np.zeros((1, 2)), no * 1.0, first, no, no, {"deter": value})
+    assert own_memory() - before < 40 * 2**20
+    assert 127 * 2**20 <= used_blocks(buffer) <= 130 * 2**20
+    batch = buffer.sample(30, 1)
+    assert torch.equal(batch["context"]["deter"][:, 7], batch["index"][:, 1].float())
+
+
+def used_blocks(buffer) -> int:
+    return os.fstat(buffer._store._scratch._handle).st_blocks * 512
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 2 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a disk needs permission")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("storage", ["ram", "memmap"])
+def test_a_disk_that_is_really_full_is_reported(small_disk, storage, caplog):
+    rng = np.random.default_rng(0)
+    pair = [make(), make(small_disk, storage)]
+    pair[1].finish(pair[1].state_dict())
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(2_050_000))
+    add(pair, rng, 75)
+    assert "No space left on device" in caplog.text
+    batch = draw(pair)
+    new = latents(rng, (8, 3))
+    for buffer in pair:
+        buffer.write_fields(batch["index"], new, 4)
+    with pytest.raises(OSError, match="No space left"):
+        pair[1].finish(pair[1].state_dict())
+    compare(pair)
+    ballast.unlink()
+    add(pair, rng, 20)
+    state = save(pair[1])
+    resumed = make(small_disk, storage)
+    resumed.load_state_dict(state)
+    compare([pair[0], resumed])
+
+
+def test_a_symbolic_link_in_the_folder_is_replaced_and_its_target_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_bytes(b"mine")
+    folder = tmp_path / "replay"
+    folder.mkdir()
+    (folder / "0-000000-rows.bin").symlink_to(tmp_path / "mine.txt")
+    buffer = make(folder, num_envs=1)
+    add([buffer], np.random.default_rng(0), 25)
+    assert buffer.damaged(save(buffer)) == []
+    assert (tmp_path / "mine.txt").read_bytes() == b"mine"
+    assert not (folder / "0-000000-rows.bin").is_symlink()
 
 
 def test_large_fields_are_not_in_memory(tmp_path):
