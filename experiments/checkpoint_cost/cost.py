@@ -1,4 +1,4 @@
-"""What does a checkpoint of a large replay cost the training that goes on beside it?
+"""Cost of a checkpoint of a large replay for the training that continues meanwhile.
 
 Fills a replay with 64 x 64 frames and the latents of DreamerV3 size12m, then makes checkpoints of
 it while rows are added, sequences drawn and their latents written back as fast as they can be.

@@ -1,8 +1,8 @@
-"""How fast are rows stored and sequences drawn, beside other replays and beside copying memory?
+"""Speed of storing rows and drawing sequences, against other replays and against copying memory.
 
 `vectors`: 1000 rows added and a batch of 16 x 65 drawn, with 24 numbers and 6 actions in a row, by
 worldloom and by the replays of official DreamerV3, sheeprl and torchrl. `images`: batches of
-16 x 64 frames of 3 x 64 x 64 bytes, beside copies of as many bytes.
+16 x 64 frames of 3 x 64 x 64 bytes, and copies of as many bytes for comparison.
 
 Everything is measured turn by turn in one process. The others' sources are looked for below
 --peers: dreamerv3/ and sheeprl/, as their repositories have them; torchrl where it is installed.
