@@ -78,7 +78,14 @@ MISTAKES = {
     "seed=-1": "seed is -1; expected an integer from 0",
     "seed=null": "seed is null; expected a whole number",
     "threads=abc": "threads is 'abc'; expected a whole number, or null",
+    # keys that have another name now
+    "env.size=64": "unknown key 'env.size'; it was renamed: write env.image_size",
+    "env.stack=3": "unknown key 'env.stack'; it was renamed: write env.frame_stack",
+    "env.repeat=2": "unknown key 'env.repeat'; it was renamed: write env.action_repeat",
+    "data.online=false": "unknown key 'data.online'; it was renamed: write data.online_queue",
+    "+data.online=false": "unknown key 'data.online'; it was renamed: write data.online_queue",
     # impossible values
+    "nonfinite=halt": "nonfinite is 'halt'; expected stop or skip",
     "training.batch_size=0": "training.batch_size is 0; expected at least 1",
     "training.sequence_length=1": "training.sequence_length is 1; expected at least 2",
     "training.learning_rate=-1": "training.learning_rate is -1; expected a finite number above 0",

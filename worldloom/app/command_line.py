@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from worldloom.app.compose import Overrides, compose_config, key_of
 from worldloom.app.run_dir import reject_links, remove_unused, written_files
-from worldloom.app.validation import SECTIONS, build_settings, suggest_key, top_level_keys
+from worldloom.app.validation import RENAMED, SECTIONS, build_settings, suggest_key, top_level_keys
 from worldloom.errors import suggest
 from worldloom.memory import keep_freed_memory
 from worldloom.presets import config_dir
@@ -195,7 +195,8 @@ def _explain_key(key: str) -> str:
         if isinstance(node[name], DictConfig):
             return f"{key} is not a single value; set its keys one by one: {key}.KEY=VALUE"
         return f"'{key}' cannot be set where {parent} is removed; drop ~{parent}"
-    add = f"; to add a key write +{key}=…" if parent and parent not in SECTIONS else ""
+    can_add = parent and parent not in SECTIONS and key not in RENAMED
+    add = f"; to add a key write +{key}=…" if can_add else ""
     return f"unknown key '{key}'{suggest_key(name, node, parent + dot)}{add}"
 
 

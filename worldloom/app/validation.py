@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from worldloom.errors import suggest
+from worldloom.errors import require, suggest
 from worldloom.presets import (
     aliases,
     config_dir,
@@ -69,14 +69,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value that no run can have."""
-        if not self.name.strip():
-            raise ValueError(f"name is {self.name!r}; expected a name for the run")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed}; expected an integer from 0 to {2**32 - 1}")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(
-                f"threads is {self.threads}; expected at least 1, or null for all cores"
-            )
+        known = self.nonfinite in ("stop", "skip")
+        require(bool(self.name.strip()), "name", self.name, "a name for the run")
+        require(known, "nonfinite", self.nonfinite, "stop or skip")
+        require(0 <= self.seed < 2**32, "seed", self.seed, f"an integer from 0 to {2**32 - 1}")
+        enough = self.threads is None or self.threads >= 1
+        require(enough, "threads", self.threads, "at least 1, or null for all cores")
         source = self.init_from
         if source is not None and self.resume is None and not Path(source).expanduser().exists():
             raise ValueError(f"init_from: no file or folder {source!r}; check the path")
