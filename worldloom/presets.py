@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from worldloom.errors import suggest
+from worldloom.errors import require, suggest
 
 # Ranges of hyperparameters: counts, shares, and numbers that divide or whose logarithm is taken.
 COUNTS = (
@@ -33,20 +33,18 @@ def config_dir() -> Path:
 
 def preset_names() -> list[str]:
     """Return the public names of all presets, such as "dreamerv3:size12m", sorted by size."""
-    files = [f for f in _find_files() if f.stem not in aliases()]
-    return [_to_public(f.stem) for f in sorted(files, key=_parse_size)]
+    return sorted((name for name in _find_files() if name not in aliases()), key=_parse_size)
 
 
 @functools.cache
 def aliases() -> dict[str, str]:
     """Return {alias: preset}; an alias is a file that only names a preset in its defaults."""
-    found = {}
-    for file in _find_files():
-        config = OmegaConf.load(file)
-        assert isinstance(config, DictConfig)
-        if list(config) == ["defaults"]:
-            found[file.stem] = _to_public(str(config.defaults[0]))
-    return found
+    configs: dict[str, Any] = {name: OmegaConf.load(file) for name, file in _find_files().items()}
+    return {
+        name: _to_public(str(config.defaults[0]))
+        for name, config in configs.items()
+        if list(config) == ["defaults"]
+    }
 
 
 def load_preset(name: str) -> dict[str, Any]:
@@ -55,9 +53,8 @@ def load_preset(name: str) -> dict[str, Any]:
     Raises:
         ValueError: there is no such preset; the message suggests a similar name.
     """
-    files = {_to_public(f.stem): f for f in _find_files()}
-    key = _to_public(name.lower())
-    if key not in files:
+    files = _find_files()
+    if (key := _to_public(name.lower())) not in files:
         raise ValueError(
             f"unknown model {name!r}{suggest(name, files)}; presets: "
             f"{', '.join(preset_names())}; aliases: "
@@ -106,17 +103,14 @@ def override_preset(
 def _require_fits(key: str, value: Any, old: Any, within: str) -> None:
     """Raise ValueError unless a value has the type of the preset's value and is in range."""
     kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,), list: (list, tuple)}
-    types, problem = kinds.get(type(old)), f"hyperparameter {within + key!r} is {value!r}"
-    if types and (not isinstance(value, types) or (bool not in types and value is True)):
-        raise ValueError(f"{problem}; expected {type(old).__name__} such as {old!r}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{problem}; expected a finite number such as {old!r}")
-    if key in SHARES and not 0 <= value <= 1:
-        raise ValueError(f"{problem}; expected a number in [0, 1]")
-    if key in COUNTS and value < 1:
-        raise ValueError(f"{problem}; expected at least 1")
-    if key in SPREADS and not value > 0:
-        raise ValueError(f"{problem}; expected a number above 0")
+    types, name = kinds.get(type(old), (object,)), f"hyperparameter {within + key!r}"
+    holds = isinstance(value, types) and (bool in types or value is not True)
+    require(holds or types == (object,), name, value, f"{type(old).__name__} such as {old!r}")
+    if isinstance(value, float):
+        require(math.isfinite(value), name, value, f"a finite number such as {old!r}")
+    require(key not in SHARES or 0 <= value <= 1, name, value, "a number in [0, 1]")
+    require(key not in COUNTS or value >= 1, name, value, "at least 1")
+    require(key not in SPREADS or value > 0, name, value, "a number above 0")
 
 
 def read_choice(file: Path) -> dict[str, Any]:
@@ -127,8 +121,7 @@ def read_choice(file: Path) -> dict[str, Any]:
 
 def describe_preset(name: str) -> str:
     """Return the first comment line of a preset's file."""
-    files = {_to_public(f.stem): f for f in _find_files()}
-    return files[name].read_text().splitlines()[0].removeprefix("# ")
+    return _find_files()[name].read_text().splitlines()[0].removeprefix("# ")
 
 
 def file_name(name: str) -> str:
@@ -136,10 +129,11 @@ def file_name(name: str) -> str:
     return name.lower().replace(":", "_", 1)
 
 
-def _find_files() -> list[Path]:
-    """Return the files of presets and aliases."""
-    files = (config_dir() / "model").glob("*.yaml")
-    return [f for f in sorted(files) if not f.stem.endswith("_base") and f.stem != "custom"]
+def _find_files() -> dict[str, Path]:
+    """Return the files of presets and aliases by their public names."""
+    files = sorted((config_dir() / "model").glob("*.yaml"))
+    presets = (f for f in files if not f.stem.endswith("_base") and f.stem != "custom")
+    return {_to_public(f.stem): f for f in presets}
 
 
 def _to_public(stem: str) -> str:
@@ -147,9 +141,9 @@ def _to_public(stem: str) -> str:
     return stem.replace("_", ":", 1)
 
 
-def _parse_size(file: Path) -> tuple[str, float]:
+def _parse_size(name: str) -> tuple[str, float]:
     """Return the family and the size of a preset, to sort by."""
-    family, _, size = file.stem.partition("_")
+    family, _, size = name.partition(":")
     number = "".join(c for c in size if c.isdigit() or c == ".")
     return family, float(number) if number else float("inf")
 

@@ -43,14 +43,12 @@ Losses = dict[str, Tensor]
 
 @dataclass
 class Rollout:
-    """Predictions along a batch's actions, and their targets.
+    """Predictions along a batch's actions, and the value targets.
 
-    z: [H + 1, B, L] predicted; next_z: [H, B, L] encoded; q_logits: [Q, H, B, bins]; target:
-    [H, B] values.
+    z: [H + 1, B, L] predicted latents; q_logits: [Q, H, B, bins]; target: [H, B] target values.
     """
 
     z: Tensor
-    next_z: Tensor
     q_logits: Tensor
     target: Tensor
 
@@ -269,7 +267,7 @@ class TDMPC2(Networks):
             terms["termination"] = loss * self.terminates.to(loss.dtype)
             last = (torch.sigmoid(logits[-1]), data.terminated[-1], data.alive[-1])
             stats = termination_stats(*last)
-        return terms, stats, Rollout(z, next_z, q_logits, target)
+        return terms, stats, Rollout(z, q_logits, target)
 
     def compute_policy_loss(self, z: Tensor, data: Transitions) -> tuple[Tensor, Losses]:
         """Return the policy loss (eq. 4) on latents z [H + 1, B, L], and statistics.

@@ -18,27 +18,20 @@ from worldloom.saving import describe_damage
 
 log = logging.getLogger(__name__)
 
-# Patterns of worldloom's names, and the official names; {0} and {1} are the pattern's groups.
-_MODULES = "dynamics|reward|termination|actor|encoder.vector"
-_NAMES = [
-    (rf"({_MODULES})\.layers\.(\d+)\.linear\.(\w+)", "{0}.{1}.{2}"),
-    (rf"({_MODULES})\.layers\.(\d+)\.norm\.(\w+)", "{0}.{1}.ln.{2}"),
-    (rf"({_MODULES})\.layers\.(\d+)\.(\w+)", "{0}.{1}.{2}"),
-    (r"(critic|target_critic)\.layers\.(\d+)\.(weight|bias)", "{0}.{1}.{2}"),
-    (r"(critic|target_critic)\.layers\.(\d+)\.scale", "{0}.{1}.ln.weight"),
-    (r"(critic|target_critic)\.layers\.(\d+)\.shift", "{0}.{1}.ln.bias"),
-    (r"tasks\.embedding\.weight", "_task_emb.weight"),
-    (r"tasks\.masks", "_action_masks"),
-]
-_PARTS = {
-    "dynamics": "_dynamics",
-    "reward": "_reward",
-    "termination": "_termination",
-    "actor": "_pi",
-    "encoder.vector": "_encoder.state",
-    "critic": "_Qs.params",
-    "target_critic": "_target_Qs_params",
+# Prefixes of worldloom's names and of the official ones.
+_PREFIXES = {
+    "encoder.vector.layers.": "_encoder.state.",
+    "dynamics.layers.": "_dynamics.",
+    "reward.layers.": "_reward.",
+    "termination.layers.": "_termination.",
+    "actor.layers.": "_pi.",
+    "critic.layers.": "_Qs.params.",
+    "target_critic.layers.": "_target_Qs_params.",
+    "tasks.embedding.": "_task_emb.",
+    "tasks.masks": "_action_masks",
 }
+# Parts of a name within a layer: linear maps have no name of their own, norms are called ln.
+_LAYER = {"linear.": "", "norm.": "ln.", "scale": "ln.weight", "shift": "ln.bias"}
 # Order of a Q-function's tensors in the older layout, four per layer.
 _NUMBERED = ("weight", "bias", "ln.weight", "ln.bias")
 # Entries without weights of their own: copies of the Q-functions, and metadata of tensordict.
@@ -54,10 +47,13 @@ def official_names(model: TDMPC2) -> dict[str, str]:
 def _official_name(name: str) -> str | None:
     """Return the official name of a tensor, or None if the official model has no such tensor."""
     if match := re.fullmatch(r"encoder\.image\.convs\.(\d+)\.(\w+)", name):
-        return f"_encoder.rgb.{2 + 2 * int(match[1])}.{match[2]}"
-    for pattern, theirs in _NAMES:
-        if match := re.fullmatch(pattern, name):
-            return theirs.format(*[_PARTS.get(group, group) for group in match.groups()])
+        return f"_encoder.rgb.{2 + 2 * int(match[1])}.{match[2]}"  # after shift, scaling, ReLUs
+    for prefix, theirs in _PREFIXES.items():
+        if name.startswith(prefix):
+            rest = name.removeprefix(prefix)
+            for ours, official in _LAYER.items():
+                rest = rest.replace(ours, official)
+            return theirs + rest
     return None
 
 
