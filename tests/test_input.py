@@ -197,7 +197,7 @@ CASES = {
     # files that would run code: F/marker is made if they do
     "run env.workers=0 init_from=F/weights/hostile.ckpt": "a file of another kind; nothing in it",
     "run env.workers=0 init_from=F/weights/hostile_zip.ckpt": "it would load posix.system; nothing",
-    "run env.workers=0 init_from=F/weights/agent.pkl": "wants to load posix.system; nothing in it",
+    "run env.workers=0 init_from=F/weights/agent.pkl": "it refers to posix.system",
     "run env.workers=0 init_from=F/weights/hostile.npz": "Object arrays cannot be loaded … nothing",
     "run env.workers=0 model=tdmpc2_tiny init_from=F/weights/hostile.pt": "load posix.system; noth",
     "run data=offline data.path=F/data/objects": "Object arrays cannot be loaded … expected arrays",
