@@ -377,7 +377,7 @@ API = {
     "half a batch": (lambda: tiny().compute_loss({"obs": torch.zeros(1)}), "the batch lacks"),
     "no model": (
         lambda: check_world_model(object(), (3,), 2),
-        "is no torch.nn.Module; expected one",
+        "is not a torch.nn.Module; expected one",
     ),
     "replay of text": (lambda: ReplayBuffer("lots", (3,), 2), "set data.capacity to steps such"),
     "row too wide": (lambda: add_row(obs=np.zeros((1, 4))), r"\(1, 4\)"),
