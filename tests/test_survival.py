@@ -169,7 +169,7 @@ def test_a_signal_to_all_processes_of_a_job_loses_no_episode(server, straight, t
     folder = tmp_path / "run"
     words = [*RUNS[name], f"hydra.run.dir={folder}"]
     with start(words, tmp_path, start_new_session=True) as process:
-        read_until(process, "everything lies in")
+        read_until(process, "all results are in")
         while not (folder / "checkpoints" / "previous.ckpt").exists():
             time.sleep(0.005)
         os.killpg(process.pid, signal.SIGUSR1)
@@ -190,8 +190,8 @@ def test_auto_is_the_same_command_again_and_again(server, straight, tmp_path):
         done = server.run(words, tmp_path, kill=kill)
         assert done["code"] == code, done["out"] + done["err"]
         said.append(done["out"])
-    assert "a new one begins" in said[0]
-    assert all(f"going on with runs/queue/{folder.name}" in out for out in said[1:])
+    assert "starting a new one" in said[0]
+    assert all(f"continuing runs/queue/{folder.name}" in out for out in said[1:])
     require_equal(folder, straight(name))
 
 
@@ -276,7 +276,7 @@ def test_a_second_run_in_the_same_folder_is_refused(server, tmp_path):
     with subprocess.Popen(
         command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True
     ) as first:
-        while "everything lies in" not in first.stdout.readline():
+        while "all results are in" not in first.stdout.readline():
             assert first.poll() is None
         for second in (words, [f"resume={folder}"]):
             done = server.run(second, tmp_path)
@@ -320,7 +320,7 @@ def test_a_full_disk_is_told_once_and_costs_nothing(server, tmp_path, small_disk
     server.good([*words, f"hydra.run.dir={tmp_path / 'straight'}"], tmp_path)
     folder = small_disk / "run"
     with start([*words, f"hydra.run.dir={folder}"], tmp_path) as process:
-        read_until(process, "everything lies in")
+        read_until(process, "all results are in")
         while not (folder / "checkpoints" / "previous.ckpt").exists():
             time.sleep(0.01)
         with (small_disk / "ballast").open("wb", buffering=0) as file, suppress(OSError):
