@@ -6,9 +6,10 @@ import pytest
 
 COMPARED: dict[str, int] = {}  # {file and precision: number of arrays}
 LEFT_OUT: dict[str, list[str]] = {}  # {file and precision: arrays that no test compares}
+NOISE: dict[str, list[str]] = {}  # {file and precision: arrays with one element of pure noise}
 MISSING: dict[str, None] = {}  # files that tests looked for in vain
 FOLDER: dict[str, None] = {}  # the folder of the recorded arrays
-TABLES = (COMPARED, LEFT_OUT, MISSING, FOLDER)
+TABLES = (COMPARED, LEFT_OUT, NOISE, MISSING, FOLDER)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -36,3 +37,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"reference: not in this folder: {', '.join(sorted(MISSING))}")
     for title, names in LEFT_OUT.items():
         terminalreporter.write_line(f"reference {title}: not compared: {', '.join(names)}")
+    for title, names in NOISE.items():
+        terminalreporter.write_line(
+            f"reference {title}: one element is rounding noise in {', '.join(names)}"
+        )
