@@ -40,10 +40,6 @@ ALLOWED = {
 }
 
 
-# Files that are still longer than the rules allow.
-PENDING = ("run.py",)
-
-
 def name_of(path):
     return path.relative_to(PACKAGE).as_posix()
 
@@ -152,7 +148,7 @@ def test_files_and_functions_are_small():
         for node in functions(path)
         if (length := node.end_lineno - node.lineno + 1) > 60
     ]
-    assert not [found for found in long if not found.startswith(PENDING)]
+    assert not long
 
 
 def test_files_are_named_after_their_idea():
