@@ -1,5 +1,6 @@
 """The folder of a run: its format, and links in it that point to a user's other files."""
 
+import csv
 import os
 import shutil
 import sys
@@ -185,3 +186,19 @@ def test_a_saved_run_is_resumed_with_its_configuration(saved_run, monkeypatch):
     assert cfg.folder == cfg.resume == str(saved_run)
     lines = require_changeable(read_config(saved_run), resolve_config(cfg).saved)
     assert lines == ["training.total_steps: 40 -> 80"]
+
+
+def test_the_checkpoint_of_a_saved_run_is_resumed(saved_run, commands, tmp_path):
+    """Its replay, optimiser, collector, random states and metrics are read; it trains on."""
+    before = (FIXTURE / "metrics.csv").read_text().splitlines()
+    done = commands.good([f"resume={saved_run}", "training.total_steps=80"], tmp_path)
+    assert done["err"] == "" and "WARNING" not in done["out"]
+    header, *rows = csv.reader((saved_run / "metrics.csv").read_text().splitlines())
+    kept = [dict(zip(before[0].split(","), line.split(","), strict=True)) for line in before[1:-1]]
+    after = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [{k: v for k, v in new.items() if v} for new in after[: len(kept)]] == [
+        {k: v for k, v in old.items() if v} for old in kept
+    ]
+    updates = [int(row["train/updates"]) for row in after if row["train/updates"]]
+    assert len(after) > len(kept) and updates == sorted(updates) and updates[-1] > updates[0]
+    assert yaml.safe_load((saved_run / "scores.yaml").read_text())["step"] == 80
