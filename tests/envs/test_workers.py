@@ -585,7 +585,7 @@ def test_the_replay_holds_exactly_the_true_transitions(tmp_path):
         assert restarts == env.restarts >= 3
     stored = {}
     for i in range(3):
-        batch = buffer._read(np.array([i]), np.array([0]), 60)
+        batch = buffer._reader.read(np.array([i]), np.array([0]), 60)
         for row in transitions_in({k: x[0].numpy() for k, x in batch.items() if k != "index"}):
             stored.setdefault(int(row[0]), []).append(row)
     pending = np.count_nonzero(~collector.rows.is_first)
