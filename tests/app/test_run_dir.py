@@ -158,8 +158,8 @@ def saved_run(tmp_path):
     return shutil.copytree(FIXTURE, tmp_path / "saved")
 
 
-def test_a_saved_run_is_evaluated(saved_run, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["eval.py", f"checkpoint={saved_run}", "episodes=2"])
+def test_a_saved_run_is_evaluated_as_at_its_end(saved_run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["eval.py", f"checkpoint={saved_run}"])
     evaluation.main()
     scores = yaml.safe_load((FIXTURE / "scores.yaml").read_text())
     mean, std = scores["eval/return"], scores["eval/return_std"]
