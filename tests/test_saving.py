@@ -145,8 +145,10 @@ def test_models_of_other_formats_are_rejected(found, tmp_path):
     config = yaml.safe_load((tmp_path / CONFIG).read_text())
     config = {k: v for k, v in {**config, "format": found}.items() if v is not None}
     (tmp_path / CONFIG).write_text(yaml.safe_dump(config))
-    who = "a newer" if found == 3 else "an earlier"
-    with pytest.raises(ValueError, match=rf"was saved by {who} version of worldloom, with format"):
+    who = {None: "worldloom 0.1.0 before", 3: "a newer worldloom"}.get(
+        found, "an earlier worldloom"
+    )
+    with pytest.raises(ValueError, match=rf"was written by {who} .*, but this version reads form"):
         read_saved(tmp_path)
 
 

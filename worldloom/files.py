@@ -84,6 +84,24 @@ def read_yaml(file: Path, advice: str, interpolations: bool = False) -> Any:
     return tree
 
 
+def check_format(file: Path, found: Any, expected: int, advice: str) -> None:
+    """Raise ValueError unless a file that worldloom wrote has the expected format version.
+
+    found: the version in the file, None if there is none. advice: what to do with a file of an
+    earlier version.
+    """
+    if found == expected:
+        return
+    newer = isinstance(found, int) and found > expected
+    writer = f"{'a newer' if newer else 'an earlier'} worldloom (format {found!r})"
+    if found is None:
+        writer = "worldloom 0.1.0 before format versions were recorded"
+    raise ValueError(
+        f"{file} was written by {writer}, but this version reads format {expected}; "
+        f"{'update worldloom' if newer else advice}"
+    )
+
+
 def reject_interpolations(tree: Any, source: Path | str) -> None:
     """Raise ValueError if a key or string anywhere in a tree of dicts and lists contains "${".
 

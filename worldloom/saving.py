@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from torch import nn
 
-from worldloom.files import atomic_write, read_yaml, reject_interpolations
+from worldloom.files import atomic_write, check_format, read_yaml, reject_interpolations
 
 # Version of the layout and names in saved models; raised whenever older files cannot be read.
 FORMAT = 2
@@ -129,7 +129,8 @@ def read_saved(folder: Path) -> tuple[dict[str, Any], Tensors]:
     config = read_yaml(folder / CONFIG, advice)
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG} is not the config of a saved model; {advice}")
-    _require_format(folder, config.pop("format", None))
+    fix = "load it with the version that wrote it, or train again"
+    check_format(folder / CONFIG, config.pop("format", None), FORMAT, fix)
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             id_ = (file.metadata() or {}).get("id")
@@ -143,18 +144,6 @@ def read_saved(folder: Path) -> tuple[dict[str, Any], Tensors]:
             f"interrupted; {advice}"
         )
     return config, tensors
-
-
-def _require_format(folder: Path, found: Any) -> None:
-    """Raise ValueError for a saved model of another format."""
-    if found == FORMAT:
-        return
-    newer = isinstance(found, int) and found > FORMAT
-    raise ValueError(
-        f"the model in {folder} was saved by {'a newer' if newer else 'an earlier'} version of "
-        f"worldloom, with format {found!r}; this version reads format {FORMAT}. "
-        + ("Update worldloom" if newer else "Load it with that version, or train it again")
-    )
 
 
 def read_checkpoint(file: Path) -> tuple[dict[str, Any], Tensors]:

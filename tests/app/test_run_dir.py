@@ -134,9 +134,9 @@ def test_a_configuration_records_its_format(tmp_path):
 @pytest.mark.parametrize(
     ("recorded", "message"),
     [
-        ({}, r"written by worldloom 0\.1\.0 before format 1 \(commit unknown\).*train again"),
-        ({"format": 99}, "runs have format 99.*reads format 1; update worldloom"),
-        ({"format": "x"}, "runs have format 'x'"),
+        ({}, r"written by worldloom 0\.1\.0 before format versions were recorded.*train again"),
+        ({"format": 99}, r"a newer worldloom \(format 99\).*reads format 1; update worldloom"),
+        ({"format": "x"}, r"an earlier worldloom \(format 'x'\)"),
     ],
 )
 def test_another_format_is_rejected_with_its_version(tmp_path, recorded, message):

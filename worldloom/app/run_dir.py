@@ -11,7 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from worldloom.files import read_yaml, write_text
+from worldloom.files import check_format, read_yaml, write_text
 
 log = logging.getLogger(__name__)
 
@@ -51,25 +51,14 @@ def read_config(run: Path) -> dict[str, Any]:
         if not isinstance(saved, dict) or key not in saved or not isinstance(saved[key], kind):
             held = f"{key} {saved[key]!r}" if key in (saved or ()) else f"no {key!r}"
             raise ValueError(f"{file} is not the configuration of a run: it has {held}; {WRITTEN}")
-    _require_format(file, saved.pop("format", None))
+    fix = "use it with the version that wrote it, or train again"
+    check_format(file, saved.pop("format", None), FORMAT, fix)
     return saved
 
 
 def write_config(run: Path, config: Mapping[str, Any]) -> None:
     """Write the configuration of a run, with the version of its format."""
     write_text(run / CONFIG, OmegaConf.to_yaml(OmegaConf.create({"format": FORMAT, **config})))
-
-
-def _require_format(file: Path, found: Any) -> None:
-    if found == FORMAT:
-        return
-    newer = isinstance(found, int) and found > FORMAT
-    writer = f"a worldloom whose runs have format {found!r}"
-    raise ValueError(
-        f"{file} was written by {writer if found else 'worldloom 0.1.0 before format 1'} (commit "
-        f"unknown), but this version reads format {FORMAT}; "
-        + ("update worldloom" if newer else "use it with the commit that wrote it, or train again")
-    )
 
 
 def reject_links(folder: Path) -> None:

@@ -41,7 +41,7 @@ from worldloom.datasets.episode import (
     require_numbers,
 )
 from worldloom.envs.spaces import ActionSpec, ObsSpec
-from worldloom.files import read_yaml
+from worldloom.files import check_format, read_yaml
 from worldloom.trees import map_tree
 
 ABOUT = "dataset.yaml"
@@ -93,13 +93,9 @@ def read_about(path: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     about = read_yaml(file, "correct or delete it")
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        found = about.get("format") if isinstance(about, dict) else None
-        version = "no format" if found is None else f"format {found}"
-        raise ValueError(
-            f"{file} has {version}, so another version of worldloom wrote it; expected format "
-            f"{FORMAT}; record the dataset again, or, if you wrote the file, add 'format: {FORMAT}'"
-        )
+    found = about.get("format") if isinstance(about, dict) else None
+    fix = f"record the dataset again, or, if you wrote the file, add 'format: {FORMAT}'"
+    check_format(file, found, FORMAT, fix)
     about = {key: value for key, value in about.items() if value is not None}
     for key, kind in KINDS.items():
         if key in about and not isinstance(about[key], kind):
