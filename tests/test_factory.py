@@ -353,7 +353,7 @@ def rewrite(folder, **changes):
         (lambda f: (f / "config.yaml").write_text("- 1"), "is not the config of a saved model"),
         (
             lambda f: rewrite(f, format=3),
-            "was saved by a newer version of worldloom, with",
+            r"was written by a newer worldloom \(format 3\)",
         ),
         (lambda f: rewrite(f, model="DELETE"), "does not record how to build its model"),
         (lambda f: rewrite(f, obs_shape="DELETE"), "does not record how to build its model"),
