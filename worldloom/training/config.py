@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from worldloom.errors import require, require_positive
@@ -197,11 +197,6 @@ class DataConfig:
             ok = math.isfinite(capacity) and capacity >= 1
         require(ok, "capacity", capacity, "steps such as 100000, or memory such as 2GB")
         require(self.storage in ("ram", "memmap"), "storage", self.storage, "ram or memmap")
-
-
-def field_names(cls: type) -> list[str]:
-    """Return the names of the settings of a settings class."""
-    return [f.name for f in fields(cls)]
 
 
 def _require_size(name: str, value: float, alternative: str) -> None:

@@ -24,7 +24,3 @@ class SimulatorEnv(gym.Env):
 
     def __str__(self) -> str:
         return f"<{self.name}>"
-
-    def draw_seed(self) -> int:
-        """Draw a seed for the simulator from `np_random`."""
-        return int(self.np_random.integers(2**31))
