@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # the file or inside a function. An entry is a module, a subpackage, or a command in a subpackage.
 LAYERS = [
     {"errors", "trees", "files", "timing", "memory"},
-    {"protocol"},
+    {"protocol", "devices"},
     {"random_batches"},
     {"nn"},
     {"presets", "saving"},
@@ -27,7 +27,11 @@ LAYERS = [
     {"training"},
     {"check"},
     {"app"},
-    {"run", "eval", "collect", "diagnose", "bench", "bench.__main__", "check.__main__"},
+    {
+        *("run", "eval", "collect", "diagnose", "doctor", "bench"),
+        *("bench.__main__", "check.__main__", "models.__main__"),
+    },
+    {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Files that collect public names, and `python -m worldloom.envs.check`, which forwards to check.

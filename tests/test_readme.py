@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from worldloom.__main__ import COMMANDS
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [
@@ -61,6 +63,9 @@ def test_commands_exist():
     found = mentions(r"python -m (worldloom[\w.]*)")
     assert len(found) > 20
     assert not [(page, name) for page, name in found if importlib.util.find_spec(name) is None]
+    short = mentions(r"[`(]worldloom ([a-z]+)")
+    assert short
+    assert not [(page, name) for page, name in short if name not in COMMANDS]
 
 
 def test_scripts_exist():

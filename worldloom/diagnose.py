@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 
 from worldloom.app.command_line import run_command
 from worldloom.app.compose import Overrides
+from worldloom.devices import require_device
 from worldloom.errors import list_names
 from worldloom.factory import REGISTERED, create_world_model
 from worldloom.protocol import split_result
@@ -129,7 +130,7 @@ def diagnose(
     saved = _read(file)
     found = saved["nonfinite"]
     gpu = found["device"] == "cuda" and torch.cuda.is_available()
-    where = torch.device(device or ("cuda" if gpu else "cpu"))
+    where = require_device(device or ("cuda" if gpu else "cpu"))
     model = _build(file, saved, allow) if model is None else _load_weights(model, saved)
     model.to(device=where, dtype=parameter_type(found["precision"])).train()
     fields = flatten_tree(found["batch"])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from worldloom.devices import require_device
 from worldloom.errors import suggest
 from worldloom.presets import (
     aliases,
@@ -66,9 +67,10 @@ def create_world_model(
 
     Raises:
         ValueError: an unknown name or hyperparameter (the message suggests a similar one), a path
-            that does not exist, a shape that no encoder supports, an invalid action_dim, or a file
-            that cannot be read.
+            that does not exist, a shape that no encoder supports, an invalid action_dim, a device
+            that is not available, or a file that cannot be read.
     """
+    device = require_device(device)
     if _is_path(model):
         built = _load(Path(model), (obs_shape, action_dim, discrete), allow, overrides)
     else:

@@ -12,8 +12,9 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from worldloom.app.command_line import print_errors, stop_on_errors
+from worldloom.app.command_line import print_errors, print_version, stop_on_errors
 from worldloom.app.compose import Overrides, register_defaults
+from worldloom.app.help import describe_run
 from worldloom.app.validation import validate_config
 from worldloom.memory import keep_freed_memory
 from worldloom.presets import config_dir
@@ -162,9 +163,16 @@ def _hydra_main(cfg: DictConfig) -> float | None:
 
 def main() -> None:
     """Run the command line."""
+    given = tuple(sys.argv[1:])
+    if {"-h", "--help"} & {*given}:
+        if "all" not in given:
+            print(describe_run())
+            sys.exit()
+        given = ("--help", *(arg for arg in given if arg not in ("-h", "--help", "all")))
+    print_version(given)
     keep_freed_memory()
     with print_errors(), TemporaryDirectory() as scratch:
-        overrides = Overrides(tuple(sys.argv[1:]))
+        overrides = Overrides(given)
         args: Any = overrides.with_implied().args
         if overrides.value("resume") is not None:
             from worldloom.app.resume import resume_arguments

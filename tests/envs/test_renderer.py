@@ -13,9 +13,9 @@ from worldloom.envs.suites.gymnasium import make_env
 def on_linux_without_a_choice(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("MUJOCO_GL", "")
-    renderer._probe.cache_clear()
+    renderer.probe.cache_clear()
     yield
-    renderer._probe.cache_clear()
+    renderer.probe.cache_clear()
 
 
 @pytest.fixture

@@ -15,7 +15,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import worldloom
 from worldloom.app.compose import Overrides, compose_config, key_of
+from worldloom.app.help import list_choices
 from worldloom.app.run_dir import reject_links, remove_unused, written_files
 from worldloom.app.validation import RENAMED, SECTIONS, build_settings, suggest_key, top_level_keys
 from worldloom.errors import suggest
@@ -70,9 +72,17 @@ def run_command(
     if (needs_arguments and not args) or {"-h", "--help"} & {*args}:
         print(usage)
         sys.exit(0 if args else 2)
+    print_version(args)
     keep_freed_memory()
     with print_errors():
         command(Overrides(args))
+
+
+def print_version(args: Sequence[str]) -> None:
+    """Print worldloom's version and exit if the arguments contain --version."""
+    if "--version" in args:
+        print(f"worldloom {worldloom.__version__}")
+        sys.exit()
 
 
 def parse_settings(args: Sequence[str], cls: type, **defaults: Any) -> Any:
@@ -203,9 +213,7 @@ def _explain_key(key: str) -> str:
 def _explain_choice(path: str) -> str:
     """Return which choices a group has instead of an unknown one."""
     group, _, name = path.rpartition("/")
-    files = sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
-    options = [file for file in files if not file.endswith("_base")]
-    options += ["default"] * (group in ("training", "evaluation"))
+    options = list_choices(group)
     if not options:
         groups = sorted(folder.name for folder in config_dir().iterdir() if folder.is_dir())
         return f"unknown group '{group}'; groups: {', '.join(groups)}"

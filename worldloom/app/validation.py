@@ -113,6 +113,7 @@ def validate_config(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
     for name in ("trainer", "optimizer", "planner"):
         _check_call(name, plain[name])
     _check_optimizer(plain["optimizer"])
+    _check_devices(plain["trainer"])
     for name, method in (("logger", "log_metrics"), ("callbacks", "on_fit_start")):
         for key, part in plain[name].items():
             if part is not None:
@@ -265,6 +266,14 @@ def _check_optimizer(section: Mapping[str, Any]) -> None:
         import_target(section["_target_"])([torch.nn.Parameter(torch.zeros(1))], **options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"optimizer: {error}") from None
+
+
+def _check_devices(trainer: Mapping[str, Any]) -> None:
+    """Check that this machine has the devices to train on."""
+    from worldloom.devices import require_accelerator
+
+    if isinstance(accelerator := trainer.get("accelerator", "auto"), str):
+        require_accelerator(accelerator, trainer.get("devices", "auto"))
 
 
 def _check_model(section: Mapping[str, Any], choice: Any) -> None:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from worldloom.acting import Actor
 from worldloom.app.command_line import parse_settings
 from worldloom.app.compose import compose_config
+from worldloom.devices import require_device
 from worldloom.factory import create_world_model, import_target
 from worldloom.presets import file_name, load_preset
 from worldloom.protocol import Batch, context_rows, split_result
@@ -141,11 +142,7 @@ class TrainedModel:
     """A model and its preset's optimiser, fed with random data."""
 
     def __init__(self, config: BenchConfig, **overrides: Any) -> None:
-        kinds = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-        if config.device.split(":")[0] not in kinds:
-            offers = " and ".join(kinds)
-            raise ValueError(f"device is {config.device!r}; this machine offers {offers}")
-        self.device = torch.device(config.device)
+        self.device = require_device(config.device)
         self.model: Any = create_world_model(
             config.model, *config.spaces, self.device, **overrides
         ).train()
@@ -158,8 +155,8 @@ class TrainedModel:
 
     def clock(self) -> float:
         """Return the time in seconds once the device has finished its work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
     def random_batch(self, config: BenchConfig) -> Batch:

@@ -72,9 +72,9 @@ def use_renderer(package: str) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)  # they log every import
     if not sys.platform.startswith("linux") or os.environ.get("MUJOCO_GL"):
         return
-    working = next((name for name in RENDERERS if _probe(name) is None), None)
+    working = next((name for name in RENDERERS if probe(name) is None), None)
     if working is None:
-        errors = "; ".join(f"{name}: {_probe(name)}" for name in RENDERERS)
+        errors = "; ".join(f"{name}: {probe(name)}" for name in RENDERERS)
         raise RendererError(
             f"pixels are observed, but none of MuJoCo's renderers works ({errors}); install one "
             "with apt install libegl1 libegl-mesa0 libgl1-mesa-dri (or libosmesa6), or set "
@@ -88,17 +88,16 @@ def _is_installed(package: str) -> bool:
 
 
 @functools.cache
-def _probe(name: str) -> str | None:
+def probe(name: str) -> str | None:
     """Return the error of a renderer, or None if it works.
 
     It is tried in a new process, because MuJoCo chooses its renderer when it is imported.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE],
-        env={**os.environ, "MUJOCO_GL": name},
-        capture_output=True,
-        text=True,
-    )
+    command, env = [sys.executable, "-c", PROBE], {**os.environ, "MUJOCO_GL": name}
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return "no answer within a minute"
     if done.returncode == 0:
         return None
     lines = done.stderr.strip().splitlines()

@@ -1,0 +1,87 @@
+"""The command `worldloom COMMAND`, the same as `python -m worldloom.COMMAND`."""
+
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+
+import worldloom
+from worldloom.errors import find_similar
+
+COMMANDS = {
+    "run": "train a model, or continue a run (resume=...)",
+    "eval": "score the model of a run in its environment",
+    "collect": "record episodes to train on",
+    "check": "check an environment before training on it",
+    "bench": "time the updates of a model on this machine",
+    "diagnose": "find where a NaN or infinite loss begins",
+    "models": "list all models, with their sizes",
+    "doctor": "show versions, devices, renderers and what can be installed",
+}
+USAGE = "\n".join(
+    [
+        "usage: worldloom COMMAND [ARGUMENTS]   (or python -m worldloom COMMAND ...)",
+        "",
+        *(f"  {name:<10}{phrase}" for name, phrase in COMMANDS.items()),
+        "",
+        "`worldloom COMMAND --help` describes a command, `worldloom --version` prints the version.",
+        'Tab completion in bash: eval "$(worldloom run -sc install=bash)"',
+    ]
+)
+# Names of other programs' commands.
+OTHER_NAMES = {"train": "run", "resume": "run", "sweep": "run", "test": "eval", "list": "models"}
+
+
+def main() -> None:
+    """Run the command that the first argument names, as `python -m worldloom.COMMAND` does."""
+    args = sys.argv[1:]
+    try:
+        if "-sc" in args or "--shell-completion" in args:
+            _complete(args)
+        elif not args or args[0] in ("-h", "--help", "help"):
+            print(USAGE)
+            sys.exit(0 if args else 2)
+        elif args[0] == "--version":
+            print(f"worldloom {worldloom.__version__}")
+        elif args[0] in COMMANDS:
+            sys.argv = [f"worldloom {args[0]}", *args[1:]]
+            # Not an import: Lightning starts further processes of a run by the name of __main__.
+            runpy.run_module(f"worldloom.{args[0]}", run_name="__main__", alter_sys=True)
+        else:
+            print(f"error: {_explain(args)}", file=sys.stderr)
+            sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(130)
+
+
+def _explain(args: Sequence[str]) -> str:
+    """Return why the first argument is not a command, and what to write instead."""
+    name = args[0]
+    if "=" in name:
+        return f"{name!r} is not a command; to train write: worldloom run {' '.join(args)}"
+    similar = find_similar(name, [*COMMANDS, *OTHER_NAMES])
+    near = f" (did you mean {OTHER_NAMES.get(similar[0], similar[0])!r}?)" if similar else ""
+    return f"unknown command {name!r}{near}; commands: {', '.join(COMMANDS)}"
+
+
+def _complete(args: Sequence[str]) -> None:
+    """Install Hydra's shell completion for `worldloom`, or answer a query of the shell.
+
+    Hydra completes the arguments of a program without commands, so the command is removed from
+    the line that the shell passes.
+    """
+    from worldloom.run import main as run
+
+    program, *words = os.environ.get("COMP_LINE", "").split(" ")
+    if "query=" in args[-1] and words:
+        if words[0] != "run" or len(words) == 1:
+            print(*(name for name in COMMANDS if len(words) == 1 and name.startswith(words[0])))
+            return
+        os.environ["COMP_LINE"] = " ".join([program, *words[1:]])
+    sys.argv = ["worldloom", *(arg for arg in args if arg not in COMMANDS)]
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""The text of `worldloom run --help`, made from the files in conf/."""
+
+import re
+
+from worldloom.errors import list_names
+from worldloom.presets import config_dir
+
+COLUMNS = 100
+USAGE = """usage: worldloom run [GROUP=CHOICE ...] [SECTION.KEY=VALUE ...]
+
+Trains a model and writes everything to runs/NAME/DATE. A group selects a file of conf/GROUP:
+
+{groups}
+
+examples:
+  worldloom run                                  DreamerV3 on CartPole, five minutes on a CPU
+  worldloom run experiment=pendulum seed=1 training.total_steps=4000
+  worldloom run model=dreamerv3_size1m env=gymnasium env.id=Acrobot-v1 env.num_envs=8
+  worldloom run model=tdmpc2_5m env=dmc env.task=walker-walk trainer=gpu
+  worldloom run env._target_=my_pkg.make_env +env.level=3          a custom environment
+  worldloom run model=custom model._target_=my_pkg.MyModel         a custom model
+  worldloom run resume=runs/cartpole/2026-01-01_00-00-00           continue a run
+  worldloom run -m seed=0,1,2 model=dreamerv3_tiny,tdmpc2_tiny     a sweep: six runs
+
+--cfg job     print the configuration with all its values, do not train
+--help all    print Hydra's help with all choices of all groups
+Read docs/configuration.md for all settings, and docs/runs.md for what a run writes."""
+
+
+def describe_run() -> str:
+    """Return the usage of `worldloom run`: its groups with their choices, and examples."""
+    text = (config_dir() / "config.yaml").read_text()
+    groups = re.findall(r"^  - (\w+): [^#]+# (.+)$", text, re.MULTILINE)
+    return USAGE.format(groups="\n".join(_describe(*group) for group in sorted(groups)))
+
+
+def _describe(group: str, phrase: str) -> str:
+    """Return a line about a group, with as many of its choices as fit on it."""
+    choices = list_choices(group)
+    lines = [f"  {group:<12}{phrase}: {list_names(choices, most)}" for most in range(9, 0, -1)]
+    return next((line for line in lines if len(line) <= COLUMNS), lines[-1])
+
+
+def list_choices(group: str) -> list[str]:
+    """Return the choices of a group, without files that only others build on; [] if unknown."""
+    files = sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
+    options = [file for file in files if not file.endswith("_base")]
+    return options + ["default"] * (group in ("training", "evaluation"))

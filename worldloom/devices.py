@@ -1,0 +1,77 @@
+"""Devices on which a model can be placed, and errors in words for those that are not available."""
+
+import torch
+
+from worldloom.errors import suggest
+
+KINDS = ("cpu", "cuda", "mps", "xpu")
+
+
+def require_device(device: str | torch.device) -> torch.device:
+    """Return a device on which tensors can be created.
+
+    Raises:
+        ValueError: the device is misspelt or not available; the message lists those that are.
+    """
+    fix = f"expected one of {', '.join(usable_devices())}"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        near = " (did you mean 'cuda'?)" if "gpu" in str(device) else suggest(str(device), KINDS)
+        raise ValueError(f"device is {str(device)!r}{near}; {fix}") from None
+    try:
+        torch.empty(0, device=found)
+    except Exception as error:  # AssertionError, RuntimeError, ...: each backend has its own
+        reason = why_no_gpu() or " ".join(str(error).split(". ")[0].split())
+        raise ValueError(f"device {str(device)!r} is not available: {reason}; {fix}") from None
+    return found
+
+
+def usable_devices() -> list[str]:
+    """Return the names of all devices of this machine that torch can use."""
+    names = ["cpu"]
+    if torch.cuda.is_available():
+        names += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    if torch.xpu.is_available():
+        names += [f"xpu:{index}" for index in range(torch.xpu.device_count())]
+    return names
+
+
+def why_no_gpu() -> str:
+    """Return why torch finds no GPU and how to change that; "" if it finds one."""
+    if len(usable_devices()) > 1:
+        return ""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return (
+            f"torch {torch.__version__} is a build without GPU support; to use a GPU, install "
+            "another build (https://pytorch.org/get-started)"
+        )
+    return "torch finds no GPU; check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES"
+
+
+def require_accelerator(accelerator: str, devices: object) -> None:
+    """Raise ValueError if this machine lacks the devices that Lightning's arguments ask for.
+
+    devices: number or list of GPUs, or "auto" or -1 for all.
+    """
+    backends = {"gpu": ("cuda", "mps"), "cuda": ("cuda",), "mps": ("mps",)}
+    names = (*backends, "cpu", "auto", "tpu")
+    if accelerator not in names:
+        near = suggest(accelerator, names)
+        raise ValueError(
+            f"trainer.accelerator is {accelerator!r}{near}; expected one of {', '.join(names)}"
+        )
+    if accelerator not in backends:
+        return
+    found = [name for name in usable_devices() if name.split(":")[0] in backends[accelerator]]
+    if not found:
+        reason = why_no_gpu() or f"this machine has {', '.join(usable_devices())}"
+        raise ValueError(f"trainer.accelerator is {accelerator}, but {reason}; use trainer=cpu")
+    indices = devices if isinstance(devices, list | tuple) else []
+    count = int(devices) if isinstance(devices, int | str) and str(devices).isdigit() else 0
+    if count > len(found) or any(int(index) >= len(found) for index in indices):
+        raise ValueError(
+            f"trainer.devices is {devices}, but this machine has {len(found)}: {', '.join(found)}"
+        )
