@@ -16,6 +16,7 @@ LAYERS = [
     {"protocol", "devices"},
     {"random_batches"},
     {"nn"},
+    {"records"},
     {"presets", "saving"},
     {"planning"},
     {"models"},

@@ -195,7 +195,7 @@ def test_tdmpc2(pendulum, tmp_path, env):
     assert scores.get("eval/length") == (None if env else 8)
     assert metrics(tmp_path, "train/updates")[-1] == (6, 6)
     # Without an environment the longest episode stands for its time limit.
-    assert create_world_model(tmp_path).config["episode_length"] == 8
+    assert create_world_model(tmp_path).build_config["arguments"]["episode_length"] == 8
 
 
 def test_a_named_environment_is_used(pendulum, tmp_path):

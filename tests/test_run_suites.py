@@ -101,4 +101,4 @@ def test_tdmpc2_trains_on_its_benchmark(tmp_path):
     scores = run(tmp_path, *words, "env.time_limit=60", "evaluation.every=0")
     assert scores["eval/length"] == 30 and "eval/success" in scores
     model = create_world_model(tmp_path)
-    assert model.config["episode_length"] == 30 and not model.terminates
+    assert model.build_config["arguments"]["episode_length"] == 30 and not model.terminates

@@ -47,7 +47,7 @@ def test_metrics_have_the_names_of_the_family(finished):
 def test_terminations_switched_the_head_on(finished):
     folder, _ = finished
     model = create_world_model(folder)
-    assert model.config["episodic"] == "auto" and bool(model.terminates)
+    assert model.build_config["arguments"]["episodic"] == "auto" and bool(model.terminates)
     assert model.discounts == (0.95,)  # from 30 decisions: 5 / 6 is below the least
 
 

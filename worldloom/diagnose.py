@@ -1,14 +1,15 @@
 """Diagnosis of a NaN or infinite loss: repeat the computation and find where it begins.
 
-usage: python -m worldloom.diagnose <run folder>/checkpoints/nonfinite.ckpt [allow=my_pkg.MyModel]
-       [device=cpu]
+usage: python -m worldloom.diagnose <run folder>/checkpoints/nonfinite.ckpt [device=cpu]
+       [model._target_=my_pkg.MyModel]
 
 A run that encounters a NaN or infinite loss or gradient saves the batch, the model and all random
 states. This command prints every loss term, the fields of the batch, and the first module whose
 output is not finite although its inputs and weights are; for gradients, the operation that torch's
 anomaly detection reports. The exit code is 1 if the loss and the gradients are finite this time.
 
-allow=… names a model class outside worldloom that may be imported; the file alone cannot do that.
+model._target_=… names a model class outside worldloom that may be imported; the file alone cannot
+do that.
 """
 
 import re
@@ -30,8 +31,9 @@ from worldloom.app.command_line import run_command
 from worldloom.app.compose import Overrides
 from worldloom.devices import require_device
 from worldloom.errors import list_names
-from worldloom.factory import REGISTERED, create_world_model
+from worldloom.factory import create_world_model
 from worldloom.protocol import split_result
+from worldloom.records import REGISTERED
 from worldloom.training.nonfinite import bad_gradients, bad_terms, find_nonfinite
 from worldloom.training.precision import computing_in, parameter_type
 from worldloom.training.randomness import set_random_state
@@ -282,7 +284,8 @@ def _build(file: Path, saved: Mapping[str, Any], allow: Sequence[str]) -> nn.Mod
     if config["model"] not in REGISTERED and config["model"] not in allow:
         raise ValueError(
             f"{file} names the model {config['model']!r}, whose code is not part of worldloom; if "
-            f"you trust it, add allow={config['model']}"
+            f"you trust it, add model._target_={config['model']} (in Python: "
+            f"allow=({config['model']!r},))"
         )
     return create_world_model(file, allow=allow)
 
@@ -323,11 +326,11 @@ def _list_bad(names: Sequence[str], count: int | None = None) -> str:
 
 def diagnose_command(overrides: Overrides) -> None:
     """Diagnose the file that the command line names; exit with 1 if the loss is finite now."""
-    files = overrides.without("allow", "device").args
+    files = overrides.without("model._target_", "device").args
     if len(files) != 1:
         raise ValueError(f"{len(files)} files were named; expected one nonfinite.ckpt")
-    allow = [name for name in (overrides.value("allow") or "").split(",") if name]
-    found = diagnose(files[0], allow=allow, device=overrides.value("device"))
+    target = overrides.value("model._target_")
+    found = diagnose(files[0], allow=[target] if target else [], device=overrides.value("device"))
     print(found)
     sys.exit(0 if found.reproduced else 1)
 

@@ -1,7 +1,6 @@
 """World models by name: presets, aliases, saved folders, checkpoints and official weights."""
 
 import importlib
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +18,9 @@ from worldloom.presets import (
     override_preset,
     preset_names,
 )
-from worldloom.saving import Tensors, get_config, load_tensors, read_weights
+from worldloom.records import REGISTERED, list_parameters, name_target, record_call
+from worldloom.saving import Tensors, load_tensors, read_weights
 from worldloom.trees import map_tree
-
-# Models that a saved configuration may name; the caller must allow any other.
-REGISTERED = {
-    "dreamerv3": "worldloom.models.dreamerv3.DreamerV3",
-    "tdmpc2": "worldloom.models.tdmpc2.TDMPC2",
-}
 
 ObsShape = tuple[int, ...] | Mapping[str, tuple[int, ...]]
 ActionDim = int | Sequence[int] | Mapping[str, int]
@@ -61,6 +55,7 @@ def create_world_model(
         device: device of the model.
         allow: import paths of models outside worldloom that a saved configuration may name.
         overrides: hyperparameters that replace those of the preset (see conf/model).
+            `_target_="my_pkg.Mine"` builds a subclass, with its own hyperparameters.
 
     Returns:
         A `WorldModel` that is an nn.Module.
@@ -74,7 +69,9 @@ def create_world_model(
     if _is_path(model):
         built = _load(Path(model), (obs_shape, action_dim, discrete), allow, overrides)
     else:
-        config = override_preset(load_preset(str(model)), overrides, str(model))
+        preset = load_preset(str(model))
+        own = find_own_parameters(preset, overrides)
+        config = override_preset(preset, overrides, str(model), own)
         if obs_shape is None or action_dim is None:
             raise ValueError(
                 f"create_world_model({str(model)!r}) needs obs_shape and action_dim, for example "
@@ -118,40 +115,74 @@ def build_model(
     The class is called as `cls(obs_shape=…, action_dim=…, discrete=…, **rest of config)`.
     """
     options = {k: v for k, v in config.items() if k not in ("_target_", "_partial_")}
-    cls = import_target(str(config["_target_"]))
-    parameters = inspect.signature(cls).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        _require_accepted(cls.__name__, options, parameters)
+    spaces = zip(SPACES, (obs_shape, action_dim, discrete), strict=True)
+    return _construct(str(config["_target_"]), {**dict(spaces), **options}, SPACES)
+
+
+def _construct(target: str, arguments: Mapping[str, Any], needed: Sequence[str] = ()) -> nn.Module:
+    """Call the class or function `target`, and record the call in the model.
+
+    needed: parameters that it must have.
+    """
+    cls = import_target(REGISTERED.get(target, target))
+    parameters, takes_any = list_parameters(cls)
+    if not takes_any:
+        _require_accepted(cls.__name__, arguments, parameters, needed)
     spaces = {
-        name: map_tree(_to_python, value, sequence=tuple)
-        for name, value in zip(SPACES, (obs_shape, action_dim, discrete), strict=True)
+        name: map_tree(_to_python, arguments[name], sequence=tuple)
+        for name in SPACES
+        if name in arguments
     }
-    model = cls(**spaces, **options)
+    arguments = {**arguments, **spaces}
+    model = cls(**arguments)
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"{config['_target_']} made a {type(model).__name__}, which is no torch.nn.Module; "
+            f"{target} made a {type(model).__name__}, which is no torch.nn.Module; "
             "expected a world model (worldloom/protocol.py); derive its class from torch.nn.Module"
         )
-    if get_config(model) is None:
-        made: Any = model
-        made.build_config = {"model": config["_target_"], **spaces, **options}
+    made: Any = model
+    made.build_config = record_call(cls, (), arguments, name_target(cls, target))
     return model
 
 
-def _require_accepted(cls: str, options: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
-    """Raise ValueError unless a class accepts all options and the spaces as arguments."""
-    for name in options:
-        if name not in parameters:
-            raise ValueError(
-                f"{cls} has no hyperparameter {name!r}{suggest(name, parameters)}; it takes "
-                f"{', '.join(parameters)}"
-            )
-    if missing := [name for name in SPACES if name not in parameters]:
+def _require_accepted(
+    cls: str, arguments: Mapping[str, Any], parameters: Mapping[str, Any], needed: Sequence[str]
+) -> None:
+    """Raise ValueError unless a class accepts all arguments and has the parameters it needs."""
+    if missing := [name for name in needed if name not in parameters]:
         raise ValueError(
             f"{cls} does not take {', '.join(missing)}; models are built as "
             f"{cls}(obs_shape=…, action_dim=…, discrete=…) and the arguments in the "
             "configuration; add these parameters"
         )
+    for name in arguments:
+        if name not in parameters:
+            raise ValueError(
+                f"{cls} has no hyperparameter {name!r}{suggest(name, parameters)}; it takes "
+                f"{', '.join(parameters)}"
+            )
+
+
+def find_own_parameters(
+    preset: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """Return the default of each parameter that a class adds to those of a preset.
+
+    given: the overrides of the preset; `_target_` among them names the class. The default of a
+        parameter without one is None.
+
+    Returns:
+        None for a class of worldloom, all of whose parameters are in its presets.
+    """
+    cls = import_target(str(given.get("_target_", preset["_target_"])))
+    if name_target(cls) in REGISTERED:
+        return None
+    parameters, takes_any = list_parameters(cls)
+    own = dict.fromkeys(given) if takes_any else {}
+    for name, parameter in parameters.items():
+        default = None if parameter.default is parameter.empty else parameter.default
+        own[name] = float(default) if type(default) is int else default  # 1 may stand for 1.0
+    return {name: default for name, default in own.items() if name not in (*preset, *SPACES)}
 
 
 def _to_python(value: Any) -> Any:
@@ -199,9 +230,11 @@ def _load(
     if overrides:
         raise ValueError(f"{path} is a saved model; {sorted(overrides)} cannot be changed in it")
     config, tensors = read_weights(path)
-    needed = ("model", *SPACES)
-    if not isinstance(config, dict) or any(key not in config for key in needed):
-        raise ValueError(f"{path} does not record how to build its model; expected {needed} in it")
+    arguments = config.get("arguments") if isinstance(config, dict) else None
+    if "model" not in (config or ()) or not isinstance(arguments, dict):
+        raise ValueError(
+            f"{path} does not record how to build its model; expected 'model' and 'arguments' in it"
+        )
     target = str(config["model"])
     if target not in REGISTERED and target not in allow:
         raise ValueError(
@@ -209,12 +242,11 @@ def _load(
             f"pass allow=({target!r},)"
         )
     for name, given in zip(SPACES, spaces, strict=True):
-        now, saved = (map_tree(_to_python, x, sequence=tuple) for x in (given, config[name]))
+        known = arguments.get(name, given)
+        now, saved = (map_tree(_to_python, x, sequence=tuple) for x in (given, known))
         if given is not None and now != saved:
-            raise ValueError(f"{path} was saved with {name}={config[name]}, not {given}")
-    options = {key: value for key, value in config.items() if key not in needed}
-    options["_target_"] = REGISTERED.get(target, target)
-    model = build_model(options, **{name: config[name] for name in SPACES})
+            raise ValueError(f"{path} was saved with {name}={known}, not {given}")
+    model = _construct(target, arguments)
     load_tensors(model, tensors, path)
     return model
 

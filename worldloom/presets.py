@@ -66,19 +66,29 @@ def load_preset(name: str) -> dict[str, Any]:
 
 
 def override_preset(
-    config: dict[str, Any], overrides: Mapping[str, Any], name: str, within: str = ""
+    config: dict[str, Any],
+    overrides: Mapping[str, Any],
+    name: str,
+    own: Mapping[str, Any] | None = None,
+    within: str = "",
 ) -> dict[str, Any]:
     """Return a preset's configuration with overrides merged in.
 
+    own: {name: default} of the hyperparameters that a subclass adds to the preset's, None for a
+        class of worldloom. A subclass may also have further names in `loss_scales`.
     within: prefix of the names of hyperparameters in messages, such as "encoder.".
 
     Raises:
         ValueError: an override is unknown, or has another type or range than the preset's value.
     """
-    merged = dict(config)
+    merged, added = dict(config), own or {}
     for key, value in overrides.items():
+        if key in added:
+            _require_kind(within + key, value, added[key])
+            merged[key] = value
+            continue
         if key not in config:
-            choices = [k for k in config if not k.startswith("_")]
+            choices = [k for k in (*config, *added) if not k.startswith("_")]
             raise ValueError(
                 f"{name} has no hyperparameter {within + key!r}"
                 f"{suggest(key, choices, within)}; it takes {', '.join(choices)}"
@@ -95,22 +105,30 @@ def override_preset(
             )
         # Each part may have units and depth of its own.
         shared: dict[str, Any] = {k: config[k] for k in ("units", "depth") if k in config}
-        part = override_preset({**shared, **old}, value, name, f"{within}{key}.")
+        terms = own is not None and key == "loss_scales"
+        further = {k: 1.0 for k in value if k not in old} if terms else None
+        part = override_preset({**shared, **old}, value, name, further, f"{within}{key}.")
         merged[key] = {k: v for k, v in part.items() if k in old or k in value}
     return merged
 
 
 def _require_fits(key: str, value: Any, old: Any, within: str) -> None:
     """Raise ValueError unless a value has the type of the preset's value and is in range."""
+    _require_kind(within + key, value, old)
+    name = f"hyperparameter {within + key!r}"
+    require(key not in SHARES or 0 <= value <= 1, name, value, "a number in [0, 1]")
+    require(key not in COUNTS or value >= 1, name, value, "at least 1")
+    require(key not in SPREADS or value > 0, name, value, "a number above 0")
+
+
+def _require_kind(key: str, value: Any, old: Any) -> None:
+    """Raise ValueError unless a value has the type of another one, and is a finite number."""
     kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,), list: (list, tuple)}
-    types, name = kinds.get(type(old), (object,)), f"hyperparameter {within + key!r}"
+    types, name = kinds.get(type(old), (object,)), f"hyperparameter {key!r}"
     holds = isinstance(value, types) and (bool in types or value is not True)
     require(holds or types == (object,), name, value, f"{type(old).__name__} such as {old!r}")
     if isinstance(value, float):
         require(math.isfinite(value), name, value, f"a finite number such as {old!r}")
-    require(key not in SHARES or 0 <= value <= 1, name, value, "a number in [0, 1]")
-    require(key not in COUNTS or value >= 1, name, value, "at least 1")
-    require(key not in SPREADS or value > 0, name, value, "a number above 0")
 
 
 def read_choice(file: Path) -> dict[str, Any]:

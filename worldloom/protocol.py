@@ -9,6 +9,7 @@ N + 1 rows.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import torch
@@ -73,14 +74,22 @@ class LatentState:
 
     deterministic: [B, deter_dim] deterministic part of the state.
     stochastic: [B, stoch_dim] sampled part, or None for models without it (TD-MPC2).
-    features: [B, total_dim] input of decoders and heads.
+    features: [B, total_dim] input of decoders and heads; by default the deterministic and the
+        stochastic part, concatenated.
     extras: further tensors [B, ...] that a model passes from step to step.
     """
 
     deterministic: Tensor
-    stochastic: Tensor | None
-    features: Tensor
+    stochastic: Tensor | None = None
+    features: Tensor = None  # type: ignore[assignment]
     extras: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Set the features if they were not given."""
+        if self.features is None:
+            parts = [self.deterministic, self.stochastic]
+            given = [part for part in parts if part is not None]
+            self.features = given[0] if len(given) == 1 else torch.cat(given, -1)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "LatentState":
         """Apply a function to every tensor."""
@@ -196,6 +205,8 @@ class WorldModel(Protocol):
     def compute_loss(self, batch: Batch) -> dict[str, Any]:
         """Return "loss", the scalar to minimise, and each loss term and statistic as a scalar.
 
+        Terms and statistics may also be numbers of Python or NumPy.
+
         The batch must not be modified. A model with `replay_fields` may add "replay"
         {name: [B, n, ...]} without gradient: new values for the last n rows of the batch. The
         replay stores them unless the update is skipped. "replay" is never logged.
@@ -238,7 +249,32 @@ def context_rows(fields: Mapping[str, ReplayField]) -> int:
     return int(any(not field.every_row for field in fields.values()))
 
 
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number of Python, or of NumPy without axes."""
+    return isinstance(value, Number) or getattr(value, "shape", None) == ()
+
+
 def split_result(result: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split the result of `compute_loss` into its scalars and the new values for the replay."""
+    """Split the result of `compute_loss` into its scalars and the new values for the replay.
+
+    Numbers of Python and NumPy become tensors on the CPU.
+
+    Raises:
+        ValueError: a value is not a scalar; the message names its key.
+    """
     scalars = dict(result)
-    return scalars, scalars.pop(REPLAY, {})
+    replay = scalars.pop(REPLAY, {})
+    for name, value in scalars.items():
+        if not isinstance(value, Tensor):
+            if not is_number(value):
+                raise ValueError(
+                    f"compute_loss returned a {type(value).__name__} for {name!r}; expected a "
+                    "scalar: a tensor or a number"
+                )
+            scalars[name] = torch.as_tensor(value)
+        elif value.ndim:
+            raise ValueError(
+                f"compute_loss returned {name!r} of shape {list(value.shape)}; expected a scalar; "
+                "take its mean"
+            )
+    return scalars, replay

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,10 @@ from safetensors import safe_open
 from torch import nn
 
 from worldloom.files import atomic_write, check_format, read_yaml, reject_interpolations
+from worldloom.records import find_obstacle, find_tuples, is_plain, record_call, restore_tuples
 
 # Version of the layout and names in saved models; raised whenever older files cannot be read.
-FORMAT = 2
+FORMAT = 3
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
 # Names of dtypes in the safetensors format.
 DTYPES = {
@@ -36,16 +38,35 @@ DTYPES = {
 Tensors = dict[str, torch.Tensor]
 
 
-def get_config(model: nn.Module) -> dict[str, Any] | None:
-    """Return the arguments to build a model again, {"model": name or path, ...}, or None.
+class SavableModel(nn.Module):
+    """A module that records the class and the arguments it was constructed with.
 
-    They are the model's own `config`, or `build_config`, which the factory sets if a model has no
-    `config` or uses that name for something else.
+    The record (see `get_config`) names the class that was constructed, so a subclass is never saved
+    as its base class.
     """
-    for config in (getattr(model, "config", None), getattr(model, "build_config", None)):
-        if isinstance(config, dict) and "model" in config:
-            return config
-    return None
+
+    build_config: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Record the class and the arguments."""
+        model = super().__new__(cls)
+        # nn.Module is not initialised yet, so its __setattr__ is bypassed.
+        vars(model)["build_config"] = record_call(cls, args, kwargs)
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write model.safetensors and config.yaml; `create_world_model(folder)` loads them."""
+        save_model(self, folder)
+
+
+def get_config(model: nn.Module) -> dict[str, Any] | None:
+    """Return how to build a model again, {"model": name or path, "arguments": {...}}, or None.
+
+    It is `model.build_config`, which `SavableModel` and the factory set. None if there is no such
+    record, or if an argument is not plain data and so cannot be saved.
+    """
+    config = getattr(model, "build_config", None)
+    return config if isinstance(config, dict) and is_plain(config) else None
 
 
 def save_model(
@@ -54,17 +75,22 @@ def save_model(
     """Write a model's config (see `get_config`) and its tensors, or other tensors for it.
 
     Each file is replaced atomically. Both contain an id of the config, so loading detects a crash
-    between them, which is possible only if the folder held a model with another config.
+    between them, which is possible only if the folder held a model with another config. Warns if
+    other programs cannot import the class.
+
+    Raises:
+        ValueError: the model has no config.
     """
-    config = get_config(model)
+    config, obstacle = get_config(model), find_obstacle(model)
     if config is None:
-        raise ValueError(
-            f"{type(model).__name__} has no config to build it again; create it with "
-            "create_world_model or set model.config = {'model': 'my_pkg.MyModel', **arguments}"
-        )
+        raise ValueError(f"{type(model).__name__} cannot be saved: {obstacle}")
+    if obstacle:
+        warnings.warn(f"{folder}: {obstacle}", stacklevel=2)
     reject_interpolations(config, f"the config of {type(model).__name__}")
     id_ = hashlib.sha256(OmegaConf.to_yaml(config).encode()).hexdigest()[:16]
-    text = OmegaConf.to_yaml({"format": FORMAT, "id": id_, **config})
+    # YAML has no tuples, so their places are listed.
+    tuples = [list(path) for path in find_tuples(config["arguments"])]
+    text = OmegaConf.to_yaml({"format": FORMAT, "id": id_, **config, "tuples": tuples})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # The config's file is complete before the weights are replaced, and replaced last.
@@ -143,6 +169,9 @@ def read_saved(folder: Path) -> tuple[dict[str, Any], Tensors]:
             f"{folder / CONFIG} and {WEIGHTS} belong to different models, because saving was "
             f"interrupted; {advice}"
         )
+    tuples = config.pop("tuples", None)
+    if isinstance(tuples, list) and "arguments" in config:
+        config["arguments"] = restore_tuples(config["arguments"], tuples)
     return config, tensors
 
 

@@ -4,6 +4,7 @@ import re
 import warnings
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -157,6 +158,34 @@ def test_dict_observations_images_and_several_choices():
     model.decode = lambda state: decode(state) | {"obs": {"image": torch.zeros(3, 4, 4, 3)}}
     (problem,) = problems_of(model, obs_shape=shapes, action_dim=(2, 3), discrete=True)
     assert "decode: 'obs.image' has shape [3, 4, 4, 3]; expected [3, 3, 4, 4]" in problem
+
+
+def test_statistics_may_be_numbers():
+    class Counting(Toy):
+        def compute_loss(self, batch):
+            numbers = {"rows": 3, "share": 0.5, "norm": np.float32(2), "count": np.array(4)}
+            return super().compute_loss(batch) | numbers
+
+    assert check(Counting()) is None
+
+
+def test_features_default_to_the_parts_of_the_state():
+    class Short(Toy):
+        def encode(self, obs):
+            state = super().encode(obs)
+            parts = state.deterministic.split([3, 5], -1)
+            return LatentState(*parts, extras=state.extras)
+
+        def predict(self, state, action):
+            code = self.dynamics(torch.cat([state.features, action], -1)).tanh()
+            return LatentState(*code.split([3, 5], -1), extras={"age": state.extras["age"] + 1})
+
+    model = Short()
+    obs = torch.randn(3, 4)
+    assert torch.equal(model.encode(obs).features, Toy.encode(model, obs).features)
+    assert check(model) is None
+    code = torch.randn(3, 8)
+    assert LatentState(code).features is code and LatentState(code).stochastic is None
 
 
 def test_not_a_module_and_missing_methods_are_listed_together():
@@ -322,9 +351,13 @@ MISTAKES = {
         changed("compute_loss", with_entry("loss", lambda x: x.detach())),
         "compute_loss: 'loss' requires no gradient",
     ),
-    "statistic as a number": (
-        changed("compute_loss", with_entry("rows", lambda x: x.item())),
-        "compute_loss: 'rows' is an int; expected a tensor [] (a scalar)",
+    "statistic as a string": (
+        changed("compute_loss", with_entry("rows", str)),
+        "compute_loss: 'rows' is a str; expected a tensor [] (a scalar)",
+    ),
+    "loss as a number": (
+        changed("compute_loss", with_entry("loss", lambda x: x.item())),
+        "compute_loss: 'loss' is a float; expected a tensor [] (a scalar)",
     ),
     "loss without effect": (
         changed("compute_loss", with_entry("loss", lambda x: x * 0)),

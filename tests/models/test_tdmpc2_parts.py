@@ -132,7 +132,7 @@ def test_that_a_termination_was_seen_is_saved(tmp_path):
         model.compute_loss(batch)
         model.save_pretrained(tmp_path)
         again = create_world_model(tmp_path)
-        assert again.config["episodic"] == "auto"
+        assert again.build_config["arguments"]["episodic"] == "auto"
         assert_same(again.state_dict(), model.state_dict())
         assert bool(again.terminates) is seen
 

@@ -121,7 +121,7 @@ def official_params(model: TDMPC2) -> dict[str, torch.nn.Parameter]:
 def official_state(model: TDMPC2) -> dict[str, Tensor]:
     """Return copies of all tensors by official name."""
     state = model.state_dict()
-    low, high = model.config["log_std_min"], model.config["log_std_max"]
+    low, high = model.options.log_std_min, model.options.log_std_max
     limits = {"log_std_min": torch.tensor(low), "log_std_dif": torch.tensor(high - low)}
     return limits | {theirs: state[k].clone() for k, theirs in official_names(model).items()}
 

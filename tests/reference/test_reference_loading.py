@@ -60,7 +60,8 @@ def test_reference_params_load(folder: str) -> None:
     model = create(agent, ROOT / folder / "params.npz")
     assert_holds(model, agent.params, {})
     assert model.discrete == agent.arguments["discrete"]
-    assert (model.config["obs_classes"] or {}) == (agent.arguments["obs_classes"] or {})
+    arguments = model.build_config["arguments"]
+    assert (arguments["obs_classes"] or {}) == (agent.arguments["obs_classes"] or {})
 
 
 @pytest.mark.parametrize("folder", agent_folders("dreamerv3"))

@@ -48,7 +48,7 @@ def test_tdmpc2_checkpoint_loads(file: str) -> None:
     for name, value in agent.params.items():
         np.testing.assert_array_equal(state[name].numpy(), value.numpy(), err_msg=name)
     unseen = traceless(agent)
-    assert {k: v for k, v in model.config.items() if k not in unseen} == {
+    assert {k: v for k, v in model.build_config["arguments"].items() if k not in unseen} == {
         "model": "tdmpc2",
         **{k: v for k, v in agent.arguments.items() if k not in unseen},
     }

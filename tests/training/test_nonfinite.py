@@ -484,10 +484,10 @@ def test_a_hostile_file_runs_no_code(tmp_path, capsys, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     saved["nonfinite"]["batch"]["obs"] = torch.zeros(1)
     spaces = {"obs_shape": (4,), "action_dim": 2, "discrete": False}
-    saved["hyper_parameters"]["model"] = {"model": "hostile.Model", **spaces}
+    saved["hyper_parameters"]["model"] = {"model": "hostile.Model", "arguments": spaces}
     torch.save(saved, file)
     code, _, err = command(capsys, monkeypatch, file)
-    assert code == 1 and "if you trust it, add allow=hostile.Model" in err
+    assert code == 1 and "if you trust it, add model._target_=hostile.Model" in err
     assert not (tmp_path / "ran").exists()
 
 
@@ -521,15 +521,15 @@ def test_a_model_of_ones_own_is_built_where_it_is_allowed(tmp_path, capsys, monk
     model = build_model({"_target_": "my_toy.Mine", "width": 3}, (4,), 2)
     message = stopped(model, 2, Spoil("rewards", NAN, 2), folder=tmp_path / "a run")
     line = message.splitlines()[-1]
-    assert line.endswith("/a run/checkpoints/nonfinite.ckpt' allow=my_toy.Mine")
+    assert line.endswith("/a run/checkpoints/nonfinite.ckpt' model._target_=my_toy.Mine")
     file = tmp_path / "a run" / "checkpoints" / FILE
-    code, out, _ = command(capsys, monkeypatch, file, "allow=my_toy.Mine")
+    code, out, _ = command(capsys, monkeypatch, file, "model._target_=my_toy.Mine")
     assert code == 0 and "not finite at update 2: loss" in out
 
     # Mended data is not reproduced, and the exit code says so.
     saved = torch.load(file, weights_only=True)
     saved["nonfinite"]["batch"]["rewards"].nan_to_num_(0.0)
     torch.save(saved, file)
-    code, out, _ = command(capsys, monkeypatch, file, "allow=my_toy.Mine")
+    code, out, _ = command(capsys, monkeypatch, file, "model._target_=my_toy.Mine")
     assert code == 1 and "not reproduced: the loss and all gradients are finite this time" in out
     assert re.search(r"\n  loss +[-.\d]+ +was nan\n", out)

@@ -154,8 +154,12 @@ def shipped_values(group: str) -> frozenset[tuple[str, Any]]:
 
 
 def format_command(name: str, *args: str, config: Mapping[str, Any]) -> str:
-    """Return a command line for a saved run, with the overrides that its third-party code needs."""
-    foreign = find_foreign_code({key: config[key] for key in ("model", "env")})
+    """Return a command line for a saved run, with the overrides that its third-party code needs.
+
+    `run` uses the whole configuration, the other commands only the model, planner and environment.
+    """
+    used = config if name == "run" else {k: config[k] for k in ("model", "planner", "env")}
+    foreign = find_foreign_code(used)
     return f"python -m worldloom.{name} {shlex.join([*args, *_overrides(foreign)])}"
 
 

@@ -188,7 +188,7 @@ def load_actor(path: Path, config: Mapping[str, Any], task: Task) -> Actor:
     config: of the run, as `open_saved_run` returns it.
     """
     model: Any = create_world_model(path, allow=(config["model"]["_target_"],)).eval()
-    built_with = get_config(model) or {}
+    built_with = (get_config(model) or {}).get("arguments", {})
     spaces = {"obs_shape": task.obs.shape, "action_dim": task.actions.action_dim}
     for name, value in spaces.items():
         if built_with.get(name, value) != value:

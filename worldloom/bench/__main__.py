@@ -24,7 +24,7 @@ in turns, so that other load slows down both. Peak memory on a CPU is that of th
 import torch
 
 from worldloom.app.command_line import run_command
-from worldloom.app.compose import Overrides
+from worldloom.app.compose import Overrides, key_of
 from worldloom.bench.measure import measure, read_settings
 
 
@@ -33,7 +33,7 @@ def bench_command(overrides: Overrides) -> None:
     config, hyperparameters = read_settings(overrides.args)
     torch.set_num_threads(config.threads)
     table = measure(config, **hyperparameters).table()
-    model = (arg for arg in overrides if arg.startswith("model."))
+    model = (arg for arg in overrides if key_of(arg).startswith("model."))
     print(*(f"{key}={value}" for key, value in vars(config).items()), *model)
     print(table)
 

@@ -88,8 +88,9 @@ def read_settings(args: Sequence[str]) -> tuple[BenchConfig, dict[str, Any]]:
     Raises:
         ValueError: an unknown setting or a wrong value.
     """
-    model = [arg.removeprefix("model.") for arg in args if arg.startswith("model.")]
-    own = [arg for arg in args if not arg.startswith("model.")]
+    keys = [arg.lstrip("+") for arg in args]
+    model = [key.removeprefix("model.") for key in keys if key.startswith("model.")]
+    own = [arg for arg in args if not arg.lstrip("+").startswith("model.")]
     hyperparameters: Any = OmegaConf.to_container(OmegaConf.from_cli(model))
     return parse_settings(own, BenchConfig), hyperparameters
 

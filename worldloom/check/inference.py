@@ -52,7 +52,7 @@ def _check_state(
     """
     if not isinstance(state, LatentState):
         if state is not None:
-            fix = "return LatentState(deterministic, stochastic, features)"
+            fix = "return LatentState(deterministic), or LatentState(deterministic, stochastic)"
             report.add(where, f"returned {describe(state)}", "a worldloom.LatentState", fix)
         return None
     before = len(report.problems)

@@ -14,7 +14,7 @@ from worldloom.check.report import (
 )
 from worldloom.check.saving import copy_parameters, restore
 from worldloom.errors import list_names
-from worldloom.protocol import ReplayField, split_result
+from worldloom.protocol import REPLAY, ReplayField, is_number, split_result
 
 
 def check_training(report: Report) -> None:
@@ -48,12 +48,14 @@ def _check_losses(report: Report, where: str, losses: Any) -> dict[str, Tensor] 
         fix = 'return {"loss": total, ...} with the name of every term'
         report.add(where, f"returned {got}", 'a dict with "loss"', fix)
         return None
-    before, losses = len(report.problems), split_result(losses)[0]
+    before = len(report.problems)
     for name, value in losses.items():
+        if name == REPLAY or (name != "loss" and is_number(value)):
+            continue  # a statistic may also be a number
         # A statistic may be an integer, or NaN in some batches; the loss may not.
         options = {"floating": name == "loss", "finite": name == "loss"}
         report.require_tensor(where, f"{name!r}", value, (), **options, fix="take its mean")
-    return losses if len(report.problems) == before else None
+    return split_result(losses)[0] if len(report.problems) == before else None
 
 
 def _check_gradients(report: Report, loss: Tensor) -> None:

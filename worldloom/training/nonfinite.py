@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from worldloom.errors import list_names
-from worldloom.factory import REGISTERED
+from worldloom.records import REGISTERED
 from worldloom.saving import get_config
 from worldloom.training.checkpoint_files import copy_to_cpu, write_checkpoint
 from worldloom.training.randomness import random_state
@@ -226,8 +226,8 @@ class NonFiniteGuard:
                 f"print(diagnose({str(self.file)!r}, model=model))"
             )
         target = str(config["model"])
-        allow = "" if target in REGISTERED else f" allow={shlex.quote(target)}"
-        return f"{start}:\npython -m worldloom.diagnose {shlex.quote(str(self.file))}{allow}"
+        model = "" if target in REGISTERED else f" {shlex.quote(f'model._target_={target}')}"
+        return f"{start}:\npython -m worldloom.diagnose {shlex.quote(str(self.file))}{model}"
 
     def _content(
         self, what: str, losses: dict[str, Tensor], update: int, precision: str

@@ -9,11 +9,10 @@ row, H imagined steps.
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from worldloom.models.dreamerv3.behavior import (
     Imagined,
@@ -27,12 +26,13 @@ from worldloom.models.dreamerv3.losses import name_losses
 from worldloom.models.dreamerv3.networks import Decoder, Encoder
 from worldloom.models.dreamerv3.rssm import RSSM
 from worldloom.models.dreamerv3.sequences import Sequences, align_batch
+from worldloom.models.extra_losses import ExtraLosses
 from worldloom.models.spaces import ActSpaces, ObsSpaces, check_rows, require_keys
 from worldloom.nn.distributions import binary_cross_entropy, class_entropy, kl_divergence
 from worldloom.nn.normalizer import Normalizer
 from worldloom.nn.twohot import twohot_loss, twohot_mean
 from worldloom.protocol import Batch, LatentState, Obs, ReplayField, Trajectory
-from worldloom.saving import save_model
+from worldloom.saving import SavableModel
 from worldloom.timing import phase
 
 # Hyperparameters of the RSSM.
@@ -45,7 +45,7 @@ RSSM_OPTIONS = (
 HEAD_ROWS_ON_CPU = 1024
 
 
-class DreamerV3(nn.Module):
+class DreamerV3(ExtraLosses, SavableModel):
     """World model, actor and critic in one module.
 
     Args:
@@ -109,7 +109,6 @@ class DreamerV3(nn.Module):
     ) -> None:
         options = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
-        self.config = {"model": "dreamerv3", **copy.deepcopy(options)}
         self.obs_shape, self.action_dim, self.discrete = obs_shape, action_dim, discrete
         self.obs_spaces = ObsSpaces(obs_shape, obs_classes)
         self.act_spaces = ActSpaces(action_dim, discrete)
@@ -226,6 +225,10 @@ class DreamerV3(nn.Module):
         return scale is updated, as in the official code. If the batch has "context" (latents of
         row 0), rows 1 to T - 1 are trained on and their new latents are returned under "replay";
         otherwise all rows are trained on, starting from a zero state.
+
+        Extra terms, from `auxiliary_losses` or from an overridden `world_model_terms` or
+        `behavior_terms`, are weighted by `loss_scales[NAME]` (default 1) and returned as
+        "NAME_loss".
         """
         sequences = self.prepare_batch(batch)
         with phase("world_model"):
@@ -235,6 +238,9 @@ class DreamerV3(nn.Module):
                 more, more_stats = self.behavior_terms(sequences, deter, stoch)
             terms |= more
             stats |= more_stats
+        if self.has_auxiliary_losses:
+            with phase("auxiliary"):
+                terms |= self.compute_auxiliary(batch, torch.cat([deter, stoch], -1), terms)
         result: dict[str, Any] = name_losses(terms, self.scales, self.obs_spaces.single) | stats
         if self.replay_context and "context" in batch:
             result["replay"] = {"deter": deter.detach(), "stoch": stoch.detach()}
@@ -251,10 +257,6 @@ class DreamerV3(nn.Module):
                 fast: list[Tensor] = list(self.critic.parameters())
                 torch._foreach_lerp_(slow, fast, self.slow["rate"])
         count += 1
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors and config.yaml, which `create_world_model(folder)` loads."""
-        save_model(self, folder)
 
     # Loss terms before the mean over rows and steps -------------------------------------------
 

@@ -7,16 +7,15 @@ latent_dim, A = width of an action, Q number of Q-functions. In the losses time 
 [T, B, ...].
 """
 
-import copy
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from worldloom.models.extra_losses import ExtraLosses, name_extra, warn_unused
 from worldloom.models.spaces import require_keys
 from worldloom.models.tdmpc2.hyperparameters import (
     Hyperparameters,
@@ -35,7 +34,6 @@ from worldloom.models.tdmpc2.networks import Networks
 from worldloom.models.tdmpc2.planner import LatentMPPI
 from worldloom.nn.twohot import symlog_twohot_loss
 from worldloom.protocol import Batch, LatentState, Obs, Trajectory
-from worldloom.saving import save_model
 from worldloom.timing import phase
 
 Losses = dict[str, Tensor]
@@ -53,7 +51,7 @@ class Rollout:
     target: Tensor
 
 
-class TDMPC2(Networks):
+class TDMPC2(ExtraLosses, Networks):
     """World model, policy prior, Q-functions and planner; see `conf/model/tdmpc2_base.yaml`.
 
     One backward pass and one optimiser step train all parts. The official code first updates the
@@ -96,8 +94,6 @@ class TDMPC2(Networks):
         obs_spaces = read_obs_spaces(obs_shape, bool(options.action_dims))
         super().__init__(obs_spaces, act_spaces, options)
         self.obs_shape, self.action_dim, self.discrete = obs_shape, action_dim, discrete
-        spaces = {"obs_shape": obs_shape, "action_dim": action_dim, "discrete": discrete}
-        self.config = {"model": "tdmpc2", **copy.deepcopy(spaces), **asdict(options)}
         self.planning = options.planner_settings(act_spaces.width)
         self.make_planner()  # raises for settings that cannot plan, before any training
 
@@ -196,6 +192,10 @@ class TDMPC2(Networks):
         episode. A model of several tasks needs batch["task"] [B] (or "task" among its
         observations). Terms are unweighted; "loss" is their sum with the official weights. In
         training mode the running scale of the Q-values is updated, as in the official code.
+
+        Extra terms, from `auxiliary_losses` (with the predicted latents as features) or from an
+        overridden `compute_model_losses`, are weighted by `loss_scales[NAME]` (default 1) and
+        returned as "NAME_loss".
         """
         # Time first; rows beyond the end of an episode are marked.
         data = self.read_transitions(batch)
@@ -207,6 +207,8 @@ class TDMPC2(Networks):
         with phase("world_model"):
             terms, stats, rollout = self.compute_model_losses(data)
         weights = self.options.loss_weights()
+        extra = {name: term for name, term in terms.items() if name not in weights}
+        terms = {name: term for name, term in terms.items() if name in weights}
         total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         # Policy prior on the predicted latents (eq. 4).
         z = rollout.z.detach()  # [H + 1, B, L]
@@ -220,6 +222,16 @@ class TDMPC2(Networks):
             terms["reconstruction"] = mean_over(each, data.states_alive).mean()
             total = total + terms["reconstruction"]
         losses = {f"{name}_loss": term.detach() for name, term in terms.items()}
+        # Terms that a subclass adds.
+        if self.has_auxiliary_losses:
+            with phase("auxiliary"):
+                extra |= self.compute_auxiliary(batch, rollout.z.transpose(0, 1), terms | extra)
+        if extra or self.options.loss_scales:
+            extra = {name: term.mean() for name, term in extra.items()}
+            warn_unused(self.options.loss_scales, extra)
+            scales = self.options.loss_scales
+            total = total + sum(scales.get(name, 1.0) * term for name, term in extra.items())
+            losses |= name_extra(losses, extra)
         return {"loss": total, **losses, **{k: v.detach() for k, v in (stats | more).items()}}
 
     def read_transitions(self, batch: Batch) -> Transitions:
@@ -313,10 +325,6 @@ class TDMPC2(Networks):
             {"params": actor, "eps": 1e-5, "clip": "policy"},
         ]
         return groups + ([{"params": decoder, "clip": "decoder"}] if decoder else [])
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors and config.yaml; `create_world_model(folder)` loads them."""
-        save_model(self, folder)
 
 
 def _arrive(before: LatentState, z: Tensor, reward: Tensor) -> LatentState:

@@ -6,7 +6,7 @@ Axes: B rows, L = latent_dim, A = width of an action, Q number of Q-functions; `
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from worldloom.models.spaces import ActSpaces, ObsSpaces
 from worldloom.models.tdmpc2 import draws
@@ -24,9 +24,10 @@ from worldloom.models.tdmpc2.tasks import Tasks
 from worldloom.nn.simnorm import simnorm
 from worldloom.nn.twohot import symlog_twohot_mean
 from worldloom.protocol import Obs
+from worldloom.saving import SavableModel
 
 
-class Networks(nn.Module):
+class Networks(SavableModel):
     """Everything of `TDMPC2` that has weights.
 
     Functions take latents [..., L], actions [..., A] and tasks [B], or None for a single task.

@@ -1,0 +1,131 @@
+"""Records of constructor calls: the class and the arguments that build a model again."""
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+# Classes of worldloom, which saved models name by their family. The user has to allow any other.
+REGISTERED = {
+    "dreamerv3": "worldloom.models.dreamerv3.model.DreamerV3",
+    "tdmpc2": "worldloom.models.tdmpc2.model.TDMPC2",
+}
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def name_target(target: Any, default: str | None = None) -> str:
+    """Return the name under which a class or function is recorded.
+
+    It is a key of REGISTERED for exactly these classes. For any other, it is `default`, the import
+    path that the user gave, or else the path of its definition.
+    """
+    path = f"{target.__module__}.{target.__qualname__}"
+    families = {path: family for family, path in REGISTERED.items()}
+    return families.get(path) or default or path
+
+
+def record_call(
+    target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], name: str | None = None
+) -> dict[str, Any]:
+    """Return {"model": name, "arguments": {...}} for a call of a class or function.
+
+    The arguments are by name, as plain data where possible. They include the defaults that the
+    class itself declares; those of base classes may be replaced by the class.
+    """
+    parameters, _ = list_parameters(target)
+    positional = [p.name for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    given = {**dict(zip(positional, args, strict=False)), **kwargs}
+    own = next(_signatures(target), [])
+    defaults = {p.name: p.default for p in own if is_plain(p.default)}
+    arguments = {**given, **{k: v for k, v in defaults.items() if k not in given}}
+    return {"model": name or name_target(target), "arguments": _to_plain(arguments)}
+
+
+def list_parameters(target: Any) -> tuple[dict[str, inspect.Parameter], bool]:
+    """Return the parameters of a class or function by name, and whether it takes any others.
+
+    Parameters of base classes are included where `**kwargs` passes arguments on to them.
+    """
+    found: dict[str, inspect.Parameter] = {}
+    for parameters in _signatures(target):
+        for parameter in parameters:
+            if parameter.kind not in VARIADIC:
+                found.setdefault(parameter.name, parameter)
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return found, False
+    return found, True
+
+
+def _signatures(target: Any) -> Iterator[list[inspect.Parameter]]:
+    """Yield the parameters of each constructor of a class, its own first, or of a function."""
+    if not inspect.isclass(target):
+        yield list(inspect.signature(target).parameters.values())
+        return
+    for base in target.__mro__:
+        if base not in (nn.Module, object) and "__init__" in vars(base):
+            yield list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
+
+
+def find_obstacle(model: nn.Module) -> str:
+    """Return why a saved model could not be built again and what to change, or "" if it can."""
+    cls, config = type(model).__name__, getattr(model, "build_config", None)
+    if not isinstance(config, dict):
+        return (
+            f"the arguments of {cls} were not recorded; derive it from "
+            "worldloom.saving.SavableModel instead of torch.nn.Module"
+        )
+    path, arguments = config["model"], config["arguments"]
+    if foreign := [key for key, value in arguments.items() if not is_plain(value)]:
+        value = arguments[foreign[0]]
+        return (
+            f"the argument {foreign[0]} of {cls} is a {type(value).__name__}; expected numbers, "
+            "strings, lists, tuples, dicts or None, from which __init__ builds other objects"
+        )
+    module, _, name = path.rpartition(".")
+    if path in REGISTERED or (module != "__main__" and hasattr(sys.modules.get(module), name)):
+        return ""
+    return (
+        f"{cls} is saved as {path}, which other programs cannot import; define the class at the "
+        "top of a module, such as my_pkg/models.py, and import it from there (the weights can be "
+        "copied to it with worldloom.factory.transfer)"
+    )
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether a value consists of None, numbers, strings, lists, tuples and dicts."""
+    if isinstance(value, dict):
+        return all(type(key) in (str, int) and is_plain(item) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return all(map(is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _to_plain(value: Any) -> Any:
+    """Copy nested containers, with NumPy's numbers as Python's."""
+    if isinstance(value, Mapping):
+        return {key: _to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return (tuple if isinstance(value, tuple) else list)(map(_to_plain, value))
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def find_tuples(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Yield the path of every tuple in nested containers, as keys and indices."""
+    if isinstance(tree, tuple):
+        yield path
+    if isinstance(tree, dict | list | tuple):
+        for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from find_tuples(value, (*path, key))
+
+
+def restore_tuples(tree: Any, tuples: list[Any], path: tuple[Any, ...] = ()) -> Any:
+    """Return nested containers with a tuple in place of the list at each of the given paths."""
+    if isinstance(tree, dict):
+        return {key: restore_tuples(value, tuples, (*path, key)) for key, value in tree.items()}
+    if isinstance(tree, list):
+        items = [restore_tuples(value, tuples, (*path, i)) for i, value in enumerate(tree)]
+        return tuple(items) if list(path) in tuples else items
+    return tree
