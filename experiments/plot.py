@@ -1,7 +1,7 @@
 """Collect the curves of finished runs: python experiments/plot.py FOLDER RUN…
 
-Writes FOLDER/curves.csv (run, seed, step, name, value; the score of the final model is
-"final/return") and FOLDER/curves.png, in which runs of the same name= share a style.
+Writes FOLDER/curves.csv (run, seed, step, name, value) and FOLDER/curves.png, in which runs of the
+same name= share a style.
 """
 
 import csv
@@ -12,14 +12,14 @@ from statistics import mean
 import matplotlib.pyplot as plt
 from omegaconf import OmegaConf
 
-NAMES = ("episode/return", "eval/return")
+NAMES = ("episode/return", "eval/return")  # plotted; "final/return" is one number
 
 
 def read_run(run: Path) -> list[dict[str, str]]:
     config = OmegaConf.load(run / "config.yaml")
     with (run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    curve = [
+    return [
         {
             "run": str(config.name),
             "seed": str(config.seed),
@@ -28,11 +28,9 @@ def read_run(run: Path) -> list[dict[str, str]]:
             "value": row[name],
         }
         for row in rows
-        for name in NAMES
+        for name in (*NAMES, "final/return")
         if row.get(name)
     ]
-    curve[-1]["name"] = "final/return"  # the last thing that a run does
-    return curve
 
 
 def main() -> None:

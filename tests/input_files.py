@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from worldloom.app.run_dir import FORMAT
+
 CODE = '''
 import gymnasium as gym, numpy as np
 from gymnasium import spaces
@@ -245,8 +247,8 @@ def runs(folder: Path, run: Path, marker: Path) -> None:
         "hostile_defaults": f"defaults: [hostile]\n{text}",
         "hostile_hydra": f"hydra: {{searchpath: [file:///]}}\n{text}",
         "hostile_tag": text.replace("cartpole", f"!!python/object/apply:os.system [{touch!r}]"),
-        "old": text.replace("format: 1\n", ""),
-        "newer": text.replace("format: 1\n", "format: 99\n"),
+        "old": text.replace(f"format: {FORMAT}\n", ""),
+        "newer": text.replace(f"format: {FORMAT}\n", "format: 99\n"),
         "joined": text.replace("\nname: cartpole", '\nname: ${a}${b}\na: $\nb: "{oc.env:HOME}"'),
         "relative": text.replace("\nname: cartpole", "\nname: ${.seed}"),
         "escaped": text.replace("\nname: cartpole", "\nname: \\${oc.env:HOME}"),

@@ -13,6 +13,7 @@ from worldloom import collect as collecting
 from worldloom import create_world_model
 from worldloom.app.build import fill_buffer
 from worldloom.app.compose import Overrides, compose_env
+from worldloom.app.run_dir import FORMAT
 from worldloom.collect import CollectConfig, collect
 from worldloom.datasets import open_dataset
 from worldloom.envs.spaces import ActionSpec, ObsSpec
@@ -205,7 +206,8 @@ def run(tmp_path_factory):
     model = create_world_model("dreamerv3:size1m", (4,), 2, True, **sizes)
     model.save_pretrained(folder / "model")
     (folder / "config.yaml").write_text(
-        "format: 1\nthreads: 1\nplanner: {_target_: worldloom.planning.CEM}\n"
+        f"format: {FORMAT}\n"
+        "threads: 1\nplanner: {_target_: worldloom.planning.CEM}\n"
         "model: {_target_: worldloom.models.dreamerv3.DreamerV3}\n"
         "env: {_target_: worldloom.envs.suites.gymnasium.make_env, id: CartPole-v1, num_envs: 2,"
         " workers: 0, time_limit: 30}\n"

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from worldloom import eval as evaluation
-from worldloom.app.run_dir import CONFIG, find_run, read_config
+from worldloom.app.run_dir import CONFIG, FORMAT, find_run, read_config
 from worldloom.app.saved_config import require_trusted, resolve_saved
 
 
@@ -24,7 +24,8 @@ def command(monkeypatch, capsys):
 def run(tmp_path):
     """A folder that looks like a run without a model."""
     (tmp_path / "config.yaml").write_text(
-        "format: 1\nseed: 0\nthreads: 1\nplanner: {_target_: worldloom.planning.CEM}\n"
+        f"format: {FORMAT}\n"
+        "seed: 0\nthreads: 1\nplanner: {_target_: worldloom.planning.CEM}\n"
         "model: {_target_: worldloom.models.dreamerv3.DreamerV3}\n"
         "env: {_target_: worldloom.envs.suites.gymnasium.make_env, id: CartPole-v1, num_envs: 2,"
         " workers: 0, image_size: null, pixels: false, action_repeat: 1, time_limit: null}\n"

@@ -1,6 +1,7 @@
 """Real runs of the command, small ones: what they write, print and repeat."""
 
 import csv
+import itertools
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from worldloom import create_world_model, planning
+from worldloom.training.metrics import COUNTERS
 
 TINY_MODEL = [f"model.{name}={size}" for name, size in dict(deter=32, hidden=8, units=8).items()]
 TINY_MODEL += ["model.classes=4", "model.stoch=4", "model.imag_length=5"]
@@ -49,7 +51,12 @@ def curve(folder, name):
     return [(int(row["step"]), float(row[name])) for row in metrics(folder) if row.get(name)]
 
 
-CLOCKS = ("fps/", "timings/")
+CLOCKS = ("fps/", "timings/", "seconds")
+
+
+def updates(folder):
+    """Environment steps and updates at every point of the loss."""
+    return [(int(r["step"]), int(r["updates"])) for r in metrics(folder) if r["loss/loss"]]
 
 
 def without_clocks(folder):
@@ -95,11 +102,11 @@ def test_the_composed_configuration_is_written(finished):
 
 
 NAMES = [
-    *("train/loss", "train/kl_loss", "train/reconstruction_loss", "train/reward_loss"),
-    *("train/continue_loss", "train/policy_loss", "train/value_loss", "train/replay_value_loss"),
-    *("train/grad_norm", "train/updates", "episode/return", "episode/length"),
-    *("eval/return", "eval/return_std", "eval/length", "fps/env", "fps/train"),
-    *("replay/size", "replay/ratio", "env/frames", "env/episodes", "env/restarts"),
+    *("loss/loss", "loss/kl_loss", "loss/reconstruction_loss", "loss/reward_loss"),
+    *("loss/continue_loss", "loss/policy_loss", "loss/value_loss", "loss/replay_value_loss"),
+    *("stats/grad_norm", "episode/return", "episode/length", "eval/return", "eval/return_std"),
+    *("eval/length", "final/return", "final/return_std", "final/length", "fps/env", "fps/train"),
+    *("replay/size", "replay/ratio"),
     *("timings/update", "timings/collect", "timings/sample", "timings/loss", "timings/backward"),
     *("timings/optimizer", "timings/check", "timings/log", "timings/other"),
 ]
@@ -113,17 +120,32 @@ def test_metrics_have_the_names_of_the_design(finished, name):
     assert all(0 < step <= 403 for step, _ in points)  # 4 environments step at once
 
 
+def test_every_row_has_the_counters(finished):
+    folder, _ = finished
+    rows = metrics(folder)
+    assert list(rows[0])[:7] == ["step", *COUNTERS]
+    for row in rows:
+        assert row["step"] == row["env_steps"] == row["frames"] and row["restarts"] == "0"
+    for name in ("loss/loss", "episode/return", "eval/return"):
+        points = [[float(row[key]) for key in COUNTERS] for row in rows if row[name]]
+        assert all(a <= b for x, y in itertools.pairwise(points) for a, b in zip(x, y, strict=True))
+    ends = [row for row in rows if row["episode/return"]]
+    assert [int(row["episodes"]) for row in ends] == list(range(1, len(ends) + 1))
+    assert float(rows[0]["seconds"]) > 0
+    assert [row["final/return"] != "" for row in rows] == [False] * (len(rows) - 1) + [True]
+
+
 def test_the_train_ratio_is_exact(finished):
     """Replayed steps never exceed, nor lag by a batch, 4 for each env step since prefill."""
     folder, _ = finished
-    updates, size = dict(curve(folder, "train/updates")), dict(curve(folder, "replay/size"))
+    counts, size = dict(updates(folder)), dict(curve(folder, "replay/size"))
     ended = [step for step, _ in curve(folder, "episode/return")]
     ratio = dict(curve(folder, "replay/ratio"))
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     prefill, replayed_before = checkpoint["ReplayDataModule"]["origin"]
     # 4 streams with a sequence of 8 and a row of context each, of which resets are no steps.
     assert 32 <= prefill <= 36 and replayed_before == 0
-    for step, count in updates.items():
+    for step, count in counts.items():
         replayed = 32 * count
         # A flush follows an update, so the newest tick may be followed by more updates.
         owed = 4 * (step - prefill)
@@ -131,13 +153,17 @@ def test_the_train_ratio_is_exact(finished):
         assert ratio[step] == pytest.approx(replayed / (step - prefill))
         # Every row is a step or an episode's last one.
         assert step <= size[step] <= step + sum(end <= step for end in ended) + 4
-    last = max(updates)
-    assert updates[last] == 4 * (last - prefill) // 32
+    for row in metrics(folder):  # written later, with the updates at the episode's end
+        if row["episode/return"]:
+            due = [max(0, 4 * (int(row["step"]) - tick - prefill) // 32) for tick in (4, 0)]
+            assert due[0] <= int(row["updates"]) <= due[1]
+    last = max(counts)
+    assert counts[last] == 4 * (last - prefill) // 32
 
 
 def test_training_metrics_are_flushed_every_log_every_updates(finished):
-    counts = [count for _, count in curve(finished[0], "train/updates")]
-    assert counts[:-1] == [10.0 * k for k in range(1, len(counts))]
+    counts = [count for _, count in updates(finished[0])]
+    assert counts[:-1] == [10 * k for k in range(1, len(counts))]
     assert counts[-2] < counts[-1] <= counts[-2] + 10
 
 
@@ -149,14 +175,14 @@ def test_tensorboard_shows_the_same_and_pictures_and_settings(finished):
     folder, _ = finished
     board = EventAccumulator(str(folder), {"scalars": 0, "images": 0, "tensors": 0})
     board.Reload()
-    assert set(NAMES) <= set(board.Tags()["scalars"])
-    for name in ("train/loss", "episode/return"):
+    assert {*NAMES, *(f"counters/{x}" for x in COUNTERS)} <= set(board.Tags()["scalars"])
+    for name in ("loss/loss", "episode/return"):
         events = [(e.step, e.value) for e in board.Scalars(name)]
         expected = curve(folder, name)
         assert [step for step, _ in events] == [step for step, _ in expected]
         values = [value for _, value in expected]  # TensorBoard keeps them in single precision
         assert [value for _, value in events] == pytest.approx(values, rel=1e-6)
-    assert len(board.Images("imagination/open_loop")) == curve(folder, "train/updates")[-1][1] // 10
+    assert len(board.Images("imagination/open_loop")) == updates(folder)[-1][1] // 10
     assert "_hparams_/session_start_info" in board.summary_metadata
     shown = board.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "total_steps: 400" in shown
@@ -165,7 +191,7 @@ def test_tensorboard_shows_the_same_and_pictures_and_settings(finished):
 def test_the_checkpoint_holds_the_whole_run_and_no_code(finished):
     folder, _ = finished
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
-    assert checkpoint["updates"] == curve(folder, "train/updates")[-1][1]
+    assert checkpoint["updates"] == updates(folder)[-1][1]
     assert checkpoint["ReplayDataModule"]["collector"]["env_steps"] >= 400
     assert checkpoint["optimizer_states"] and checkpoint["hyper_parameters"]["run"]["seed"] == 0
     model = create_world_model(folder / "checkpoints" / "last.ckpt")
@@ -186,7 +212,7 @@ def test_it_ends_with_what_came_out_and_what_to_do_with_it(finished):
     assert re.search(r"obs +\(4,\) +vector encoder", head)
     assert "actions: 2 (one-hot choices)" in head
     lines = tail.splitlines()
-    (step, mean), (_, std) = (curve(folder, f"eval/{x}")[-1] for x in ("return", "return_std"))
+    (step, mean), (_, std) = (curve(folder, f"final/{x}")[-1] for x in ("return", "return_std"))
     assert step >= 400
     assert lines[0].startswith(f"final return {mean:.1f} ± {std:.1f} (3 episodes)")
     assert re.fullmatch(r"trained in \d+\.\d minutes", lines[1])
@@ -218,17 +244,15 @@ def test_environments_in_processes_give_the_same_metrics(finished, commands, tmp
 
 def test_collecting_beside_the_updates_collects_and_trains_as_much(finished, commands, tmp_path):
     commands.good([*TINY, "data.overlap=true", "hydra.run.dir=r"], tmp_path)
-    (_, steps), (_, updates) = (
-        curve(tmp_path / "r", name)[-1] for name in ("env/frames", "train/updates")
-    )
+    last = metrics(tmp_path / "r")[-1]
     # Other episodes than without, so the last tick may end a step earlier or later.
-    assert 400 <= steps < 404
-    assert abs(updates - curve(finished[0], "train/updates")[-1][1]) <= 1
+    assert 400 <= int(last["frames"]) < 404
+    assert abs(int(last["updates"]) - updates(finished[0])[-1][1]) <= 1
 
 
 def test_another_seed_gives_others(sweep):
     zero, one = sweep / "0", sweep / "1"
-    for name in ("train/loss", "episode/return"):
+    for name in ("loss/loss", "episode/return"):
         assert curve(zero, name) != curve(one, name)
     weights = [create_world_model(run).rssm.gru.weight for run in (zero, one)]
     assert not torch.equal(*weights)
@@ -238,7 +262,7 @@ def test_a_sweep_makes_a_whole_run_of_each_job(sweep):
     for job, seed in (("0", 0), ("1", 1)):
         assert OmegaConf.load(sweep / job / "config.yaml").seed == seed
         assert (sweep / job / "model" / "model.safetensors").is_file()
-        assert len(curve(sweep / job, "eval/return")) >= 3
+        assert len(curve(sweep / job, "eval/return")) >= 2
 
 
 # ---- python -m worldloom.eval --------------------------------------------------------------------
@@ -272,7 +296,7 @@ def test_scoring_a_run_gives_its_final_score(finished, commands, tmp_path):
     words = [f"checkpoint={folder}", "episodes=3"]
     match = scores(commands.good(words, tmp_path, module="worldloom.eval")["out"])
     final = {
-        name: curve(folder, f"eval/{name}")[-1][1] for name in ("return", "return_std", "length")
+        name: curve(folder, f"final/{name}")[-1][1] for name in ("return", "return_std", "length")
     }
     assert match[1] == f"{final['return']:.2f}" and match[2] == f"{final['return_std']:.2f}"
     assert match[6] == f"{final['length']:.1f}"
@@ -402,10 +426,10 @@ def test_a_model_of_ones_own_is_trained_and_planned_with(package, commands, tmp_
     words = [*own, *SHORT, "env.time_limit=40", "hydra.run.dir=r"]
     commands.good(words, tmp_path, path=package)
     folder = tmp_path / "r"
-    losses = [value for _, value in curve(folder, "train/loss")]
+    losses = [value for _, value in curve(folder, "loss/loss")]
     assert losses[-1] < 0.8 * losses[0]  # it learns
     for name in ("obs_loss", "reward_loss", "continue_loss"):
-        assert len(curve(folder, f"train/{name}")) == len(losses)
+        assert len(curve(folder, f"loss/{name}")) == len(losses)
     assert curve(folder, "eval/return")
     with pytest.raises(ValueError, match=r"names the model 'mypkg.MyModel', which is not part of"):
         create_world_model(folder)
@@ -413,7 +437,7 @@ def test_a_model_of_ones_own_is_trained_and_planned_with(package, commands, tmp_
         score(f"checkpoint={folder}")
     trusted = "model._target_=mypkg.MyModel"
     match = scores(score(f"checkpoint={folder}", "episodes=3", trusted))
-    assert match[1] == f"{curve(folder, 'eval/return')[-1][1]:.2f}"
+    assert match[1] == f"{curve(folder, 'final/return')[-1][1]:.2f}"
 
     model = create_world_model(folder, allow=("mypkg.MyModel",))
     assert model.encoder.out_features == 32
@@ -431,7 +455,7 @@ def test_an_environment_of_ones_own(package, commands, tmp_path, score):
     lengths = {value for _, value in curve(folder, "episode/length")}
     assert lengths == {10.0}
     assert {value for _, value in curve(folder, "eval/success")} <= {0.0, 1 / 3, 0.5, 2 / 3, 1.0}
-    assert curve(folder, "train/reconstruction_loss/sensors/now")
+    assert curve(folder, "loss/reconstruction_loss/sensors/now")
     board = EventAccumulator(str(folder), {"images": 0})
     board.Reload()
     shapes = {"view", "sensors/now", "sensors/mode"}

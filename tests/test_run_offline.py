@@ -99,9 +99,9 @@ def test_the_default_recipe_is_not_taken(finished):
 
 def test_the_x_axis_is_updates(finished):
     folder, _ = finished
-    assert [step for step, _ in metrics(folder, "train/loss")] == [2, 4, 6, 8, 10]
-    assert metrics(folder, "train/updates") == [(n, n) for n in (2, 4, 6, 8, 10)]
-    assert [step for step, _ in metrics(folder, "eval/return")] == [4, 8, 10, 10]
+    assert [step for step, _ in metrics(folder, "loss/loss")] == [2, 4, 6, 8, 10]
+    assert all(step == count for step, count in metrics(folder, "updates"))
+    assert [step for step, _ in metrics(folder, "eval/return")] == [4, 8, 10]
     board = EventAccumulator(str(folder), {"images": 0})
     board.Reload()
     assert [e.step for e in board.Images("imagination/open_loop")] == [3, 6, 9]
@@ -122,7 +122,7 @@ def test_it_ends_with_what_came_out(finished):
     match = re.search(
         r"final return (\S+) ± \S+ \(2 episodes\) of the best model, from update (\d+)\n", printed
     )
-    assert match[1] == f"{metrics(folder, 'eval/return')[-1][1]:.1f}" and match[2] in "4 8 10"
+    assert match[1] == f"{metrics(folder, 'final/return')[-1][1]:.1f}" and match[2] in "4 8 10"
     assert f"python -m worldloom.eval checkpoint={folder}\n" in printed
 
 
@@ -155,7 +155,7 @@ def test_the_run_is_scored_and_collected_with_like_any_other(
 ):
     folder, _ = finished
     words = [f"checkpoint={folder}", "episodes=2", "num_envs=2"]
-    final = metrics(folder, "eval/return")[-1][1]
+    final = metrics(folder, "final/return")[-1][1]
     assert f"return {final:.2f} ± " in command(evaluation, monkeypatch, capsys, *words)
     collect(CollectConfig(str(folder), 2, str(tmp_path / "more")), ["env.time_limit=4"])
     assert open_dataset(tmp_path / "more").lengths == [4, 4]
@@ -169,7 +169,7 @@ def test_without_an_environment(pendulum, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "there was no environment, so nothing was evaluated\n" in printed
     with (tmp_path / "metrics.csv").open() as file:
-        assert "eval/" not in file.read()
+        assert not re.search("eval/|final/", file.read())
     model = create_world_model(tmp_path)  # the last one: nothing says which was best
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert torch.equal(model.rssm.gru.weight, checkpoint["state_dict"]["model.rssm.gru.weight"])
@@ -183,8 +183,8 @@ def test_without_an_environment(pendulum, tmp_path, monkeypatch, capsys):
 def test_a_world_model_alone_is_planned_with(pendulum, tmp_path):
     planner = ["+planner.num_samples=4", "+planner.num_elites=2", "+planner.horizon=2"]
     scores = train(tmp_path, pendulum, *DREAMER, "model.actor_critic=false", *planner)
-    assert scores["eval/length"] == 8
-    assert metrics(tmp_path, "train/reconstruction_loss")
+    assert scores["final/length"] == 8
+    assert metrics(tmp_path, "loss/reconstruction_loss")
     with (tmp_path / "metrics.csv").open() as file:
         assert "policy_loss" not in file.read()
 
@@ -192,15 +192,15 @@ def test_a_world_model_alone_is_planned_with(pendulum, tmp_path):
 @pytest.mark.parametrize("env", [[], ["env=none"]], ids=["with", "without"])
 def test_tdmpc2(pendulum, tmp_path, env):
     scores = train(tmp_path, pendulum, *TDMPC2, *env)
-    assert scores.get("eval/length") == (None if env else 8)
-    assert metrics(tmp_path, "train/updates")[-1] == (6, 6)
+    assert scores.get("final/length") == (None if env else 8)
+    assert metrics(tmp_path, "updates")[-1] == (6, 6)
     # Without an environment the longest episode stands for its time limit.
     assert create_world_model(tmp_path).build_config["arguments"]["episode_length"] == 8
 
 
 def test_a_named_environment_is_used(pendulum, tmp_path):
     env = ["env=gymnasium", "env.id=Pendulum-v1", "env.time_limit=5"]
-    assert train(tmp_path, pendulum, *TDMPC2, *env)["eval/length"] == 5
+    assert train(tmp_path, pendulum, *TDMPC2, *env)["final/length"] == 5
 
 
 def test_minari(tmp_path, pendulum):
@@ -226,7 +226,7 @@ def test_minari(tmp_path, pendulum):
     about = {"dataset_id": "own/pendulum-v0", "minari_version": minari.__version__}
     storage.update_metadata(about)
     named = ["env=gymnasium", "env.id=Pendulum-v1", "env.time_limit=5"]
-    assert train(tmp_path / "r", tmp_path, *TDMPC2, *named)["eval/length"] == 5
+    assert train(tmp_path / "r", tmp_path, *TDMPC2, *named)["final/length"] == 5
     assert train(tmp_path / "none", tmp_path, *TDMPC2) == {}
 
 
@@ -240,7 +240,7 @@ def test_hdf5(tmp_path, pendulum):
         file["rewards"] = np.concatenate([e.rewards for e in episodes])
         file["terminals"] = np.zeros(48, bool)
     named = ["env=gymnasium", "env.id=Pendulum-v1", "env.time_limit=5"]
-    assert train(tmp_path / "r", tmp_path, *DREAMER, *named)["eval/length"] == 5
+    assert train(tmp_path / "r", tmp_path, *DREAMER, *named)["final/length"] == 5
     with pytest.raises(ValueError, match=r"a.hdf5, rows 0 to 7: The action .* \(env=…\)"):
         train(tmp_path / "other", tmp_path, *DREAMER)
 

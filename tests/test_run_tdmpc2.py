@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.test_run import curve, metrics, without_clocks
+from tests.test_run import metrics, without_clocks
 from worldloom import create_world_model
 
 TINY = [
@@ -31,7 +31,7 @@ def finished(commands, tmp_path_factory):
 
 def test_one_update_follows_each_decision_and_each_of_the_prefill(finished):
     folder, _ = finished
-    (step, updates) = curve(folder, "train/updates")[-1]
+    step, updates = (int(metrics(folder)[-1][name]) for name in ("step", "updates"))
     assert step >= 100 and updates == step
 
 
@@ -39,8 +39,8 @@ def test_metrics_have_the_names_of_the_family(finished):
     folder, _ = finished
     names = {name for row in metrics(folder) for name, value in row.items() if value}
     losses = ("consistency", "reward", "value", "termination", "policy")
-    assert {f"train/{name}_loss" for name in losses} <= names
-    assert {"train/loss", "train/policy_entropy", "train/policy_scale", "eval/return"} <= names
+    assert {f"loss/{name}_loss" for name in losses} <= names
+    assert {"loss/loss", "stats/policy_entropy", "stats/policy_scale", "final/return"} <= names
     assert not any("reconstruction" in name for name in names)
 
 
@@ -90,7 +90,7 @@ def test_a_run_begins_with_what_another_has_learned(finished, commands, tmp_path
 def test_a_decoder_lets_one_look_at_the_imagination(commands, tmp_path):
     done = commands.good([*TINY, "model.decoder=true", "hydra.run.dir=run"], tmp_path)
     names = {name for row in metrics(tmp_path / "run") for name, value in row.items() if value}
-    assert "train/reconstruction_loss" in names and "final return" in done["out"]
+    assert "loss/reconstruction_loss" in names and "final return" in done["out"]
     events = EventAccumulator(str(tmp_path / "run"), {"images": 0}).Reload()
     # Longer than the slices that are trained on, for it is read from the replay.
     assert len(events.Images("imagination/open_loop")) == 5

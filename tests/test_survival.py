@@ -379,7 +379,7 @@ def test_a_broken_worker_is_replaced_and_the_run_goes_on(server, tmp_path, fault
     words = faulty(fault, tmp_path, "env.workers=2", "env.timeout=3")
     done = server.good(words, tmp_path)
     assert f": {reason}" in done["out"] + done["err"]
-    restarts = [row["env/restarts"] for row in metrics(tmp_path / "run") if row["env/restarts"]]
+    restarts = [row["restarts"] for row in metrics(tmp_path / "run") if row["restarts"]]
     assert float(restarts[-1]) == 1
     assert int(metrics(tmp_path / "run")[-1]["step"]) >= 140
 

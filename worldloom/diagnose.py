@@ -154,7 +154,9 @@ def diagnose(
     if diagnosis.raised:
         return diagnosis
     losses["loss"].backward()
-    diagnosis.losses = {name: float(value.detach()) for name, value in losses.items()}
+    diagnosis.losses = {
+        name: value.item() if isinstance(value, Tensor) else value for name, value in losses.items()
+    }
     if not torch.isfinite(losses["loss"]):
         diagnosis.bad_terms = bad_terms(losses)
     diagnosis.bad_gradients = bad_gradients(model)
@@ -167,7 +169,7 @@ def diagnose(
     return diagnosis
 
 
-def _loss(model: nn.Module, found: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+def _loss(model: nn.Module, found: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     model.zero_grad(set_to_none=True)
     # A copy, because the loss may be computed twice.
     batch = map_tree(

@@ -32,11 +32,11 @@ def evaluate_command(overrides: Overrides) -> None:
     task = Task.from_config(section, collects=False)
     scores = Evaluator(task, load_actor(run, config, task), settings)(settings["episodes"])
     choice = "policy mode" if settings["deterministic"] else "sampled actions"
-    success = f", success {scores['eval/success']:.2f}" if "eval/success" in scores else ""
+    success = f", success {scores['success']:.2f}" if "success" in scores else ""
     print(
-        f"return {scores['eval/return']:.2f} ± {scores['eval/return_std']:.2f} over "
+        f"return {scores['return']:.2f} ± {scores['return_std']:.2f} over "
         f"{settings['episodes']} episodes ({choice}, seed {settings['seed']}), "
-        f"mean length {scores['eval/length']:.1f}{success}"
+        f"mean length {scores['length']:.1f}{success}"
     )
 
 

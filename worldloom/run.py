@@ -112,15 +112,16 @@ def evaluate(run: "Run") -> dict[str, float]:
     from worldloom.app.run_dir import SCORES
     from worldloom.files import write_text
     from worldloom.saving import load_tensors, read_saved, save_model
-    from worldloom.training.callbacks import current_step, log_metrics
+    from worldloom.training.metrics import current_step, log_metrics
 
     if run.evaluation.best is not None:
         load_tensors(run.model, read_saved(run.folder / "model")[1], run.folder)
     else:
         save_model(run.model, run.folder / "model")
     episodes = run.config.plain["evaluation"]["episodes"]
-    scores = run.evaluator(episodes) if run.task.make_env is not None else {}
-    step = current_step(run.trainer, run.module)
+    found = run.evaluator(episodes) if run.task.make_env is not None else {}
+    scores = {f"final/{name}": score for name, score in found.items()}
+    step = current_step(run.trainer)
     if scores:
         log_metrics(run.trainer, scores, step)
     for logger in run.trainer.loggers:
@@ -137,7 +138,7 @@ def report(run: "Run", scores: dict[str, float], seconds: float) -> None:
     plain, folder, best = run.config.plain, run.folder, run.evaluation.best
     final, env = "there was no environment, so nothing was evaluated", " env=… (as in a run)"
     if scores:
-        mean, std = scores["eval/return"], scores["eval/return_std"]
+        mean, std = scores["final/return"], scores["final/return_std"]
         which = f" of the best model, from {run.unit} {best['step']:,}" if best else ""
         episodes = plain["evaluation"]["episodes"]
         final, env = f"final return {mean:.1f} ± {std:.1f} ({episodes} episodes){which}", ""
@@ -158,7 +159,7 @@ def _hydra_main(cfg: DictConfig) -> float | None:
         validate_config(cfg, HydraConfig.get().runtime.choices)
         logging.captureWarnings(True)
         logging.raiseExceptions = False  # continue where worldloom.log cannot be written
-        return train(cfg).get("eval/return")
+        return train(cfg).get("final/return")
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ def command(monkeypatch, capsys, tmp_path):
 
         def pretend(cfg):
             trained.append(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)))
-            return {"eval/return": 1.0}
+            return {"final/return": 1.0}
 
         folders = [f"hydra.run.dir={tmp_path}/run", f"hydra.sweep.dir={tmp_path}/sweep"]
         monkeypatch.setattr(sys, "argv", ["run.py", *arguments, *QUIET, *folders])

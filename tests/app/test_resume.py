@@ -204,7 +204,7 @@ def test_to_resume_nothing_is_a_new_run(tmp_path):
 
 
 def test_a_finished_run_says_so_and_how_to_extend_it(run, tmp_path, capsys):
-    write_text(run / SCORES, "step: 1000003\neval/return: 12.5\n")
+    write_text(run / SCORES, "step: 1000003\nfinal/return: 12.5\n")
     assert arguments([f"resume={run}"], scratch(tmp_path)) is None
     said = capsys.readouterr().out
     assert f"{run} is finished: 1,000,000 steps, return 12.5" in said

@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import yaml
@@ -135,7 +136,7 @@ def test_a_configuration_records_its_format(tmp_path):
     ("recorded", "message"),
     [
         ({}, r"written by worldloom 0\.1\.0 before format versions were recorded.*train again"),
-        ({"format": 99}, r"a newer worldloom \(format 99\).*reads format 1; update worldloom"),
+        ({"format": 99}, r"a newer worldloom \(format 99\).*reads format 2; update worldloom"),
         ({"format": "x"}, r"an earlier worldloom \(format 'x'\)"),
     ],
 )
@@ -147,10 +148,17 @@ def test_another_format_is_rejected_with_its_version(tmp_path, recorded, message
 
 # ---- a run written by an earlier version of worldloom --------------------------------------------
 
-# Of format 1, by: python -m worldloom.run name=tiny threads=1 env.num_envs=2 env.workers=0
-# env.time_limit=20 training.total_steps=40 evaluation.episodes=2, and a model of minimal sizes.
-# A change that cannot read it needs a new format.
+# Of format 2; run this file as a program, after a change that cannot read it, to write it again
+# under a new format.
 FIXTURE = Path(__file__).resolve().parent.parent / "fixtures" / "run"
+WROTE_IT = """name=tiny threads=1 env.num_envs=2 env.workers=0 env.time_limit=20
+    data.capacity=100000 training.total_steps=40 training.batch_size=2 training.sequence_length=4
+    training.train_ratio=4 evaluation.episodes=2 evaluation.every=0 model.units=4 model.deter=8
+    model.hidden=4
+    model.classes=2 model.stoch=2 model.depth=4 model.imag_length=3 model.reward_head.bins=5
+    model.critic.bins=5 model.reward_head.layers=1 model.actor.layers=1 model.critic.layers=1
+    model.encoder.layers=1 model.decoder.layers=1 training.anneal=0
+    hydra.run.dir=runs/tiny/fixture"""
 
 
 @pytest.fixture
@@ -162,7 +170,7 @@ def test_a_saved_run_is_evaluated_as_at_its_end(saved_run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["eval.py", f"checkpoint={saved_run}"])
     evaluation.main()
     scores = yaml.safe_load((FIXTURE / "scores.yaml").read_text())
-    mean, std = scores["eval/return"], scores["eval/return_std"]
+    mean, std = scores["final/return"], scores["final/return_std"]
     assert capsys.readouterr().out.startswith(f"return {mean:.2f} ± {std:.2f} over 2 episodes")
 
 
@@ -199,6 +207,18 @@ def test_the_checkpoint_of_a_saved_run_is_resumed(saved_run, commands, tmp_path)
     assert [{k: v for k, v in new.items() if v} for new in after[: len(kept)]] == [
         {k: v for k, v in old.items() if v} for old in kept
     ]
-    updates = [int(row["train/updates"]) for row in after if row["train/updates"]]
+    updates = [int(row["updates"]) for row in after]
     assert len(after) > len(kept) and updates == sorted(updates) and updates[-1] > updates[0]
     assert yaml.safe_load((saved_run / "scores.yaml").read_text())["step"] == 80
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = WROTE_IT.split()
+    with TemporaryDirectory() as scratch:
+        os.chdir(scratch)
+        training.main()
+        shutil.rmtree(FIXTURE, ignore_errors=True)
+        unused = shutil.ignore_patterns(
+            "events*", ".*", "*.log", "hparams.yaml", "previous.ckpt", "replay"
+        )
+        shutil.copytree("runs/tiny/fixture", FIXTURE, ignore=unused)

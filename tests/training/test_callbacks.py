@@ -71,11 +71,11 @@ class FakeCollector:
         self.ticks += 1
         if self.ticks % 5 == 0:
             self.last_return = float(self.ticks)
-            episode = {"return": self.last_return, "length": 5, "env_steps": self.env_steps}
+            episode = {"return": self.last_return, "length": 5, **self.counters()}
             self.finished.append(episode)
 
-    def metrics(self):
-        return {"env/frames": 3 * self.env_steps}
+    def counters(self):
+        return {"env_steps": self.env_steps, "frames": 3 * self.env_steps}
 
     def close(self):
         self.closed = True
@@ -105,9 +105,9 @@ class Notes(Logger):
     def log_picture(self, name, picture, step):
         self.pictures.append((step, name, picture.shape))
 
-    def of(self, name):
-        """All values of one name, as (step, value)."""
-        return [(step, m[name]) for step, m in self.metrics if name in m]
+    def of(self, name, beside=""):
+        """All values of one name, as (step, value); beside: only where this is logged as well."""
+        return [(step, m[name]) for step, m in self.metrics if {name, beside or name} <= {*m}]
 
 
 BATCH = dict(batch_size=2, sequence_length=4)
@@ -151,17 +151,17 @@ def fit(data, *callbacks, model=None, log_every=5):
 def test_metrics_are_means_over_log_every_updates_at_the_env_step_of_the_last():
     notes = fit(online(), MetricsWriter())
     # Updates 1-5, 6-10 and the 3 that are left; (60 - 8) * 2 / 8 = 13 in all.
-    assert notes.of("train/updates") == [(28, 5), (48, 10), (60, 13)]
-    assert notes.of("train/loss") == [(28, 3.0), (48, 8.0), (60, 12.0)]
-    assert [step for step, _ in notes.of("train/grad_norm")] == [28, 48]
+    assert notes.of("counters/updates", beside="loss/loss") == [(28, 5), (48, 10), (60, 13)]
+    assert notes.of("loss/loss") == [(28, 3.0), (48, 8.0), (60, 12.0)]
+    assert [step for step, _ in notes.of("stats/grad_norm")] == [28, 48]
     assert notes.of("replay/size") == [(28, 28), (48, 48), (60, 60)]
     assert notes.of("replay/ratio") == [(28, 2.0), (48, 2.0), (60, 2.0)]
-    assert notes.of("env/frames") == [(28, 84), (48, 144), (60, 180)]
+    assert notes.of("counters/frames", beside="loss/loss") == [(28, 84), (48, 144), (60, 180)]
 
 
 def test_nothing_is_logged_twice_when_the_run_ends_with_an_interval():
     notes = fit(online(total_steps=48), MetricsWriter())
-    assert notes.of("train/updates") == [(28, 5), (48, 10)]
+    assert notes.of("counters/updates", beside="loss/loss") == [(28, 5), (48, 10)]
     assert all(value > 0 for _, value in notes.of("fps/env") + notes.of("fps/train"))
 
 
@@ -170,12 +170,18 @@ def test_episodes_are_logged_at_the_env_step_where_they_ended():
     notes = fit(data, MetricsWriter())
     assert notes.of("episode/return") == [(10 * k, 5.0 * k) for k in range(1, 7)]
     assert notes.of("episode/length") == [(10 * k, 5) for k in range(1, 7)]
+    # With the counters of that moment, though they are written after the next update or later.
+    assert notes.of("counters/env_steps", beside="episode/return") == [
+        (10 * k, 10 * k) for k in range(1, 7)
+    ]
+    updates = [count for _, count in notes.of("counters/updates", beside="episode/return")]
+    assert updates == [0, 2, 5, 7, 10, 12]
     assert data.collector.finished == []
 
 
 def test_offline_the_axis_is_updates():
     notes = fit(offline(12), MetricsWriter())
-    assert [step for step, _ in notes.of("train/loss")] == [5, 10, 12]
+    assert [step for step, _ in notes.of("loss/loss")] == [5, 10, 12]
     assert notes.of("fps/env") == [(5, 0), (10, 0), (12, 0)]
 
 
@@ -252,7 +258,7 @@ class Scores:
         self.values = iter(values)
 
     def __call__(self):
-        return {"eval/return": next(self.values), "eval/length": 1.0}
+        return {"return": next(self.values), "length": 1.0}
 
 
 def test_evaluates_at_every_so_many_env_steps_and_at_the_end():

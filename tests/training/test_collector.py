@@ -188,16 +188,19 @@ def test_counts_are_exact():
 
 
 def test_finished_episodes_are_told():
+    def at(steps, episodes):
+        return {"env_steps": steps, "frames": steps, "episodes": episodes, "restarts": 0}
+
     collector = make([3, -2], [4])
     collector.step()
     assert collector.finished == []
     run(collector, 8)
     # Steps done after ticks 3, 4, 6 and 9: two per tick, less the resets (ticks 4, 5, 7).
     assert collector.finished == [
-        {"return": 6.0, "length": 3, "success": 1.0, "env_steps": 6},
-        {"return": 10.0, "length": 4, "success": 1.0, "env_steps": 7},
-        {"return": 203.0, "length": 2, "success": 0.0, "env_steps": 10},
-        {"return": 410.0, "length": 4, "success": 1.0, "env_steps": 15},
+        {"return": 6.0, "length": 3, "success": 1.0, **at(6, 1)},
+        {"return": 10.0, "length": 4, "success": 1.0, **at(7, 2)},
+        {"return": 203.0, "length": 2, "success": 0.0, **at(10, 3)},
+        {"return": 410.0, "length": 4, "success": 1.0, **at(15, 4)},
     ]
 
 

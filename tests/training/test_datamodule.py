@@ -20,6 +20,7 @@ class FakeCollector:
     """Episodes of nine steps, random actions, and a state that can be saved."""
 
     episodes = 0
+    finished = ()
 
     def __init__(self, buffer: ReplayBuffer, seed: int = 0, length: int = 9) -> None:
         self.buffer, self.num_envs, self.length = buffer, buffer.num_envs, length

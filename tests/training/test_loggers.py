@@ -8,6 +8,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from worldloom.training.loggers import MetricsCSV, TensorBoard
+from worldloom.training.metrics import COUNTERS
 
 
 def rows_of(folder):
@@ -19,15 +20,23 @@ def rows_of(folder):
 
 
 def test_a_row_per_call_and_a_column_per_name(tmp_path):
-    logger = MetricsCSV(tmp_path)
-    logger.log_metrics({"train/loss": 1.5, "fps/env": 10.0}, step=4)
+    logger, none = MetricsCSV(tmp_path), dict.fromkeys(COUNTERS, "")
+    logger.log_metrics({"loss/loss": 1.5, "fps/env": 10.0}, step=4)
     logger.log_metrics({"eval/return": 7.0}, step=8)
-    logger.log_metrics({"train/loss": 1.25, "eval/return": 9.0}, step=12)
+    logger.log_metrics({"loss/loss": 1.25, "eval/return": 9.0}, step=12)
     assert rows_of(tmp_path) == [
-        {"step": "4", "train/loss": "1.5", "fps/env": "10.0", "eval/return": ""},
-        {"step": "8", "train/loss": "", "fps/env": "", "eval/return": "7.0"},
-        {"step": "12", "train/loss": "1.25", "fps/env": "", "eval/return": "9.0"},
+        {"step": "4", **none, "loss/loss": "1.5", "fps/env": "10.0", "eval/return": ""},
+        {"step": "8", **none, "loss/loss": "", "fps/env": "", "eval/return": "7.0"},
+        {"step": "12", **none, "loss/loss": "1.25", "fps/env": "", "eval/return": "9.0"},
     ]
+
+
+def test_counters_have_their_own_names_and_the_first_columns(tmp_path):
+    logger = MetricsCSV(tmp_path)
+    logger.log_metrics({"a": 1}, step=1)
+    logger.log_metrics({"counters/updates": 3, "a": 2}, step=2)
+    assert list(rows_of(tmp_path)[0]) == ["step", *COUNTERS, "a"]
+    assert [row["updates"] for row in rows_of(tmp_path)] == ["", "3"]
 
 
 def test_numbers_come_back_exactly(tmp_path):
@@ -43,10 +52,10 @@ def test_a_second_logger_continues_the_file(tmp_path):
     again = MetricsCSV(tmp_path)
     again.log_metrics({"b": 3}, step=2)
     again.log_metrics({"c": 4, "a": 5}, step=3)
-    assert [list(row.values()) for row in rows_of(tmp_path)] == [
-        ["1", "1", "2", ""],
-        ["2", "", "3", ""],
-        ["3", "5", "", "4"],
+    assert [[row[name] for name in "abc"] for row in rows_of(tmp_path)] == [
+        ["1", "2", ""],
+        ["", "3", ""],
+        ["5", "", "4"],
     ]
 
 
@@ -115,8 +124,8 @@ def events(board):
 
 
 def test_events_lie_in_the_folder_itself(board, tmp_path):
-    board.log_metrics({"train/loss": 2.5}, step=100)
-    (scalar,) = events(board).Scalars("train/loss")
+    board.log_metrics({"loss/loss": 2.5}, step=100)
+    (scalar,) = events(board).Scalars("loss/loss")
     assert (scalar.step, scalar.value) == (100, 2.5)
     assert list(tmp_path.glob("events.out.tfevents.*"))
 

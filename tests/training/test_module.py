@@ -7,7 +7,7 @@ from torch import nn
 
 from worldloom.protocol import ReplayField
 from worldloom.training import ReplayBuffer, ReplayDataModule, WorldModelModule
-from worldloom.training.module import Metrics
+from worldloom.training.metrics import RunningMeans
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
 
@@ -273,7 +273,7 @@ def test_a_resumed_run_writes_the_same_means(tmp_path):
 
 
 def test_metrics_are_means_since_the_last_flush():
-    metrics = Metrics()
+    metrics = RunningMeans()
     assert metrics.flush() == {}
     for a in (1.0, 2.0, 6.0):
         metrics.add({"a": torch.tensor(a), "count": torch.tensor(int(a))})
@@ -288,12 +288,12 @@ def test_metrics_are_means_since_the_last_flush():
 
 
 def test_a_state_of_metrics_stays_as_it_was_taken():
-    metrics, other = Metrics(), Metrics()
+    metrics, other = RunningMeans(), RunningMeans()
     metrics.add({"a": torch.tensor(1.0)})
     state = metrics.state_dict()
     metrics.add({"a": torch.tensor(7.0)})
     metrics.once["norm"] = torch.tensor(0.5)
     other.load_state_dict(state)
     assert other.flush() == {"a": 1.0} and metrics.flush() == {"a": 4.0, "norm": 0.5}
-    other.load_state_dict(Metrics().state_dict())
+    other.load_state_dict(RunningMeans().state_dict())
     assert other.flush() == {}

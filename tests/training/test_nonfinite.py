@@ -399,7 +399,7 @@ def test_the_first_skipped_update_is_told_and_saved_and_only_that(tmp_path, capl
     with caplog.at_level(logging.WARNING, "worldloom.training.nonfinite"):
         fit(Toy(), 6, Spoil("rewards", NAN, 2, 4, 5), nonfinite="skip", folder=tmp_path)
     (record,) = [r for r in caplog.records if r.name == "worldloom.training.nonfinite"]
-    assert "counted as train/skipped: the loss is not finite at update 2" in record.getMessage()
+    assert "counted as stats/skipped: the loss is not finite at update 2" in record.getMessage()
     saved = torch.load(tmp_path / "checkpoints" / FILE, weights_only=True)
     assert saved["nonfinite"]["update"] == 2 and saved["updates"] == 1
 

@@ -152,7 +152,7 @@ def is_finished(folder: Path, saved: Mapping[str, Any], overrides: Overrides) ->
     if longer and (not longer.replace("_", "").isdigit() or int(longer) > total):
         return False
     scores = read_yaml(folder / SCORES, "delete it to resume the run")
-    result = f", return {scores['eval/return']:.1f}" if "eval/return" in scores else ""
+    result = f", return {scores['final/return']:.1f}" if "final/return" in scores else ""
     print(
         f"{folder} is finished: {total:,} steps{result}. To train longer:\n"
         + format_command(

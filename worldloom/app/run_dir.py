@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 # The configuration; the final scores, which only a finished run has; the lock of the writing run.
 CONFIG, SCORES, LOCK = "config.yaml", "scores.yaml", ".lock"
-# Version of the layout of a run folder and of its configuration; config.yaml records it.
-FORMAT = 1
+# Version of the configuration, the checkpoints and the scores of a run; config.yaml records it.
+FORMAT = 2
 WRITTEN = "expected a file written by python -m worldloom.run; restore it from a copy"
 
 

@@ -210,7 +210,7 @@ class Evaluator:
         return self(self.settings["episodes_during"], self.settings["seed"] + 1_000_000)
 
     def __call__(self, episodes: int, seed: int | None = None) -> dict[str, float]:
-        """Return eval/return (mean), eval/return_std, eval/length and, if known, eval/success."""
+        """Return the means "return", "length" and, if known, "success", and "return_std"."""
         env = self.task.vector_env(num_envs=min(self.settings["num_envs"], episodes))
         model: Any = self.actor.model
         modes = [(module, module.training) for module in model.modules()]
@@ -231,8 +231,7 @@ class Evaluator:
             env.close()
         names = sorted({name for result in results for name in result})
         scores = {
-            f"eval/{n}": float(np.mean([result[n] for result in results if n in result]))
-            for n in names
+            n: float(np.mean([result[n] for result in results if n in result])) for n in names
         }
-        scores["eval/return_std"] = float(np.std([r["return"] for r in results]))
+        scores["return_std"] = float(np.std([r["return"] for r in results]))
         return scores

@@ -278,7 +278,9 @@ class _Check:
         if limit and self.lengths and max(self.lengths) > limit:
             self.report.add(f"an episode had {max(self.lengths):,} steps despite its {limit_text}")
         if self.has_success:
-            facts["success"] = 'info["success"] exists; its mean is logged as eval/success'
+            facts["success"] = (
+                'info["success"] exists; its mean is logged as eval/success and final/success'
+            )
         per_step = self.seconds / steps
         advice = "use workers" if per_step > SLOW_STEP else "fastest without workers"
         rate = 1 / max(per_step, 1e-9)

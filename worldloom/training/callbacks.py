@@ -12,13 +12,14 @@ from lightning import Callback, LightningModule, Trainer
 from worldloom.saving import read_saved, save_model
 from worldloom.timing import Timer, phase, timer_for
 from worldloom.training.checkpoint_files import copy_to_cpu
+from worldloom.training.metrics import COUNTERS, current_step, group_metric, log_metrics
 from worldloom.training.module import WorldModelModule
 
 messages = logging.getLogger(__name__)
 
 
 class MetricsWriter(Callback):
-    """Send train/…, episode/…, env/…, fps/…, replay/… and timings/… to the loggers.
+    """Send loss/…, stats/…, episode/…, fps/…, replay/… and timings/… to the loggers.
 
     Metrics are written every `log_every` updates. timings/… are milliseconds per update, averaged
     since the last write: for every marked phase (see `worldloom.timing`), and timings/update for
@@ -48,7 +49,9 @@ class MetricsWriter(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the timer and restore the loggers."""
-        self._last = (time.monotonic(), *_counts(trainer, pl_module))
+        assert isinstance(pl_module, WorldModelModule)
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._last = (time.monotonic(), data.env_steps, pl_module.updates)
         for logger in self._loggers:
             if type(logger).__name__ in self._saved:
                 logger.load_state_dict(self._saved[type(logger).__name__])
@@ -86,26 +89,23 @@ class MetricsWriter(Callback):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             data.update_replay()
             for episode in _take_episodes(data.collector):
-                step = int(episode.pop("env_steps"))
-                log_metrics(trainer, {f"episode/{k}": v for k, v in episode.items()}, step)
+                named = {k if k in COUNTERS else f"episode/{k}": v for k, v in episode.items()}
+                log_metrics(trainer, named, int(episode["env_steps"]))
             if pl_module.metrics.count or pl_module.metrics.once:
                 metrics = self._collect(trainer, pl_module, data)
-                log_metrics(trainer, metrics, current_step(trainer, pl_module))
+                log_metrics(trainer, metrics, current_step(trainer))
 
     def _collect(self, trainer: Trainer, module: WorldModelModule, data: Any) -> dict[str, Any]:
         """Return all metrics but those of episodes."""
         then, steps, updates = self._last
-        self._last = (time.monotonic(), *_counts(trainer, module))
+        self._last = (time.monotonic(), data.env_steps, module.updates)
         seconds = max(self._last[0] - then, 1e-9)
         new_steps, new_updates = self._last[1] - steps, self._last[2] - updates
-        metrics = {f"train/{k}": v for k, v in module.metrics.flush().items()}
-        metrics["train/updates"] = module.updates
+        metrics = {group_metric(k): v for k, v in module.metrics.flush().items()}
         metrics["fps/env"] = new_steps / seconds
         metrics["fps/train"] = new_updates * data.batch_size * data.sequence_length / seconds
         metrics["replay/size"] = len(data.buffer)
         metrics["replay/ratio"] = data.replay_ratio
-        if data.collector is not None:
-            metrics |= data.collector.metrics()
         if self._timer is not None:
             metrics |= _timings(self._timer.flush(), new_updates)
         return metrics
@@ -114,7 +114,7 @@ class MetricsWriter(Callback):
 class Evaluation(Callback):
     """Evaluate the agent at regular intervals and keep the model with the best score.
 
-    evaluate: returns the scores, including eval/return.
+    evaluate: returns the scores, including "return".
     every: environment steps between evaluations; 0 for none. Another one follows at the end.
     folder: folder in which the best model is saved; None to keep none.
     best: {"step", "return"} of the best model, or None before the first evaluation.
@@ -136,13 +136,13 @@ class Evaluation(Callback):
         """After a resume, restore the best model; the folder may have a later one."""
         self._save_best(pl_module)
         if self._changed:
-            self._schedule(current_step(trainer, pl_module))
+            self._schedule(current_step(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Evaluate the model if an evaluation is due."""
-        step = current_step(trainer, pl_module)
+        step = current_step(trainer)
         if self.every and step >= self._next:
             self._schedule(step)
             self._evaluate(trainer, pl_module)
@@ -177,12 +177,12 @@ class Evaluation(Callback):
         # No other thread may draw random numbers during the evaluation.
         trainer.datamodule.update_replay()  # type: ignore[attr-defined]
         with phase("evaluation"):
-            step, scores = current_step(trainer, module), self.evaluate()
+            step, scores = current_step(trainer), self.evaluate()
         self._evaluated = module.updates
-        log_metrics(trainer, scores, step)
+        log_metrics(trainer, {f"eval/{name}": score for name, score in scores.items()}, step)
         # Of equal scores the later model is kept, which was trained longer.
-        if self.folder and (self.best is None or scores["eval/return"] >= self.best["return"]):
-            self.best = {"step": step, "return": scores["eval/return"]}
+        if self.folder and (self.best is None or scores["return"] >= self.best["return"]):
+            self.best = {"step": step, "return": scores["return"]}
             try:
                 save_model(module.model, self.folder)
                 self._weights = None
@@ -225,24 +225,11 @@ class OpenLoop(Callback):
         gpus = [pl_module.device] if pl_module.device.type == "cuda" else []
         with torch.random.fork_rng(devices=gpus):  # pictures must not affect training
             pictures = open_loop(pl_module.model, sequence, self.context)
-        step = current_step(trainer, pl_module)
+        step = current_step(trainer)
         for logger in trainer.loggers:
             if hasattr(logger, "log_picture"):
                 for name, picture in pictures.items():
                     logger.log_picture(f"imagination/{name}", picture, step)
-
-
-def current_step(trainer: Trainer, module: LightningModule) -> int:
-    """Return the position on the x-axis: environment steps, or updates in an offline run."""
-    steps, updates = _counts(trainer, module)
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]
-    return updates if data.collector is None else steps
-
-
-def log_metrics(trainer: Trainer, metrics: dict[str, Any], step: int) -> None:
-    """Send metrics to every logger."""
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=step)
 
 
 def _timings(seconds: dict[str, float], updates: int) -> dict[str, float]:
@@ -258,8 +245,3 @@ def _take_episodes(collector: Any) -> list[dict[str, float]]:
     episodes = list(collector.finished)
     collector.finished.clear()
     return episodes
-
-
-def _counts(trainer: Trainer, module: LightningModule) -> tuple[int, int]:
-    assert isinstance(module, WorldModelModule)
-    return trainer.datamodule.env_steps, module.updates  # type: ignore[attr-defined]

@@ -27,8 +27,8 @@ class Collector:
     frames_per_step: simulator frames per environment step (action repeat).
     env_steps: steps of all environments together; resets do not count.
     episodes: number of finished episodes. last_return: return of the newest one, or None.
-    finished: {"return", "length", "env_steps", "success" if the environment's info has it} of the
-        episodes that are not logged yet; the logging callback empties the list.
+    finished: {"return", "length", "success" if the environment's info has it} and the counters of
+        the episodes that are not logged yet; the logging callback empties the list.
     """
 
     def __init__(
@@ -82,18 +82,18 @@ class Collector:
         for _, episode in ended:
             self.episodes += 1
             self.last_return = episode["return"]
-            self.finished.append({**episode, "env_steps": self.env_steps})
+            self.finished.append({**episode, **self.counters()})
 
     @property
     def restarts(self) -> int:
         """Return how many environment processes were replaced so far."""
         return self.rows.restarts
 
-    def metrics(self) -> dict[str, float]:
-        """Return env/frames, env/episodes and env/restarts for the loggers."""
+    def counters(self) -> dict[str, int]:
+        """Return env_steps, frames (simulator steps), episodes and restarts so far."""
         frames = self.env_steps * self.frames_per_step
-        counts = {"frames": frames, "episodes": self.episodes, "restarts": self.restarts}
-        return {f"env/{name}": count for name, count in counts.items()}
+        counts = {"env_steps": self.env_steps, "frames": frames, "episodes": self.episodes}
+        return {**counts, "restarts": self.restarts}
 
     def close(self) -> None:
         """Close the environments."""

@@ -28,7 +28,7 @@ class TrainingConfig:
         seed_episodes: minimum length of prefill and of the random steps, in episodes of the
             environment's time limit (no effect without a time limit).
         pretrain: also do the updates that belong to the steps of the prefill, right after it.
-        log_every: updates between two points of the train/… curves.
+        log_every: updates between two points of the loss/… and stats/… curves.
     """
 
     total_steps: int = 1_000_000

@@ -238,10 +238,17 @@ class ReplayDataModule(lightning.LightningDataModule):
 
     def _collect(self) -> None:
         """Collect until the next batch is due or all environment steps are done."""
-        assert self.collector is not None
         while not self._batch_is_due() and self.env_steps < self.total_steps:
-            self.check_interruption()
-            self.collector.step()
+            self._step()
+
+    def _step(self) -> None:
+        """Collect a step of each environment; record the updates so far with finished episodes."""
+        assert self.collector is not None
+        self.check_interruption()
+        before = len(self.collector.finished)
+        self.collector.step()
+        for episode in self.collector.finished[before:]:
+            episode["updates"] = self.updates
 
     @property
     def _rows(self) -> int:
@@ -255,14 +262,12 @@ class ReplayDataModule(lightning.LightningDataModule):
 
     def _fill(self) -> None:
         """Collect until prefill is done and a sequence can be sampled."""
-        assert self.collector is not None
         within = {"across_episodes": self.across_episodes}
         while self.env_steps < self.prefill or (
             # If all episodes are too short, stop here: sampling raises an error that explains it.
             self.env_steps < 2 * self._start and not self.buffer.can_sample(self._rows, **within)
         ):
-            self.check_interruption()
-            self.collector.step()
+            self._step()
 
     def _batch_is_due(self) -> bool:
         assert self._origin is not None

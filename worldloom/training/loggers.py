@@ -21,6 +21,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 
 from worldloom.files import atomic_write
+from worldloom.training.metrics import COUNTERS
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def _save_gif(film: np.ndarray, data: io.BytesIO) -> None:
 
 
 class MetricsCSV(Logger):
-    """All scalars in one metrics.csv: one row per step, one column per name.
+    """All scalars in one metrics.csv: one row per step, one column per name, the counters first.
 
     Rows are appended; the file is rewritten only when a new name appears. If the disk is full, rows
     wait in memory until the next one is written.
@@ -161,7 +162,8 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append one row."""
-        self._waiting.append({"step": step, **metrics})
+        plain = {name.removeprefix("counters/"): value for name, value in metrics.items()}
+        self._waiting.append({"step": step, **plain})
         try:
             self._write()
         except OSError as error:
@@ -187,7 +189,7 @@ class MetricsCSV(Logger):
     def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
         """Return the columns and rows of the file."""
         if not self.file.exists():
-            return ["step"], []
+            return ["step", *COUNTERS], []
         with self.file.open(newline="") as file:
             reader = csv.DictReader(file)
             return list(reader.fieldnames or ["step"]), list(reader)

@@ -1,6 +1,7 @@
 """The Lightning module that trains any world model: `compute_loss` is its training step."""
 
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from worldloom.protocol import split_result
+from worldloom.protocol import REPLAY
 from worldloom.saving import get_config
 from worldloom.timing import phase
+from worldloom.training.metrics import RunningMeans, read_scalars
 from worldloom.training.nonfinite import NonFiniteGuard
 
 
@@ -29,6 +31,7 @@ class WorldModelModule(LightningModule):
 
     Counters: `updates` counts optimiser steps across resumes, including skipped ones, as do
     `trainer.global_step` and the data module. `guard.skipped` counts only the skipped ones.
+    `seconds` is the time spent in training, across resumes.
     """
 
     def __init__(
@@ -46,13 +49,30 @@ class WorldModelModule(LightningModule):
         self.optimizer = optimizer
         self.log_every = log_every
         self.updates = 0
-        self.metrics = Metrics()
+        self.metrics = RunningMeans()
         self.guard = NonFiniteGuard(model, nonfinite, folder, config)
-        self._losses: dict[str, Tensor] = {}
+        self._scalars: tuple[dict[str, Tensor], dict[str, float]] = ({}, {})
+        # Seconds of training before this process, and the time at which this one started to train.
+        self._seconds: float = 0.0
+        self._started: float | None = None
         self._replay: tuple[dict[str, Any], dict[str, Tensor]] | None = None
         # Read by create_world_model("….ckpt"); plain data, so loading it executes no code.
         settings = {"model": get_config(model), "run": config or {}}
         self.save_hyperparameters(settings, logger=False)
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds of training so far, of this process and of those it continues."""
+        running = 0.0 if self._started is None else time.monotonic() - self._started
+        return self._seconds + running
+
+    def on_train_start(self) -> None:
+        """Start to count the seconds of training."""
+        self._started = time.monotonic()
+
+    def on_train_end(self) -> None:
+        """Stop to count the seconds of training."""
+        self._seconds, self._started = self.seconds, None
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
@@ -64,10 +84,9 @@ class WorldModelModule(LightningModule):
         except Exception as error:
             self.guard.handle_error(error, self.updates + 1, str(self.trainer.precision))
             return torch.zeros((), requires_grad=True)  # skipped: no gradient reaches the model
-        losses, replay = split_result(result)
-        self._losses = {name: value.detach() for name, value in losses.items()}
+        self._scalars, replay = read_scalars(result), result.get(REPLAY)
         self._replay = (batch, replay) if replay and "index" in batch else None
-        return losses["loss"]
+        return result["loss"]
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute the gradients."""
@@ -88,8 +107,10 @@ class WorldModelModule(LightningModule):
             groups = self.trainer.optimizers[0].param_groups
             grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
             precision, agree = self.trainer.precision, self.trainer.strategy.reduce_boolean_decision
-            if self.guard.accepts(self._losses, grads, self.updates + 1, str(precision), agree):
-                self.metrics.add(self._losses)
+            tensors, numbers = self._scalars
+            losses = {**tensors, **numbers}
+            if self.guard.accepts(losses, grads, self.updates + 1, str(precision), agree):
+                self.metrics.add(tensors, numbers)
                 if (self.updates + 1) % self.log_every == 0:
                     self.metrics.once["grad_norm"] = torch.nn.utils.get_total_norm(grads).detach()
                 if self._replay is not None:
@@ -134,51 +155,12 @@ class WorldModelModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the counters and the running means."""
         checkpoint["updates"] = self.updates
+        checkpoint["seconds"] = self.seconds
         checkpoint["nonfinite"] = self.guard.state_dict()
         checkpoint["metrics"] = self.metrics.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what `on_save_checkpoint` saved."""
-        self.updates = checkpoint["updates"]
+        self.updates, self._seconds = checkpoint["updates"], checkpoint["seconds"]
         self.guard.load_state_dict(checkpoint["nonfinite"])
         self.metrics.load_state_dict(checkpoint["metrics"])
-
-
-class Metrics:
-    """Running means of scalars, summed on their device and transferred only when flushed.
-
-    once: values that are measured once per flush.
-    """
-
-    def __init__(self) -> None:
-        self.names: list[str] = []
-        self.sums: Tensor | None = None
-        self.count = 0
-        self.once: dict[str, Tensor] = {}
-
-    def add(self, scalars: dict[str, Tensor]) -> None:
-        """Add one value of each scalar; the names must be the same in every call."""
-        values = torch.stack(list(scalars.values()))
-        if self.sums is None:
-            self.names, self.sums = list(scalars), torch.zeros_like(values)
-        # Not in place, so that a returned state does not change; a loaded one is on the CPU.
-        self.sums = self.sums.to(values.device) + values
-        self.count += 1
-
-    def flush(self) -> dict[str, float]:
-        """Return the means since the last flush; waits for the device."""
-        means = [] if self.sums is None else (self.sums / self.count).tolist()
-        result = dict(zip(self.names, means, strict=True)) if means else {}
-        result |= {name: float(value) for name, value in self.once.items()}
-        self.sums, self.count, self.once = None, 0, {}
-        return result
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return everything that was added since the last flush."""
-        state = {"names": list(self.names), "sums": self.sums, "count": self.count}
-        return {**state, "once": dict(self.once)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
-        self.names, self.sums, self.count = list(state["names"]), state["sums"], state["count"]
-        self.once = dict(state["once"])
