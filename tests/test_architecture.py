@@ -24,6 +24,7 @@ LAYERS = [
     {"envs"},
     {"datasets"},
     {"acting"},
+    {"agent"},
     {"replay"},
     {"training"},
     {"check"},

@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from worldloom.app.saved_run import load_run as load_run
     from worldloom.check import check_world_model as check_world_model
     from worldloom.check.environment import check_env as check_env
     from worldloom.factory import create_world_model as create_world_model
@@ -24,6 +25,7 @@ _HOME = {
     "check_world_model": "check",
     "create_world_model": "factory",
     "list_models": "factory",
+    "load_run": "app.saved_run",
 }
 __all__ = sorted(_HOME)
 

@@ -149,11 +149,13 @@ def play(
     The number of episodes of each environment is fixed in advance, because counting the first ones
     to end would favour short episodes. After every step this yields the actions [N, A] and (index
     of the environment, summary) of each of those episodes that ended; `rows` then contains the
-    result of the step.
+    result of the step. Where all episodes have ended, the actions, which are then ignored, are
+    zeros, and `act` is not called: in a single environment it is called once per step.
     """
+    ignored = np.zeros((rows.num_envs, rows.action_spec.width), np.float32)
     left = [len(range(i, episodes, rows.num_envs)) for i in range(rows.num_envs)]
     while any(left):
-        actions = act(rows)
+        actions = ignored if rows.is_last.all() else act(rows)
         ended = [(i, episode) for i, episode in rows.step(actions) if left[i]]
         for index, _ in ended:
             left[index] -= 1

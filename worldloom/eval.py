@@ -1,18 +1,22 @@
 """The command `python -m worldloom.eval`: score the model of a run."""
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 
 from worldloom.app.command_line import parse_settings, run_command, split_settings
 from worldloom.app.compose import Overrides
+from worldloom.envs.film import open_film
 from worldloom.training.config import EvaluationConfig
 
 USAGE = """usage: python -m worldloom.eval checkpoint=<run folder> [episodes=…] [seed=…]
-       [num_envs=…] [deterministic=true] [env.KEY=VALUE …] [env=…]
+       [num_envs=…] [deterministic=true] [video=….mp4] [env.KEY=VALUE …] [env=…]
        [model._target_=my_pkg.MyModel]
 
 Scores the run's saved model in its own environment, which its config.yaml describes, or in another
 one: env=gymnasium env.id=CartPole-v1. Settings that are not given are those of the run's evaluation
-section, so the score is that of the end of the run. For a custom model or environment, repeat the
+section, so the score is that of the end of the run. video= records the episodes of the first
+environment; the name ends in .mp4 or .gif. For a custom model or environment, repeat the
 override that named it for training: worldloom never imports third-party code just because a file
 names it."""
 
@@ -20,24 +24,31 @@ names it."""
 def evaluate_command(overrides: Overrides) -> None:
     """Score a run as the command line describes, and print the result."""
     from worldloom.app.build import prepare_process
-    from worldloom.app.task import Evaluator, Task, load_actor, open_saved_run
+    from worldloom.app.saved_run import SavedRun, add_render_mode
+    from worldloom.app.task import Evaluator, open_saved_run
 
     if (checkpoint := overrides.value("checkpoint")) is None:
         raise ValueError("no run was named; add checkpoint=<run folder>")
-    run = Path(checkpoint).expanduser()
-    args, config_overrides = split_settings(overrides.without("checkpoint"))
-    config, section = open_saved_run(run, config_overrides)
+    path, video = Path(checkpoint).expanduser(), overrides.value("video")
+    args, config_overrides = split_settings(overrides.without("checkpoint", "video"))
+    config, section = open_saved_run(path, config_overrides)
     settings = vars(parse_settings(args, EvaluationConfig, **config.get("evaluation", {})))
     prepare_process(settings["seed"], config["threads"])
-    task = Task.from_config(section, collects=False)
-    scores = Evaluator(task, load_actor(run, config, task), settings)(settings["episodes"])
+    if video is not None:
+        section = add_render_mode(section, "rgb_array")
+        os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame would look for a screen
+    run, episodes = SavedRun(path, config, section), settings["episodes"]
+    with nullcontext() if video is None else open_film(Path(video).expanduser()) as film:
+        scores = Evaluator(run.task, run.actor, settings)(episodes, film=film)
     choice = "policy mode" if settings["deterministic"] else "sampled actions"
     success = f", success {scores['success']:.2f}" if "success" in scores else ""
     print(
         f"return {scores['return']:.2f} ± {scores['return_std']:.2f} over "
-        f"{settings['episodes']} episodes ({choice}, seed {settings['seed']}), "
+        f"{episodes} episodes ({choice}, seed {settings['seed']}), "
         f"mean length {scores['length']:.1f}{success}"
     )
+    if film is not None:
+        print(f"{video}: {film.episodes} of {episodes} episodes, {film.describe()}")
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from worldloom.app.run_dir import CONFIG, find_run, read_config
 from worldloom.app.saved_config import require_trusted, resolve_saved
 from worldloom.app.validation import RUNNING, check_arguments
 from worldloom.datasets import Dataset
+from worldloom.envs.film import Film
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.suites.custom import make_env as make_custom_env
 from worldloom.envs.suites.custom import split_options
@@ -182,12 +183,14 @@ def open_saved_run(path: Path, overrides: Overrides) -> tuple[dict[str, Any], di
     return config, section
 
 
-def load_actor(path: Path, config: Mapping[str, Any], task: Task) -> Actor:
+def load_actor(path: Path, config: Mapping[str, Any], task: Task, device: Any = "cpu") -> Actor:
     """Load the model of a run to act in a task, which may differ from the one of its training.
 
     config: of the run, as `open_saved_run` returns it.
     """
-    model: Any = create_world_model(path, allow=(config["model"]["_target_"],)).eval()
+    model: Any = create_world_model(
+        path, device=device, allow=(config["model"]["_target_"],)
+    ).eval()
     built_with = (get_config(model) or {}).get("arguments", {})
     spaces = {"obs_shape": task.obs.shape, "action_dim": task.actions.action_dim}
     for name, value in spaces.items():
@@ -209,13 +212,20 @@ class Evaluator:
         """Score an unfinished run, with other seeds than the final evaluation."""
         return self(self.settings["episodes_during"], self.settings["seed"] + 1_000_000)
 
-    def __call__(self, episodes: int, seed: int | None = None) -> dict[str, float]:
-        """Return the means "return", "length" and, if known, "success", and "return_std"."""
+    def __call__(
+        self, episodes: int, seed: int | None = None, film: Film | None = None
+    ) -> dict[str, float]:
+        """Return the means "return", "length" and, if known, "success", and "return_std".
+
+        film: records the episodes of the first environment.
+        """
         env = self.task.vector_env(num_envs=min(self.settings["num_envs"], episodes))
         model: Any = self.actor.model
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
+            if film is not None:
+                film.record(env, len(range(0, episodes, env.num_envs)))
             results = evaluate(
                 self.actor,
                 env,

@@ -21,6 +21,7 @@ EXTRAS = {
     "h5py": "offline",
     "minari": "offline",
     "pyarrow": "offline",
+    "'av'": "video",
 }
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from worldloom.envs.extras import suggest_extra
+
 # In order of preference: the graphics card (or its software substitute), then software only.
 RENDERERS = ("egl", "osmesa")
 PROBE = "import mujoco; context = mujoco.GLContext(16, 16); context.make_current(); context.free()"
@@ -28,6 +30,26 @@ def make_current(env: Any) -> None:
     """
     for renderer in _find_renderers(env):
         renderer.viewer.make_context_current()
+
+
+def render_rgb(env: Any) -> np.ndarray:
+    """Return an environment's rendered image, [H, W, 3] uint8.
+
+    Raises:
+        ImportError: a package that renders is missing; the message names the extra.
+        TypeError: the environment returned anything else.
+    """
+    name = str(env.unwrapped)
+    with suggest_extra(name):
+        make_current(env)
+        frame: Any = env.render()
+    if not isinstance(frame, np.ndarray) or frame.shape[2:] != (3,) or frame.dtype != np.uint8:
+        held = getattr(frame, "shape", type(frame).__name__)
+        raise TypeError(
+            f"{name} rendered {held}; expected an RGB image [H, W, 3] of uint8; create it with "
+            "render_mode='rgb_array', and leave env.pixels and video out if it cannot"
+        )
+    return frame
 
 
 def place_camera(env: Any) -> None:
@@ -76,7 +98,7 @@ def use_renderer(package: str) -> None:
     if working is None:
         errors = "; ".join(f"{name}: {probe(name)}" for name in RENDERERS)
         raise RendererError(
-            f"pixels are observed, but none of MuJoCo's renderers works ({errors}); install one "
+            f"images are rendered, but none of MuJoCo's renderers works ({errors}); install one "
             "with apt install libegl1 libegl-mesa0 libgl1-mesa-dri (or libosmesa6), or set "
             "MUJOCO_GL=glfw on a machine with a screen"
         )

@@ -40,9 +40,11 @@ class _Part:
 class ObsSpec:
     """Conversion of the observations of a space for a model.
 
+    space: of a single environment.
     parts: the arrays that a model sees, by key; "" for a single array. dropped: all other keys.
     """
 
+    space: Space
     parts: dict[str, _Part]
     dropped: tuple[str, ...] = ()
 
@@ -86,7 +88,7 @@ class ObsSpec:
                 make = _make_image if key in images else _make_part
                 is_vector = key in vectors and isinstance(leaf, spaces.Box)
                 parts[key] = _make_vector(leaf) if is_vector else make(name, leaf)
-        return cls(parts, tuple(key for key in leaves if key not in kept))
+        return cls(space, parts, tuple(key for key in leaves if key not in kept))
 
     @property
     def shape(self) -> tuple[int, ...] | dict[str, tuple[int, ...]]:

@@ -83,7 +83,7 @@ def make_vector_env(
             "set it to several times the duration of the slowest reset"
         )
     if workers == "auto":
-        probe = _make_env(make_env)
+        probe = make_single_env(make_env)
         workers = choose_workers(probe, num_envs)
         probe.close()
     make_envs = partial(_make_envs, make_env)
@@ -94,7 +94,7 @@ def make_vector_env(
 
 def _make_envs(make_env: MakeEnv, num_envs: int) -> LocalVectorEnv:
     """Make environments that are stepped one after the other in this process."""
-    env = LocalVectorEnv(partial(_make_env, make_env), num_envs)
+    env = LocalVectorEnv(partial(make_single_env, make_env), num_envs)
     if len({id(copy.unwrapped) for copy in env.envs}) < num_envs:
         raise ValueError(
             f"make_env returned the same {env.envs[0]} more than once for num_envs={num_envs}; "
@@ -103,7 +103,8 @@ def _make_envs(make_env: MakeEnv, num_envs: int) -> LocalVectorEnv:
     return env
 
 
-def _make_env(make_env: MakeEnv) -> gym.Env:
+def make_single_env(make_env: MakeEnv) -> gym.Env:
+    """Call `make_env`, or raise TypeError if it returns anything but a gymnasium environment."""
     env: Any = make_env()
     if isinstance(env, gym.Env):
         return env

@@ -12,8 +12,7 @@ from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 from PIL import Image
 
-from worldloom.envs.extras import suggest_extra
-from worldloom.envs.renderer import make_current, place_camera
+from worldloom.envs.renderer import place_camera, render_rgb
 from worldloom.envs.spaces import is_channels_last, is_image
 from worldloom.trees import flatten_tree
 
@@ -83,20 +82,11 @@ class RenderedObservation(gym.ObservationWrapper):
 
     def observation(self, observation: Any) -> np.ndarray:
         """Render the environment; its own observation is dropped."""
-        name = str(self.unwrapped)
-        with suggest_extra(name):
-            make_current(self.env)
-            if not self._placed:
-                self.env.render()  # the first call creates the camera
-                place_camera(self.env)
-                self._placed = True
-            frame: Any = self.env.render()
-        if not isinstance(frame, np.ndarray) or frame.shape[2:] != (3,):
-            raise TypeError(
-                f"{name} rendered {getattr(frame, 'shape', type(frame).__name__)}; expected an "
-                "RGB image [H, W, 3]; set env.pixels=false if it cannot render 'rgb_array'"
-            )
-        return resize_image(frame, self.size)
+        if not self._placed:
+            render_rgb(self.env)  # the first call creates the camera
+            place_camera(self.env)
+            self._placed = True
+        return resize_image(render_rgb(self.env), self.size)
 
 
 class _ImageWrapper(gym.ObservationWrapper):

@@ -126,6 +126,8 @@ class AtariGame(SimulatorEnv):
     on its seed and actions only.
     """
 
+    render_fps = 60
+
     def __init__(self, rom: str, rules: Protocol) -> None:
         import ale_py
         from ale_py import roms

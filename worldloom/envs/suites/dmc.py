@@ -33,16 +33,18 @@ def make_env(
     time_limit: int | None = None,
     frame_stack: int = 1,
     camera: int | None = None,
+    render_mode: str | None = None,
 ) -> gym.Env:
     """Make a task of the suite, such as walker-walk (walker_walk, dmc_walker_walk).
 
     pixels, image_size, action_repeat, frame_stack: as in `worldloom.envs.wrappers.wrap`. With
-        pixels a renderer that works is chosen; without them none is loaded.
+        pixels or render_mode="rgb_array" a renderer that works is chosen; otherwise none is loaded.
     time_limit: control steps after which an episode is truncated, 1000 by default.
     camera: number of the camera; None for the one that follows the robot.
     """
     logging.getLogger("absl").setLevel(logging.WARNING)  # it logs every import
-    renders = pixels or "escape" in task  # the robot of these tasks senses the rendered terrain
+    # The robot of the tasks called escape senses the rendered terrain.
+    renders = pixels or render_mode is not None or "escape" in task
     with suggest_extra(f"dmc task {task}"):
         if renders:
             use_renderer("dm_control")
@@ -56,7 +58,7 @@ def make_env(
     # The wrapper's limit replaces the suite's, so that it can be longer, too.
     simulator = suite.load(domain, name, task_kwargs={"time_limit": math.inf})
     view = CAMERAS.get(domain, 0) if camera is None else camera
-    env = ControlTask(simulator, f"{domain}-{name}", image_size or 64, view)
+    env = ControlTask(simulator, f"{domain}-{name}", image_size or (64 if pixels else 240), view)
     limit = LENGTH if time_limit is None else time_limit
     return wrap(env, limit, action_repeat, frame_stack, pixels, image_size)
 
@@ -69,6 +71,7 @@ class ControlTask(SimulatorEnv):
 
     def __init__(self, simulator: Any, task: str, size: int, camera: int) -> None:
         self.simulator, self.name, self.size, self.camera = simulator, f"dmc {task}", size, camera
+        self.render_fps = 1 / simulator.control_timestep()
         self.observation_space = spaces.Dict(
             {
                 key: spaces.Box(-np.inf, np.inf, spec.shape or (1,), np.float32)

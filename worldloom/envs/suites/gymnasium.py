@@ -34,21 +34,23 @@ def make_env(
     """Make the environment that is registered under a gymnasium id.
 
     image_size, pixels, action_repeat, frame_stack: as in `worldloom.envs.wrappers.wrap`. No
-        renderer is loaded without pixels.
+        renderer is loaded without pixels or render_mode.
     time_limit: simulator steps after which an episode is truncated, instead of the limit that is
         registered with the id.
-    kwargs: passed to the environment.
+    kwargs: passed to the environment, such as render_mode.
     """
     if time_limit is not None:
         kwargs["max_episode_steps"] = time_limit
     with suggest_extra(id):
         spec = _find_spec(id)
+        mujoco = str(spec.entry_point).startswith(MUJOCO)
         if pixels:
             kwargs["render_mode"] = "rgb_array"
-            if str(spec.entry_point).startswith(MUJOCO):
-                use_renderer("mujoco")
+            if mujoco:
                 # At the default of 480 pixels a side, software takes two to six times as long.
                 kwargs = {"width": image_size or 64, "height": image_size or 64, **kwargs}
+        if mujoco and kwargs.get("render_mode") == "rgb_array":
+            use_renderer("mujoco")
         env = gym.make(spec, **kwargs)
     return wrap(env, None, action_repeat, frame_stack, pixels, image_size)
 

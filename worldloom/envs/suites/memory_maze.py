@@ -62,6 +62,8 @@ class MemoryMaze(SimulatorEnv):
     a new maze and never terminates.
     """
 
+    render_fps = 4
+
     def __init__(self, make: Any, maze: str, size: int) -> None:
         self.make, self.name, self.size = make, f"memory_maze {maze}", size
         self.observation_space = spaces.Box(0, 255, (size, size, 3), np.uint8)

@@ -28,11 +28,12 @@ def make_env(
     action_repeat: int = 2,
     time_limit: int | None = None,
     frame_stack: int = 1,
+    render_mode: str | None = None,
 ) -> gym.Env:
     """Make a task, such as reach (reach-v3, mw-reach, push-back).
 
     pixels, image_size, action_repeat, frame_stack: as in `worldloom.envs.wrappers.wrap`. No
-        renderer is loaded without pixels.
+        renderer is loaded without pixels or render_mode="rgb_array".
     camera: corner4 is where TD-MPC2's benchmark moves corner2 to; others are corner, corner2,
         corner3, topview, behindGripper and gripperPOV.
     fixed_goal: a seed for the goal and the positions of the objects in all episodes, the same in
@@ -42,12 +43,13 @@ def make_env(
     valid = fixed_goal is not True and isinstance(fixed_goal, int) and fixed_goal >= 0
     require(valid, "env.fixed_goal", fixed_goal, "false, or a seed of at least 0 such as 0")
     with suggest_extra(f"metaworld task {task}"):
-        if pixels:
+        if pixels or render_mode is not None:
             use_renderer("metaworld")
         from metaworld import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as known
     make: Any = known[_find(task, known)]
     limit = LENGTH if time_limit is None else time_limit
-    env = Manipulation(make, limit, image_size or 64, camera, fixed_goal)
+    size = image_size or (64 if pixels else 240)
+    env = Manipulation(make, limit, size, camera, fixed_goal)
     return wrap(env, limit, action_repeat, frame_stack, pixels, image_size)
 
 
@@ -62,6 +64,8 @@ class Manipulation(SimulatorEnv):
     limit: steps that an episode may have, instead of Meta-World's 500.
     fixed_goal: seed of the goal in all episodes, or False.
     """
+
+    render_fps = 80
 
     def __init__(
         self, make: Any, limit: int, size: int, camera: str, fixed_goal: int | Literal[False]

@@ -51,7 +51,7 @@ def make_env(
     with suggest_extra(f"minigrid task {task}"):
         import minigrid  # noqa: F401  (registers the tasks)
     limit = {} if time_limit is None else {"max_steps": time_limit}
-    env = gym.make(_find(task), disable_env_checker=True, **limit)
+    env = gym.make(_find(task), render_mode="rgb_array", disable_env_checker=True, **limit)
     inner: Any = env.unwrapped
     env = GridObservation(Success(env), view if pixels else None, image_size or 64, words)
     # BabyAI draws a limit with each mission and has 0 before: these tasks have no known length.

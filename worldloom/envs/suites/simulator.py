@@ -10,12 +10,18 @@ class SimulatorEnv(gym.Env):
 
     simulator: the suite's own environment; None until an adapter has created it.
     name: suite and task, shown in messages.
+    render_fps: steps per second; the adapters set their own.
     """
 
-    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012 (as in gym.Env)
+    render_fps: float = 10
     render_mode = "rgb_array"
     simulator: Any = None
     name: str
+
+    @property
+    def metadata(self) -> dict[str, Any]:  # type: ignore[override]
+        """Return what gymnasium wants to know about rendering."""
+        return {"render_modes": ["rgb_array"], "render_fps": self.render_fps}
 
     def close(self) -> None:
         """Free the simulator and its renderer."""
