@@ -217,10 +217,11 @@ def test_it_ends_with_what_came_out_and_what_to_do_with_it(finished):
     assert lines[0].startswith(f"final return {mean:.1f} ± {std:.1f} (3 episodes)")
     assert re.fullmatch(r"trained in \d+\.\d minutes", lines[1])
     assert lines[2:] == [
-        f"everything:  {folder}",
+        f"results:     {folder}",
         f"watch it:    tensorboard --logdir {folder}",
         f"score it:    python -m worldloom.eval checkpoint={folder}",
-        f"act with it: model = worldloom.create_world_model('{folder}')",
+        f"act with it: import worldloom; run = worldloom.load_run('{folder}'); "
+        "agent = run.agent(); env = run.make_env()",
     ]
 
 

@@ -1,6 +1,7 @@
 """The command `python -m worldloom.run`: compose a configuration, train, evaluate, report."""
 
 import logging
+import shlex
 import signal
 import sys
 import time
@@ -132,25 +133,28 @@ def evaluate(run: "Run") -> dict[str, float]:
 
 
 def report(run: "Run", scores: dict[str, float], seconds: float) -> None:
-    """Print the final score and the commands to look at, score and use the model."""
-    from worldloom.app.saved_config import format_command
+    """Print the final score, and the commands to look at, score and use the model."""
+    from worldloom.app.saved_config import format_allow, format_command
 
     plain, folder, best = run.config.plain, run.folder, run.evaluation.best
-    final, env = "there was no environment, so nothing was evaluated", " env=… (as in a run)"
+    final = "there was no environment, so nothing was evaluated"
     if scores:
         mean, std = scores["final/return"], scores["final/return_std"]
         which = f" of the best model, from {run.unit} {best['step']:,}" if best else ""
         episodes = plain["evaluation"]["episodes"]
-        final, env = f"final return {mean:.1f} ± {std:.1f} ({episodes} episodes){which}", ""
-    print(
-        f"\n{final}\n"
-        f"trained in {seconds / 60:.1f} minutes\n"
-        f"everything:  {folder}\n"
-        f"watch it:    tensorboard --logdir {folder}\n"
-        f"score it:    {format_command('eval', f'checkpoint={folder}', config=plain)}{env}\n"
-        f"act with it: model = worldloom.create_world_model({str(folder)!r})",
-        flush=True,
-    )
+        final = f"final return {mean:.1f} ± {std:.1f} ({episodes} episodes){which}"
+    lines = [f"\n{final}", f"trained in {seconds / 60:.1f} minutes", f"results:     {folder}"]
+    if any(folder.rglob("events.out.tfevents.*")):
+        lines.append(f"watch it:    {shlex.join(['tensorboard', '--logdir', str(folder)])}")
+    path = f"{str(folder)!r}{format_allow(plain)}"
+    if scores:
+        score = format_command("eval", f"checkpoint={folder}", config=plain)
+        act = f"run = worldloom.load_run({path}); agent = run.agent(); env = run.make_env()"
+        lines += [f"score it:    {score}", f"act with it: import worldloom; {act}"]
+    else:
+        load = f"model = worldloom.create_world_model({path})"
+        lines.append(f"load it:     import worldloom; {load}")
+    print(*lines, sep="\n", flush=True)
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")

@@ -1,8 +1,11 @@
 """Acting with trained runs: runs of a user's package, trained, loaded, played and filmed."""
 
+import os
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -66,7 +69,9 @@ def train(package, commands, tmp_path_factory):
     def call(name):
         if name not in folders:
             cwd = tmp_path_factory.mktemp(name)
-            commands.good([*RUNS[name], *SHORT, f"hydra.run.dir={cwd}/run"], cwd, path=package)
+            words = [*RUNS[name], *SHORT, f"hydra.run.dir={cwd}/run"]
+            done = commands.good(words, cwd, path=package)
+            (cwd / "run" / "printed").write_text(done["out"])
             folders[name] = cwd / "run"
         return folders[name]
 
@@ -85,6 +90,30 @@ def evaluate(package, commands, tmp_path):
         return done["out"] if code == 0 else done["err"]
 
     return call
+
+
+def test_the_lines_that_a_run_prints_work_when_pasted(train, package, tmp_path):
+    """Of a custom model in a custom environment, in a shell and an interpreter of their own."""
+    printed = (train("planned") / "printed").read_text()
+    lines = dict(re.findall(r"^([a-z ]+ it): +(.+)$", printed, re.MULTILINE))
+    assert list(lines) == ["watch it", "score it", "act with it"]
+    env = {**os.environ, "PYTHONPATH": f"{Path(worldloom.__file__).parents[1]}:{package}"}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    options = {"cwd": tmp_path, "env": env, "capture_output": True, "text": True}
+    done = subprocess.run(lines["score it"], shell=True, **options)
+    final = re.search(r"^final return (\S+)", printed, re.MULTILINE)[1]
+    assert f"{float(done.stdout.split()[1]):.1f}" == final, done.stderr
+    code = f"{lines['act with it']}\nobs, _ = env.reset()\nprint(env.step(agent.act(obs))[1] > 0)"
+    done = subprocess.run([sys.executable, "-c", code], **options)
+    assert done.stdout == "True\n", done.stderr
+    del options["capture_output"]
+    words = shlex.split(lines["watch it"])
+    with subprocess.Popen([*words, "--port=0"], stderr=subprocess.PIPE, **options) as board:
+        shown = ""
+        while "at http" not in shown and board.poll() is None:
+            shown += board.stderr.readline()
+        board.terminate()
+    assert "at http" in shown
 
 
 def play(env, agent, episodes, seed):
@@ -173,7 +202,7 @@ def test_an_unfinished_run_is_loaded_from_its_checkpoint(train, tmp_path):
 
 def test_third_party_code_has_to_be_allowed(train):
     folder = train("planned")
-    whole = "pass allow=('mine.envs.make_env', 'mine.models.Linear')"
+    whole = "pass allow=('mine.models.Linear', 'mine.envs.make_env')"
     for allow in ((), ("mine.models.Other",)):
         with pytest.raises(ValueError, match=re.escape(whole)):
             worldloom.load_run(folder, allow=allow)

@@ -156,11 +156,21 @@ def shipped_values(group: str) -> frozenset[tuple[str, Any]]:
 def format_command(name: str, *args: str, config: Mapping[str, Any]) -> str:
     """Return a command line for a saved run, with the overrides that its third-party code needs.
 
-    `run` uses the whole configuration, the other commands only the model, planner and environment.
+    `run` uses the whole configuration, the other commands only what acts.
     """
-    used = config if name == "run" else {k: config[k] for k in ("model", "planner", "env")}
-    foreign = find_foreign_code(used)
+    foreign = find_foreign_code(config if name == "run" else acting_sections(config))
     return f"python -m worldloom.{name} {shlex.join([*args, *_overrides(foreign)])}"
+
+
+def format_allow(config: Mapping[str, Any]) -> str:
+    """Return the argument `, allow=(...)` that a run's third-party code needs in Python, or ""."""
+    names = tuple(dict.fromkeys(find_foreign_code(acting_sections(config)).values()))
+    return f", allow={names}" if names else ""
+
+
+def acting_sections(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sections of a run's configuration that are used to act with its model."""
+    return {key: config[key] for key in ("model", "planner", "env")}
 
 
 def adopt_dataset_env(plain: dict[str, Any]) -> None:

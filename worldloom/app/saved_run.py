@@ -11,7 +11,12 @@ import gymnasium as gym
 from worldloom.acting import Actor
 from worldloom.agent import Agent
 from worldloom.app.run_dir import CONFIG, find_run, read_config
-from worldloom.app.saved_config import find_foreign_code, resolve_saved
+from worldloom.app.saved_config import (
+    acting_sections,
+    find_foreign_code,
+    format_allow,
+    resolve_saved,
+)
 from worldloom.app.task import Task, env_maker, load_actor, name_failing_env
 from worldloom.envs.replayable import ReplayableEpisodes
 from worldloom.envs.vector import make_single_env
@@ -99,12 +104,12 @@ def load_run(path: str | Path, allow: Iterable[str] = (), device: Any = "cpu") -
     path = Path(path).expanduser()
     run = find_run(path)
     config = resolve_saved(read_config(run), run / CONFIG)
-    foreign = find_foreign_code({key: config[key] for key in ("env", "model", "planner")})
-    if missing := [value for value in foreign.values() if value not in allow]:
-        names = tuple(dict.fromkeys(foreign.values()))
+    foreign = find_foreign_code(acting_sections(config)).values()
+    if missing := [name for name in foreign if name not in allow]:
         raise ValueError(
             f"{path} uses {', '.join(map(repr, missing))}, and worldloom never imports third-party "
-            f"code just because a saved file names it; if you trust it, pass allow={names}"
+            "code just because a saved file names it; if you trust it, pass "
+            f"{format_allow(config).removeprefix(', ')}"
         )
     return SavedRun(path, config, config["env"], device)
 
