@@ -154,9 +154,7 @@ def diagnose(
     if diagnosis.raised:
         return diagnosis
     losses["loss"].backward()
-    diagnosis.losses = {
-        name: value.item() if isinstance(value, Tensor) else value for name, value in losses.items()
-    }
+    diagnosis.losses = {name: value.item() for name, value in losses.items()}
     if not torch.isfinite(losses["loss"]):
         diagnosis.bad_terms = bad_terms(losses)
     diagnosis.bad_gradients = bad_gradients(model)
@@ -169,7 +167,7 @@ def diagnose(
     return diagnosis
 
 
-def _loss(model: nn.Module, found: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+def _loss(model: nn.Module, found: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     # A copy, because the loss may be computed twice.
     batch = map_tree(

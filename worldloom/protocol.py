@@ -9,9 +9,9 @@ N + 1 rows.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Number
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -249,32 +249,48 @@ def context_rows(fields: Mapping[str, ReplayField]) -> int:
     return int(any(not field.every_row for field in fields.values()))
 
 
-def is_number(value: Any) -> bool:
-    """Return whether a value is a number of Python, or of NumPy without axes."""
-    return isinstance(value, Number) or getattr(value, "shape", None) == ()
+def is_scalar(value: Any) -> bool:
+    """Return whether a value is a real number, or a tensor or array of one real number."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1 and not value.is_complex()
+    item = value.item() if isinstance(value, np.ndarray) and value.size == 1 else value
+    return isinstance(item, bool | int | float | np.bool_ | np.integer | np.floating)
 
 
-def split_result(result: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split the result of `compute_loss` into its scalars and the new values for the replay.
+def split_result(result: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Split the result of `compute_loss` into its scalars [] and the new values for the replay.
 
     Numbers of Python and NumPy become tensors on the CPU.
 
     Raises:
-        ValueError: a value is not a scalar; the message names its key.
+        ValueError: the result is not a dict with "loss", or a value in it is not a scalar.
     """
-    scalars = dict(result)
-    replay = scalars.pop(REPLAY, {})
-    for name, value in scalars.items():
-        if not isinstance(value, Tensor):
-            if not is_number(value):
-                raise ValueError(
-                    f"compute_loss returned a {type(value).__name__} for {name!r}; expected a "
-                    "scalar: a tensor or a number"
-                )
-            scalars[name] = torch.as_tensor(value)
-        elif value.ndim:
+    if not isinstance(result, dict) or "loss" not in result:
+        keys = ", ".join(map(repr, result)) if isinstance(result, dict) else ""
+        held = f"a dict with {keys}" if keys else "a dict without keys" if result == {} else ""
+        raise ValueError(
+            f"compute_loss returned {held or _describe(result)}; expected a dict with 'loss', the "
+            "scalar to minimise"
+        )
+    scalars = {}
+    for name, value in result.items():
+        if name == REPLAY:
+            continue
+        if not isinstance(name, str):
+            raise ValueError(f"compute_loss returned the name {name!r}; expected a string")
+        if not is_scalar(value):
             raise ValueError(
-                f"compute_loss returned {name!r} of shape {list(value.shape)}; expected a scalar; "
-                "take its mean"
+                f"compute_loss returned {name!r}, {_describe(value)}; expected a scalar: a number, "
+                "or a tensor with one element, such as its mean"
             )
-    return scalars, replay
+        if not isinstance(value, Tensor):
+            number = value.item() if isinstance(value, np.ndarray) else value
+            value = torch.tensor(float(number), dtype=torch.float64)
+        scalars[name] = value.reshape(()) if value.ndim else value
+    return scalars, result.get(REPLAY, {})
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor | np.ndarray):
+        return f"{type(value).__name__} of shape {list(value.shape)} and type {value.dtype}"
+    return "None" if value is None else f"a {type(value).__name__} ({str(value)[:40]})"

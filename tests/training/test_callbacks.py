@@ -21,7 +21,9 @@ from worldloom.training import (
 from worldloom.training.callbacks import Evaluation, MetricsWriter, OpenLoop
 from worldloom.training.progress import Progress
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers", "ignore:.*which other programs cannot import"
+)
 
 
 class Line(nn.Module):
@@ -30,7 +32,7 @@ class Line(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
-        self.config = {"model": "my_pkg.Line", "obs_shape": (2,)}
+        self.build_config = {"model": "my_pkg.Line", "arguments": {"obs_shape": (2,)}}
         self.updates = 0
 
     def compute_loss(self, batch):

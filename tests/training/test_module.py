@@ -1,11 +1,13 @@
+import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from lightning import Callback, Trainer
 from torch import nn
 
-from worldloom.protocol import ReplayField
+from worldloom.protocol import ReplayField, split_result
 from worldloom.training import ReplayBuffer, ReplayDataModule, WorldModelModule
 from worldloom.training.metrics import RunningMeans
 
@@ -217,12 +219,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_term(bad):
 
 def test_checkpoints_hold_plain_data_and_resume_exactly(tmp_path):
     model = Line()
-    model.config = {"model": "my_pkg.Line", "obs_shape": (2,)}
+    model.build_config = {"model": "my_pkg.Line", "arguments": {"obs_shape": (2,)}}
     part = trainer_of(max_steps=4, max_epochs=-1)
     part.fit(module_of(model, config={"seed": 3}), data_module(9))
     part.save_checkpoint(tmp_path / "part.ckpt", weights_only=False)
     loaded = torch.load(tmp_path / "part.ckpt", weights_only=True)
-    assert loaded["hyper_parameters"] == {"model": model.config, "run": {"seed": 3}}
+    assert loaded["hyper_parameters"] == {"model": model.build_config, "run": {"seed": 3}}
     assert loaded["updates"] == 4
 
     whole, rest = Line(), Line()
@@ -269,6 +271,94 @@ def test_a_resumed_run_writes_the_same_means(tmp_path):
     assert rest == whole and [m["skipped"] for m in whole] == [2.0, 3.0]
 
 
+# ---- what compute_loss may return ----------------------------------------------------------------
+
+ONE = torch.ones(())
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.1, 0.1),
+        (3, 3.0),
+        (True, 1.0),
+        (np.float32(0.5), 0.5),
+        (np.int64(7), 7.0),
+        (np.bool_(True), 1.0),
+        (np.array([0.25]), 0.25),
+        (np.array(2), 2.0),
+        (torch.tensor([[4.0]]), 4.0),
+        (torch.tensor(True), 1.0),
+        (torch.tensor(5), 5.0),
+    ],
+)
+def test_every_kind_of_number_is_a_scalar(value, expected):
+    metrics = RunningMeans()
+    metrics.add(split_result({"loss": ONE, "x": value})[0])
+    assert metrics.flush() == {"loss": 1.0, "x": expected}
+
+
+@pytest.mark.parametrize(
+    ("value", "held"),
+    [
+        (torch.zeros(3, 4), r"Tensor of shape \[3, 4\] and type torch.float32"),
+        (torch.zeros(0), r"Tensor of shape \[0\]"),
+        (torch.zeros((), dtype=torch.complex64), ".* type torch.complex64"),
+        (np.zeros(2), r"ndarray of shape \[2\]"),
+        (np.array("a"), ".* type <U1"),
+        (1 + 2j, "a complex"),
+        (np.str_("1"), "a str_"),
+        ("12", r"a str \(12\)"),
+        (None, "None"),
+        ({"a": 1.0}, "a dict"),
+        ([1.0], "a list"),
+    ],
+)
+def test_what_is_no_scalar_is_named(value, held):
+    message = f"compute_loss returned 'probe', {held}.*; expected a scalar: a number, or a tensor"
+    with pytest.raises(ValueError, match=message):
+        split_result({"loss": ONE, "probe": value})
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ({"loss": ONE, 3: ONE}, "returned the name 3; expected a string"),
+        ({"los": ONE, "kl": ONE}, "returned a dict with 'los', 'kl'; expected a dict with 'loss'"),
+        ({}, "returned a dict without keys; expected a dict with 'loss'"),
+        (ONE, r"returned Tensor of shape \[\] .*; expected a dict with 'loss'"),
+        (None, "returned None; expected a dict with 'loss'"),
+        ((ONE, {}), "returned a tuple .*; expected a dict with 'loss'"),
+    ],
+)
+def test_another_result_is_rejected(result, message):
+    with pytest.raises(ValueError, match=message):
+        split_result(result)
+
+
+@pytest.mark.parametrize("loss", [torch.tensor(2.0), 2.0])
+def test_a_loss_without_gradient_stops_at_the_first_update(loss):
+    class Detached(Line):
+        def compute_loss(self, batch):
+            return super().compute_loss(batch) | {"loss": loss}
+
+    model = Detached()
+    with pytest.raises(ValueError, match="returned 'loss' = 2 without a gradient; expected"):
+        trainer_of().fit(module_of(model), data_module(9))
+    assert len(model.losses) == 1
+
+
+def test_a_statistic_that_is_nan_does_not_stop_the_run():
+    class Undefined(Line):
+        def compute_loss(self, batch):
+            return super().compute_loss(batch) | {"ratio": float("nan")}
+
+    module = module_of(Undefined())
+    trainer_of().fit(module, data_module(3))
+    means = module.metrics.flush()
+    assert math.isnan(means["ratio"]) and math.isfinite(means["loss"])
+
+
 # ---- means ---------------------------------------------------------------------------------------
 
 
@@ -285,6 +375,42 @@ def test_metrics_are_means_since_the_last_flush():
     assert metrics.flush() == {"b": 4.0}
     metrics.once["skipped"] = torch.tensor(2.0)  # and nothing else: all updates were skipped
     assert metrics.flush() == {"skipped": 2.0}
+
+
+def test_names_that_alternate_keep_their_own_means():
+    metrics, other = RunningMeans(), RunningMeans()
+    for update in range(10):
+        name, value = ("even", 100.0) if update % 2 == 0 else ("odd", 1.0)
+        scalars = {"loss": torch.tensor(2.0), name: torch.tensor(value)}
+        metrics.add(scalars if update < 5 else dict(reversed(scalars.items())))
+        if update == 6:  # in the midst of an interval, as a checkpoint does
+            other.load_state_dict(metrics.state_dict())
+            metrics = other
+    assert metrics.flush() == {"loss": 2.0, "even": 100.0, "odd": 1.0}
+
+
+def test_sums_of_bfloat16_do_not_stop_at_256():
+    metrics = RunningMeans()
+    for _ in range(1000):
+        metrics.add({"loss": torch.tensor(1.0, dtype=torch.bfloat16)})
+    assert metrics.flush() == {"loss": 1.0}
+
+
+def test_a_models_own_statistic_replaces_that_of_the_trainer():
+    metrics = RunningMeans()
+    metrics.once |= {"grad_norm": torch.tensor(5.0), "skipped": torch.tensor(1.0)}
+    metrics.add({"loss": torch.tensor(2.0), "grad_norm": torch.tensor(3.0)})
+    assert metrics.flush() == {"loss": 2.0, "grad_norm": 3.0, "skipped": 1.0}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs two devices")
+def test_numbers_and_tensors_of_a_gpu_are_averaged_without_waiting():
+    metrics = RunningMeans()
+    for value in (1.0, 3.0):
+        torch.cuda.set_sync_debug_mode("error")
+        metrics.add(split_result({"loss": torch.full((), value, device="cuda"), "n": value})[0])
+        torch.cuda.set_sync_debug_mode("default")
+    assert metrics.flush() == {"loss": 2.0, "n": 2.0}
 
 
 def test_a_state_of_metrics_stays_as_it_was_taken():

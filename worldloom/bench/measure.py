@@ -21,12 +21,12 @@ from worldloom.app.compose import compose_config
 from worldloom.devices import require_device
 from worldloom.factory import create_world_model, import_target
 from worldloom.presets import file_name, load_preset
-from worldloom.protocol import REPLAY, Batch, context_rows
+from worldloom.protocol import Batch, context_rows, split_result
 from worldloom.random_batches import RandomData
 from worldloom.replay.buffer import ReplayBuffer, to_device
 from worldloom.timing import REST, Timer, phase
 from worldloom.training.loggers import MetricsCSV, TensorBoard
-from worldloom.training.metrics import RunningMeans, read_scalars
+from worldloom.training.metrics import RunningMeans
 
 INDENT = "  "  # in front of the names of an update's phases
 
@@ -178,9 +178,9 @@ class TrainedModel:
         """
         with Timer(read or self.clock) as timer:
             with phase("loss"):
-                result = self.model.compute_loss(batch)
+                losses, self.replay_values = split_result(self.model.compute_loss(batch))
             with phase("backward"):
-                result["loss"].backward()
+                losses["loss"].backward()
             with phase("optimizer"):
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -188,7 +188,7 @@ class TrainedModel:
                     self.model.after_update()
             spent = timer.flush()
         del spent[REST]  # the cost of the marks themselves
-        self.losses, self.replay_values = read_scalars(result)[0], result.get(REPLAY)
+        self.losses = {name: value.detach() for name, value in losses.items()}
         return {"update": sum(spent.values()), **{INDENT + k: v for k, v in spent.items()}}
 
     def can_act(self) -> bool:

@@ -14,7 +14,7 @@ from worldloom.check.report import (
 )
 from worldloom.check.saving import copy_parameters, restore
 from worldloom.errors import list_names
-from worldloom.protocol import REPLAY, ReplayField, is_number, split_result
+from worldloom.protocol import REPLAY, ReplayField, is_scalar, split_result
 
 
 def check_training(report: Report) -> None:
@@ -50,8 +50,8 @@ def _check_losses(report: Report, where: str, losses: Any) -> dict[str, Tensor] 
         return None
     before = len(report.problems)
     for name, value in losses.items():
-        if name == REPLAY or (name != "loss" and is_number(value)):
-            continue  # a statistic may also be a number
+        if name == REPLAY or (name != "loss" and is_scalar(value)):
+            continue
         # A statistic may be an integer, or NaN in some batches; the loss may not.
         options = {"floating": name == "loss", "finite": name == "loss"}
         report.require_tensor(where, f"{name!r}", value, (), **options, fix="take its mean")

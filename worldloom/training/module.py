@@ -9,10 +9,10 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
-from worldloom.protocol import REPLAY
+from worldloom.protocol import split_result
 from worldloom.saving import get_config
 from worldloom.timing import phase
-from worldloom.training.metrics import RunningMeans, read_scalars
+from worldloom.training.metrics import RunningMeans
 from worldloom.training.nonfinite import NonFiniteGuard
 
 
@@ -51,7 +51,7 @@ class WorldModelModule(LightningModule):
         self.updates = 0
         self.metrics = RunningMeans()
         self.guard = NonFiniteGuard(model, nonfinite, folder, config)
-        self._scalars: tuple[dict[str, Tensor], dict[str, float]] = ({}, {})
+        self._losses: dict[str, Tensor] = {}
         # Seconds of training before this process, and the time at which this one started to train.
         self._seconds: float = 0.0
         self._started: float | None = None
@@ -84,9 +84,15 @@ class WorldModelModule(LightningModule):
         except Exception as error:
             self.guard.handle_error(error, self.updates + 1, str(self.trainer.precision))
             return torch.zeros((), requires_grad=True)  # skipped: no gradient reaches the model
-        self._scalars, replay = read_scalars(result), result.get(REPLAY)
+        losses, replay = split_result(result)
+        if not losses["loss"].requires_grad:
+            raise ValueError(
+                f"compute_loss returned 'loss' = {losses['loss'].item():.4g} without a gradient; "
+                "expected a tensor that depends on the parameters: do not detach it"
+            )
+        self._losses = {name: value.detach() for name, value in losses.items()}
         self._replay = (batch, replay) if replay and "index" in batch else None
-        return result["loss"]
+        return losses["loss"]
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compute the gradients."""
@@ -107,10 +113,8 @@ class WorldModelModule(LightningModule):
             groups = self.trainer.optimizers[0].param_groups
             grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
             precision, agree = self.trainer.precision, self.trainer.strategy.reduce_boolean_decision
-            tensors, numbers = self._scalars
-            losses = {**tensors, **numbers}
-            if self.guard.accepts(losses, grads, self.updates + 1, str(precision), agree):
-                self.metrics.add(tensors, numbers)
+            if self.guard.accepts(self._losses, grads, self.updates + 1, str(precision), agree):
+                self.metrics.add(self._losses)
                 if (self.updates + 1) % self.log_every == 0:
                     self.metrics.once["grad_norm"] = torch.nn.utils.get_total_norm(grads).detach()
                 if self._replay is not None:

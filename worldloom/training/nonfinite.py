@@ -109,7 +109,7 @@ class NonFiniteGuard:
 
     def accepts(
         self,
-        losses: Mapping[str, Any],
+        losses: dict[str, Tensor],
         grads: list[Tensor],
         update: int,
         precision: str = "32-true",
@@ -158,7 +158,7 @@ class NonFiniteGuard:
         found = [module.named_buffers(name, False) for name, module in self._owners]
         return {name: buffer for buffers in found for name, buffer in buffers}
 
-    def _explain(self, losses: Mapping[str, Any], where: str) -> str:
+    def _explain(self, losses: dict[str, Tensor], where: str) -> str:
         """Return a description of what is not finite; "" if everything is finite."""
         if not torch.isfinite(losses["loss"]):
             return f"the loss is not finite {where}: {list_names(bad_terms(losses))}"
@@ -167,7 +167,7 @@ class NonFiniteGuard:
             return f"gradients are not finite {where}, {len(bad)} of {count}: {list_names(bad)}"
         return f"a gradient is not finite {where}: {self.anomaly}" if self.anomaly else ""
 
-    def _reject(self, found: str, losses: Mapping[str, Any], update: int, precision: str) -> None:
+    def _reject(self, found: str, losses: dict[str, Tensor], update: int, precision: str) -> None:
         assert self._snapshot is not None
         self._snapshot.restore(self.model)
         self._spoiled = True
@@ -210,7 +210,7 @@ class NonFiniteGuard:
         assert self._snapshot is not None
         return find_nonfinite(dict(self.model.named_parameters()) | self._snapshot.buffers)
 
-    def _save(self, what: str, losses: Mapping[str, Any], update: int, precision: str) -> str:
+    def _save(self, what: str, losses: dict[str, Tensor], update: int, precision: str) -> str:
         """Save the batch and the model; return how to diagnose them, as the end of a message."""
         if self.file is None:
             return ""
@@ -230,7 +230,7 @@ class NonFiniteGuard:
         return f"{start}:\npython -m worldloom.diagnose {shlex.quote(str(self.file))}{model}"
 
     def _content(
-        self, what: str, losses: Mapping[str, Any], update: int, precision: str
+        self, what: str, losses: dict[str, Tensor], update: int, precision: str
     ) -> dict[str, Any]:
         """Return a checkpoint of the model, with the batch and all else its loss depends on."""
         assert self._snapshot is not None
