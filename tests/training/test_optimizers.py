@@ -319,3 +319,24 @@ def test_lightning_may_clip_its_gradients_in_mixed_precision():
     # What Lightning asks, and refuses a fused optimiser for; scaling is for float16 alone.
     weight = nn.Parameter(torch.ones(3))
     assert not getattr(Adam([weight]), "_step_supports_amp_scaling", False)
+
+
+def test_the_reported_rate_is_the_one_in_use():
+    """In the parameter groups, where Lightning's LearningRateMonitor reads it."""
+    p = nn.Parameter(torch.tensor([100.0], dtype=F64))
+    optimizer = LaProp([p], lr=0.1, warmup=4, anneal=14, betas=(0.0, 0.0))
+    assert optimizer.param_groups[0]["lr"] == 0.0
+    for _ in range(20):
+        before = p.item()
+        take(optimizer, [p], [torch.ones(1, dtype=F64)])  # moves by one rate
+        assert before - p.item() == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01)
+
+
+def test_groups_report_rates_of_their_own():
+    params = parameters()
+    optimizer = LaProp(params[:2], lr=0.01, warmup=2)
+    optimizer.add_param_group({"params": params[2:], "lr": 0.5})
+    for grads in gradients(params, 3):
+        take(optimizer, params, grads)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.5]

@@ -143,6 +143,10 @@ class WorldModelModule(LightningModule):
             # A skipped update has no gradients here, so the optimiser has changed nothing.
             if self.guard.end_update() and hasattr(self.model, "after_update"):
                 self.model.after_update()  # type: ignore[operator]
+        if self.updates % self.log_every == 0:
+            # The highest rate of the groups; the one that the step has used.
+            rates = [float(group["lr"]) for group in self.trainer.optimizers[0].param_groups]
+            self.metrics.once["learning_rate"] = torch.tensor(max(rates), dtype=torch.float64)
         if self.guard.skipped:
             self.metrics.once["skipped"] = torch.tensor(float(self.guard.skipped))
 

@@ -1,4 +1,4 @@
-"""The optimisers of the official implementations: LaProp of DreamerV3, grouped Adam of TD-MPC2."""
+"""Optimisers: LaProp with adaptive gradient clipping, and Adam with options per group."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,10 +12,13 @@ class LaProp(torch.optim.Optimizer):
     """LaProp (Ziyin et al. 2020): momentum of the normalised gradient.
 
     Each gradient is first clipped to `agc` times the norm of its parameter (adaptive gradient
-    clipping, Brock et al. 2021; whole tensors, norms of at least `pmin`), as the official
-    DreamerV3 does. The learning rate rises linearly from 0 over `warmup` steps, so the very first
-    step changes nothing; with `anneal` it then falls linearly, to a tenth at step `anneal`.
-    `weight_decay` acts on tensors of two or more axes only.
+    clipping, Brock et al. 2021; whole tensors, norms of at least `pmin`). The learning rate rises
+    linearly from 0 over `warmup` steps, so the very first step changes nothing; with `anneal` it
+    then falls linearly, to a tenth at step `anneal`. `weight_decay` acts on tensors of two or more
+    axes only.
+
+    "lr" in a parameter group is the rate that the last step used (before the first step: the rate
+    that it will use), which learning rate monitors read; "peak_lr" is the argument `lr`.
     """
 
     def __init__(
@@ -51,6 +54,13 @@ class LaProp(torch.optim.Optimizer):
         )
         super().__init__(params, defaults)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters whose options, such as "lr", may differ from the defaults."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["peak_lr"] = group["lr"]
+        group["lr"] = _scheduled(group["peak_lr"], 0, group["warmup"], group["anneal"])
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient; return the closure's value."""
@@ -64,8 +74,8 @@ class LaProp(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is not None:
                     together.setdefault(self._count(p), []).append(p)
-            for count, params in together.items():
-                self._step_together(group, params, count)
+            for count in sorted(together):  # the highest count sets the reported rate
+                self._step_together(group, together[count], count)
         return loss
 
     def _count(self, p: Tensor) -> int:
@@ -94,7 +104,8 @@ class LaProp(torch.optim.Optimizer):
         torch._foreach_div_(update, scale)
         torch._foreach_lerp_(moments, update, 1 - beta1)
 
-        lr = _scheduled(group["lr"], count - 1, group["warmup"], group["anneal"])
+        lr = _scheduled(group["peak_lr"], count - 1, group["warmup"], group["anneal"])
+        group["lr"] = lr
         kernels = [p for p in params if p.ndim > 1]
         if group["weight_decay"] and kernels:
             torch._foreach_mul_(kernels, 1 - lr * group["weight_decay"])
