@@ -2,7 +2,7 @@
 
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -122,3 +122,11 @@ def reject_interpolations(tree: Any, source: Path | str) -> None:
     elif isinstance(tree, list | tuple):
         for value in tree:
             reject_interpolations(value, source)
+
+
+def remember(file: Path, make: Callable[[], str]) -> str:
+    """Return the text of a file; if it does not exist, the text is made and written first."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, make())
+    return file.read_text(encoding="utf-8").strip()

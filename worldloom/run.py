@@ -1,5 +1,6 @@
 """The command `python -m worldloom.run`: compose a configuration, train, evaluate, report."""
 
+import copy
 import logging
 import shlex
 import signal
@@ -48,7 +49,12 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
 
 def finish(run: "Run") -> dict[str, float]:
-    """Train a run to its end, evaluate the final model, and report; return the scores."""
+    """Train a run to its end, evaluate the final model, and report; return the scores.
+
+    They are empty if a limit stops the run before its end.
+    """
+    from worldloom.training.logger_guard import finishing_wandb
+
     print(
         run.task.describe(run.model),
         run.data.buffer.resources,
@@ -56,38 +62,51 @@ def finish(run: "Run") -> dict[str, float]:
         sep="\n",
         flush=True,
     )
-    for logger in run.trainer.loggers:
-        logger.log_hyperparams(run.config.plain)
     start = time.monotonic()
-    fit(run.trainer, run.module, run.data, run.checkpoint, run.folder)
-    scores = evaluate(run)
+    with finishing_wandb():
+        for logger in run.trainer.loggers:
+            logger.log_hyperparams(copy.deepcopy(run.config.plain))
+        if not fit(run):
+            return {}
+        scores = evaluate(run)
     report(run, scores, time.monotonic() - start)
     return scores
 
 
-def fit(trainer: Any, module: Any, data: Any, checkpoint: Path | None, folder: Path) -> None:
-    """Train to the end, from a checkpoint if there is one.
+def fit(run: "Run") -> bool:
+    """Train to the end, from a checkpoint if there is one; return whether the run is finished.
 
     A signal stops the run between two updates. The run is saved, prints how to continue it, and
-    ends with the exit code that shells expect after the signal.
+    ends with the exit code that shells expect after the signal. The limits `trainer.max_time` and
+    `trainer.max_steps` do the same, without ending the process. A callback that sets
+    `trainer.should_stop` finishes the run.
     """
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     from worldloom.app.saved_config import format_command
     from worldloom.training.checkpoint_files import has_checkpoint
-    from worldloom.training.interruption import Interrupted, Interruption
+    from worldloom.training.interruption import Interrupted, Interruption, Paused
 
-    interruption = Interruption()
-    data.check_interruption = interruption.check
-    resume = format_command("run", f"resume={folder}", config=module.hparams["run"])
+    interruption, data, folder = Interruption(), run.data, run.folder
+
+    def check() -> None:
+        interruption.check()
+        run.limits.check(data)
+
+    data.check_interruption = check
+    args = [f"resume={folder}"] + ["trainer.max_steps=-1"] * (run.limits.max_steps > -1)
+    resume = format_command("run", *args, config=run.config.plain)
     try:
+        run.limits.start()
         with interruption.listening():
-            trainer.fit(module, data, ckpt_path=checkpoint)
+            run.trainer.fit(run.module, data, ckpt_path=run.checkpoint)
         interruption.check()
     except (Interrupted, SIGTERMException) as raised:
         stopped = raised if isinstance(raised, Interrupted) else Interrupted(signal.SIGTERM)
-        saved = _describe_saved(trainer, module, data, stopped.between)
+        saved = _describe_saved(run.trainer, run.module, data, stopped.between)
         print(f"{stopped}; {saved}; to continue:\n{resume}", flush=True)
+        if isinstance(stopped, Paused):
+            return False
         sys.exit(stopped.exit_code)
     except Exception:
         if has_checkpoint(folder / "checkpoints"):
@@ -95,6 +114,21 @@ def fit(trainer: Any, module: Any, data: Any, checkpoint: Path | None, folder: P
         raise
     finally:
         data.close()
+    if not data.complete:
+        print(describe_early_stop(run.trainer.callbacks), flush=True)
+    return True
+
+
+def describe_early_stop(callbacks: list[Any]) -> str:
+    """Return why a callback ended a run before its last step."""
+    from lightning.pytorch.callbacks import EarlyStopping
+
+    messages = [
+        callback.stopping_reason_message.removesuffix(" Signaling Trainer to stop.")
+        for callback in callbacks
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message
+    ]
+    return f"stopped early: {' '.join(messages) or 'a callback set trainer.should_stop'}"
 
 
 def _describe_saved(trainer: Any, module: Any, data: Any, between: bool) -> str:
@@ -110,6 +144,8 @@ def _describe_saved(trainer: Any, module: Any, data: Any, between: bool) -> str:
 
 def evaluate(run: "Run") -> dict[str, float]:
     """Score the final model, the best one if it was kept; write scores.yaml and log the scores."""
+    from lightning.pytorch.loggers import TensorBoardLogger
+
     from worldloom.app.run_dir import SCORES
     from worldloom.files import write_text
     from worldloom.saving import load_tensors, read_saved, save_model
@@ -126,7 +162,8 @@ def evaluate(run: "Run") -> dict[str, float]:
     if scores:
         log_metrics(run.trainer, scores, step)
     for logger in run.trainer.loggers:
-        logger.log_hyperparams(run.config.plain, scores, step)
+        if isinstance(logger, TensorBoardLogger):  # the interface of the others takes no scores
+            logger.log_hyperparams(run.config.plain, scores, step)
         logger.finalize("success")
     write_text(run.folder / SCORES, OmegaConf.to_yaml({"step": step, **scores}))
     return scores

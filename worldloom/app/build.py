@@ -26,6 +26,7 @@ class Run:
     """Everything that a run trains with.
 
     checkpoint: to continue from; None for a new run.
+    limits: after which the run stops, unfinished.
     evaluation: the callback that scores the model during the run; it has the best one.
     unit: what total_steps counts, "env step" or "update".
     """
@@ -39,6 +40,7 @@ class Run:
     trainer: Any
     evaluator: Evaluator
     evaluation: Any
+    limits: Any
     checkpoint: Path | None
     unit: str
 
@@ -50,11 +52,13 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
     """
     from worldloom.training.callbacks import Evaluation
     from worldloom.training.checkpoint_files import find_usable, has_checkpoint
+    from worldloom.training.interruption import Limits
     from worldloom.training.module import WorldModelModule
     from worldloom.training.precision import require_precision
 
     plain, folder = config.plain, Path(config.plain["folder"])
     require_precision(plain["trainer"].get("precision"))
+    limits = Limits(*(plain["trainer"].get(name) for name in ("max_time", "max_steps")))
     prepare_process(plain["seed"], plain["threads"])
     resumes = resume and has_checkpoint(folder / "checkpoints")
     if resume:
@@ -73,6 +77,12 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
     saved = find_usable(folder / "checkpoints", data.damaged) if resumes else None
     if saved is not None:
         require_shapes(model, saved[1], folder)
+        if saved[1]["updates"] >= limits.max_steps > -1:
+            raise ValueError(
+                f"trainer.max_steps is {limits.max_steps}, but the run already has "
+                f"{saved[1]['updates']} updates; raise it, or remove the limit: "
+                "trainer.max_steps=-1"
+            )
     module = WorldModelModule(
         model,
         instantiate("optimizer", plain["optimizer"]),
@@ -89,7 +99,7 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
     )
     trainer = build_trainer(config, folder, evaluation, resumes)
     return Run(
-        *(config, folder, task, model, data, module, trainer, evaluator, evaluation),
+        *(config, folder, task, model, data, module, trainer, evaluator, evaluation, limits),
         None if saved is None else saved[0],
         "env step" if dataset is None else "update",
     )
@@ -101,29 +111,36 @@ def build_trainer(config: ResolvedConfig, folder: Path, evaluation: Any, resumes
     A resumed run writes it only when training starts: its folder stays unchanged until everything
     in the checkpoint was restored.
     """
-    from lightning.pytorch.callbacks import LambdaCallback
+    from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
 
     from worldloom.training.checkpoints import Checkpoints
+    from worldloom.training.logger_guard import guard_loggers
+    from worldloom.training.monitors import Monitors, require_evaluations
 
     def begin(*_: Any) -> None:
         write_config(folder, config.saved)
         (folder / SCORES).unlink(missing_ok=True)
 
     loggers, callbacks = (
-        [instantiate(f"{group}.{key}", part) for key, part in config.plain[group].items() if part]
-        for group in ("logger", "callbacks")
+        {key: instantiate(f"{group}.{key}", part) for key, part in parts.items() if part}
+        for group, parts in ((name, config.plain[name]) for name in ("logger", "callbacks"))
     )
+    require_evaluations(callbacks, bool(evaluation.every))
+    place_checkpoints(callbacks, folder)
     if resumes:
-        callbacks.append(LambdaCallback(on_train_start=begin))
+        callbacks["begin"] = LambdaCallback(on_train_start=begin)
     else:
         begin()
     trainer = instantiate(
         "trainer",
-        config.plain["trainer"],
-        logger=loggers,
-        # A checkpoint after an update includes what the other callbacks do after it.
-        callbacks=sorted([evaluation, *callbacks], key=lambda c: isinstance(c, Checkpoints)),
+        {k: v for k, v in config.plain["trainer"].items() if k not in ("max_time", "max_steps")},
+        logger=list(loggers.values()),
+        callbacks=[evaluation, *callbacks.values(), Monitors(evaluation)],
+        enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks.values()),
     )
+    # A checkpoint includes what the other callbacks did, although Lightning moves its own last.
+    trainer.callbacks.sort(key=lambda c: isinstance(c, Checkpoint) + 2 * isinstance(c, Checkpoints))
+    guard_loggers(trainer, loggers)
     if resumes and trainer.world_size > 1:
         raise ValueError(
             f"a run in {trainer.world_size} processes cannot be resumed yet: its checkpoint has "
@@ -131,6 +148,26 @@ def build_trainer(config: ResolvedConfig, folder: Path, evaluation: Any, resumes
             f"a new run from its weights: init_from={folder}"
         )
     return trainer
+
+
+def place_checkpoints(callbacks: Mapping[str, Any], folder: Path) -> None:
+    """Give each of Lightning's ModelCheckpoint callbacks a folder of its own in the run folder.
+
+    Raises:
+        ValueError: one of them would write into the folder of the run's own checkpoints.
+    """
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    for key, callback in callbacks.items():
+        if not isinstance(callback, ModelCheckpoint):
+            continue
+        if callback.dirpath is None:
+            callback.dirpath = str(folder / "model_checkpoints" / key)
+        elif Path(callback.dirpath).resolve() == (folder / "checkpoints").resolve():
+            raise ValueError(
+                f"callbacks.{key}.dirpath is the folder of the checkpoints that resume the run; "
+                "choose another one, or leave it out"
+            )
 
 
 def instantiate(name: str, section: Mapping[str, Any], **arguments: Any) -> Any:
@@ -324,6 +361,8 @@ def prepare_process(seed: int, threads: int | None) -> None:
     threading.excepthook = _ignore_full_disk
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # '~callbacks.NAME' on resume drops the callback on purpose.
+    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
 
 
 def _ignore_full_disk(error: threading.ExceptHookArgs) -> None:

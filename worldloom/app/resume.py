@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from worldloom.app.compose import Overrides, compose_config
+from worldloom.app.compose import Overrides, compose_config, key_of
 from worldloom.app.run_dir import CONFIG, SCORES, find_run, is_claimed, read_config
 from worldloom.app.saved_config import (
     format_command,
@@ -30,6 +30,8 @@ FIXED: dict[str, tuple[str, ...]] = {
 }
 # Groups of which another choice can be made on resume.
 CHOICES = ("trainer", "logger", "callbacks", "planner", "evaluation")
+# Groups whose parts can be dropped on resume.
+PARTS = ("callbacks", "logger")
 HYDRA_CHECK = {"folder_check": {"_target_": "worldloom.app.command_line.FolderCheck"}}
 
 
@@ -65,7 +67,7 @@ def resume_arguments(overrides: Overrides, scratch: Path) -> tuple[str, ...] | N
                 "or copy the folder and resume the copy"
             )
         folder = find_run(Path(str(source)).expanduser())
-        saved = read_config(folder)
+        saved, rest = _with_parts(read_config(folder), rest)
         require_trusted(resolve_saved(saved, folder / CONFIG), rest)
     merged, rest = _with_choices(saved, rest)
     _write_scratch(merged, folder.resolve(), scratch)
@@ -162,12 +164,34 @@ def is_finished(folder: Path, saved: Mapping[str, Any], overrides: Overrides) ->
     return True
 
 
+def _with_parts(saved: dict[str, Any], overrides: Overrides) -> tuple[dict[str, Any], Overrides]:
+    """Drop ~callbacks.NAME and ~logger.NAME from a saved configuration, and set new classes.
+
+    Done before the configuration is judged, so that a class which is dropped or replaced need not
+    be trusted or importable. Returns the other overrides.
+    """
+    merged, rest = {**saved, **{group: dict(saved[group]) for group in PARTS}}, []
+    for arg in overrides:
+        group, _, name = key_of(arg).partition(".")
+        name, _, key = name.partition(".")
+        if group not in PARTS or name not in merged[group]:
+            rest.append(arg)
+        elif arg == f"~{group}.{name}":
+            del merged[group][name]
+        else:
+            if key == "_target_" and isinstance(merged[group][name], dict):
+                merged[group][name] = {**merged[group][name], key: arg.partition("=")[2]}
+            rest.append(arg)
+    return merged, Overrides(tuple(rest))
+
+
 def _with_choices(saved: dict[str, Any], overrides: Overrides) -> tuple[dict[str, Any], Overrides]:
     """Put other choices of groups (trainer=gpu) into a saved configuration; return the rest."""
     merged, rest = dict(saved), []
     for arg in overrides:
         group, equals, choice = arg.partition("=")
-        if not equals or not (config_dir() / group / f"{choice}.yaml").is_file():
+        names = choice.strip("[]").split(",")  # logger=[wandb,mlflow]
+        if not equals or not all((config_dir() / group / f"{n}.yaml").is_file() for n in names):
             rest.append(arg)
         elif group == "env" and _is_same_env(choice, saved):
             continue  # repeated next to env._target_=…, to trust it

@@ -1,5 +1,6 @@
 """Validation of a composed configuration before anything is built from it."""
 
+import importlib.util
 import inspect
 import math
 import types
@@ -44,6 +45,8 @@ RENAMED = {
     "env.size": "env.image_size",
     "data.online": "data.online_queue",
 }
+# Packages that loggers, and classes derived from them, need.
+PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 # What an annotation may allow, and its name in messages.
 KINDS: dict[Any, str] = {
     bool: "true or false",
@@ -253,6 +256,12 @@ def _check_call(name: str, part: Any, method: str = "") -> None:
         )
     arguments = {key: value for key, value in part.items() if not key.startswith("_")}
     check_arguments(name, arguments, target)
+    for base, package in PACKAGES.items():
+        named = any(cls.__name__ == base for cls in getattr(target, "__mro__", ()))
+        if named and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"{name} needs the package {package}; pip install 'worldloom[{package}]'"
+            )
 
 
 def _check_optimizer(section: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from worldloom.saving import read_saved, save_model
 from worldloom.timing import Timer, phase, timer_for
 from worldloom.training.checkpoint_files import copy_to_cpu
+from worldloom.training.media import log_pictures
 from worldloom.training.metrics import COUNTERS, current_step, group_metric, log_metrics
 from worldloom.training.module import WorldModelModule
 
@@ -41,7 +42,8 @@ class MetricsWriter(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the states of the loggers."""
-        return {type(logger).__name__: logger.state_dict() for logger in self._loggers}
+        states = {key_of(logger): logger.state_dict() for logger in self._loggers}
+        return {key: state for key, state in states.items() if state is not None}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the states of the loggers until training starts."""
@@ -53,8 +55,8 @@ class MetricsWriter(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._last = (time.monotonic(), data.env_steps, pl_module.updates)
         for logger in self._loggers:
-            if type(logger).__name__ in self._saved:
-                logger.load_state_dict(self._saved[type(logger).__name__])
+            if key_of(logger) in self._saved:
+                logger.load_state_dict(self._saved[key_of(logger)])
         self._timer = timer_for(pl_module.device)
         self._timer.__enter__()
 
@@ -127,7 +129,7 @@ class Evaluation(Callback):
         self.evaluate, self.every, self.folder = evaluate, every, folder
         self.best: dict[str, float] | None = None
         self._next = every
-        self._evaluated = -1  # updates of the model that was evaluated last
+        self.evaluated = -1  # updates of the model that was evaluated last
         # Weights of the best model while the folder does not have them: after a resume, or if the
         # disk is full.
         self._weights: dict[str, Any] | None = None
@@ -151,7 +153,7 @@ class Evaluation(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate the final model unless it was just evaluated."""
         assert isinstance(pl_module, WorldModelModule)
-        if self.every and pl_module.updates != self._evaluated:
+        if self.every and pl_module.updates != self.evaluated:
             self._evaluate(trainer, pl_module)
         self._save_best(pl_module)
 
@@ -160,12 +162,12 @@ class Evaluation(Callback):
         weights = self._weights
         if weights is None and self.folder is not None and self.best is not None:
             weights = read_saved(self.folder)[1]
-        state = {"every": self.every, "next": self._next, "evaluated": self._evaluated}
+        state = {"every": self.every, "next": self._next, "evaluated": self.evaluated}
         return {**state, "best": self.best, "weights": weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; without the best model if this run keeps none."""
-        self._next, self._evaluated = state_dict["next"], state_dict["evaluated"]
+        self._next, self.evaluated = state_dict["next"], state_dict["evaluated"]
         self._changed = bool(self.every) and self.every != state_dict["every"]
         if self.every and (self.folder is not None or state_dict["weights"] is None):
             self.best, self._weights = state_dict["best"], state_dict["weights"]
@@ -179,7 +181,7 @@ class Evaluation(Callback):
         trainer.datamodule.update_replay()  # type: ignore[attr-defined]
         with phase("evaluation"):
             step, scores = current_step(trainer), self.evaluate()
-        self._evaluated = module.updates
+        self.evaluated = module.updates
         log_metrics(trainer, {f"eval/{name}": score for name, score in scores.items()}, step)
         # Of equal scores the later model is kept, which was trained longer.
         if self.folder and (self.best is None or scores["return"] >= self.best["return"]):
@@ -226,11 +228,13 @@ class OpenLoop(Callback):
         gpus = [pl_module.device] if pl_module.device.type == "cuda" else []
         with torch.random.fork_rng(devices=gpus):  # pictures must not affect training
             pictures = open_loop(pl_module.model, sequence, self.context)
-        step = current_step(trainer)
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_picture"):
-                for name, picture in pictures.items():
-                    logger.log_picture(f"imagination/{name}", picture, step)
+        named = {f"imagination/{name}": picture for name, picture in pictures.items()}
+        log_pictures(trainer, named, current_step(trainer))
+
+
+def key_of(logger: Any) -> str:
+    """Return the name of a logger in the configuration, or of its class if it is not guarded."""
+    return getattr(logger, "config_key", type(logger).__name__)
 
 
 def _timings(seconds: dict[str, float], updates: int) -> dict[str, float]:

@@ -8,7 +8,7 @@ import errno
 import logging
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +32,16 @@ def copy_to_cpu(tree: Any) -> Any:
     return map_tree(
         lambda x: x.detach().to("cpu", copy=True) if isinstance(x, torch.Tensor) else x, tree
     )
+
+
+def find_objects(tree: Any) -> str:
+    """Return the type of something in nested data that checkpoints cannot contain, or ""."""
+    if isinstance(tree, Mapping):
+        tree = [*tree, *tree.values()]
+    if isinstance(tree, list | tuple | set):
+        return next(filter(None, map(find_objects, tree)), "")
+    plain = tree is None or type(tree) in (bool, int, float, complex, str, bytes)
+    return "" if plain or isinstance(tree, torch.Tensor) else type(tree).__name__
 
 
 def write_checkpoint(file: Path, content: Any, keep_as: Path | None = None) -> None:

@@ -1,8 +1,9 @@
 """Saving a run: when checkpoints are due, and how they are written while training continues."""
 
+import copy
 import logging
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from worldloom.training.checkpoint_files import (
     LAST,
     PREVIOUS,
     copy_to_cpu,
+    find_objects,
     read_checkpoint,
     write_checkpoint,
 )
@@ -47,9 +49,14 @@ class ThreadedCheckpointIO(CheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
     ) -> None:
-        """Start to write a checkpoint; `wait` waits for the end."""
+        """Start to write a checkpoint; `wait` waits for the end.
+
+        Those of Lightning's ModelCheckpoint are complete on return, since loggers may upload them.
+        """
         self.wait()
         self._writing = self._pool.submit(self._write, copy_to_cpu(checkpoint), Path(path))
+        if Path(path).name != LAST:
+            wait([self._writing])
 
     def load_checkpoint(
         self, path: Any, map_location: Any = None, weights_only: bool | None = None
@@ -85,7 +92,8 @@ class ThreadedCheckpointIO(CheckpointIO):
         return True
 
     def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
-        state, is_last = checkpoint[DATA], path.name == LAST
+        is_last = path.name == LAST
+        state = checkpoint[DATA] if is_last else checkpoint.pop(DATA)
         self.data.finish(state)
         write_checkpoint(path, checkpoint, path.with_name(PREVIOUS) if is_last else None)
         if is_last:
@@ -109,6 +117,7 @@ class Checkpoints(Callback):
         self.random: dict[str, Any] | None = None
         self._due = 0.0
         self._failed = False
+        self._unsaved: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the trainer write and read checkpoints through `ThreadedCheckpointIO`."""
@@ -154,6 +163,41 @@ class Checkpoints(Callback):
             self.save(trainer, wait=True)
         else:
             self._wait(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Leave out states of callbacks with objects that a checkpoint could not be read with."""
+        for key, state in list(checkpoint["callbacks"].items()):
+            if found := find_objects(state):
+                del checkpoint["callbacks"][key]
+                if key not in self._unsaved:
+                    log.warning(
+                        "the state of the callback %s is not saved: it contains %s; expected "
+                        "tensors, numbers, strings, lists and dicts",
+                        *(key, found),
+                    )
+                self._unsaved.add(key)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Restore users' callbacks; one that rejects its state, as its class changed, starts anew.
+
+        Called after this hook of the other callbacks and before Lightning restores states.
+        """
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            state = checkpoint["callbacks"].get(callback.state_key)
+            if state is None or type(callback).__module__.startswith("worldloom."):
+                continue
+            del checkpoint["callbacks"][callback.state_key]
+            try:
+                callback.load_state_dict(copy.deepcopy(state))
+            except Exception as error:
+                log.warning(
+                    "the callback %s cannot restore its saved state (%s: %s), so it starts anew",
+                    *(type(callback).__name__, type(error).__name__, error),
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the random states of torch, NumPy and Python."""

@@ -123,6 +123,14 @@ class ReplayDataModule(lightning.LightningDataModule):
         return 0 if self.collector is None else self.collector.env_steps
 
     @property
+    def complete(self) -> bool:
+        """Return whether all steps are collected and trained on."""
+        if self.collector is None:
+            return self.updates >= self.total_steps
+        collected = self._origin is not None and self.env_steps >= self.total_steps
+        return collected and not self._batch_is_due()
+
+    @property
     def replay_ratio(self) -> float:
         """Return replayed steps per environment step since prefill; 0 before, and offline."""
         if self._origin is None or self.env_steps == self._origin[0]:

@@ -1,10 +1,14 @@
-"""Signals that stop a run at the end of an update instead of in the middle of one."""
+"""What stops a run between two updates, unfinished: signals, and limits of time and updates."""
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # Ctrl-C; the signal of schedulers and `kill`; the signal that SLURM can send before a time limit
 # (sbatch --signal=USR1@90).
@@ -27,6 +31,52 @@ class Interrupted(BaseException):
     def exit_code(self) -> int:
         """Return the exit code that shells report for a process ended by this signal."""
         return 128 + self.number
+
+
+class Paused(Interrupted):
+    """Raised between two updates when a limit stops the run; it is no failure."""
+
+    exit_code = 0
+
+    def __init__(self, reason: str) -> None:
+        BaseException.__init__(self, f"stopped by {reason}")
+        self.between = True
+
+
+class Limits:
+    """The limits `trainer.max_time` and `trainer.max_steps`, which leave a run unfinished.
+
+    Lightning's own would end it as if all steps had been done.
+
+    max_time: time of this start of the run, as in `lightning.Trainer`; None for no limit.
+    max_steps: updates of the whole run; None or -1 for no limit.
+
+    Raises:
+        ValueError: `max_time` is no duration.
+    """
+
+    def __init__(self, max_time: Any = None, max_steps: int | None = None) -> None:
+        self.max_time, self.max_steps = max_time, -1 if max_steps is None else max_steps
+        try:
+            seconds = None if max_time is None else Timer(max_time).time_remaining()
+        except (MisconfigurationException, TypeError, AttributeError):
+            raise ValueError(
+                f"trainer.max_time is {max_time!r}; expected days, hours, minutes and seconds such "
+                "as 00:12:00:00, or a key such as +trainer.max_time.hours=12"
+            ) from None
+        self._seconds = float("inf") if seconds is None else seconds
+        self._end = float("inf")
+
+    def start(self) -> None:
+        """Start the time."""
+        self._end = time.monotonic() + self._seconds
+
+    def check(self, data: Any) -> None:
+        """Raise Paused if a limit is reached and the data module still has something to train."""
+        if data.updates >= self.max_steps > -1 and not data.complete:
+            raise Paused(f"trainer.max_steps={self.max_steps}")
+        if time.monotonic() > self._end and not data.complete:
+            raise Paused(f"trainer.max_time={self.max_time}")
 
 
 class Interruption:

@@ -16,11 +16,10 @@ import numpy as np
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from omegaconf import OmegaConf
-from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
 
 from worldloom.files import atomic_write
+from worldloom.training.media import image_summary
 from worldloom.training.metrics import COUNTERS
 
 log = logging.getLogger(__name__)
@@ -68,17 +67,13 @@ class TensorBoard(TensorBoardLogger):
     @rank_zero_only
     def log_picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """Add a picture [H, W, 3] or an animation [T, H, W, 3] of uint8, stored as PNG or GIF."""
-        data = io.BytesIO()
-        if picture.ndim == 3:
-            Image.fromarray(picture).save(data, "PNG")
-        else:
-            _save_gif(picture, data)
-        height, width = picture.shape[-3:-1]
-        image = Summary.Image(
-            height=height, width=width, colorspace=3, encoded_image_string=data.getvalue()
-        )
-        summary = Summary(value=[Summary.Value(tag=name, image=image)])
+        summary = image_summary(name, picture)
         self._try(lambda: self.experiment._get_file_writer().add_summary(summary, step))
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write all points that are still in memory; not hparams.yaml, a copy of config.yaml."""
+        self._try(lambda: self.experiment.flush())
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -102,14 +97,6 @@ class TensorBoard(TensorBoardLogger):
             if not self._full:
                 log.warning("TensorBoard's events cannot be written now (%s)", error)
             self._full = True
-
-
-def _save_gif(film: np.ndarray, data: io.BytesIO) -> None:
-    """Encode with one palette for all frames; thirty times faster than one palette per frame."""
-    still = Image.fromarray(film.reshape(-1, *film.shape[2:]))
-    palette = still.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
-    frames = [Image.fromarray(f).quantize(palette=palette, dither=Image.Dither.NONE) for f in film]
-    frames[0].save(data, "GIF", save_all=True, append_images=frames[1:], duration=80, loop=0)
 
 
 class MetricsCSV(Logger):

@@ -21,8 +21,9 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, Any], step: int) -> None
     counts = counters(trainer)
     counts |= {name: metrics[name] for name in COUNTERS if name in metrics}
     own = {name: value for name, value in metrics.items() if name not in counts}
+    row = {**{f"counters/{name}": value for name, value in counts.items()}, **own}
     for logger in trainer.loggers:
-        logger.log_metrics({**{f"counters/{k}": v for k, v in counts.items()}, **own}, step=step)
+        getattr(logger, "log_row", logger.log_metrics)(row, step=step)  # see logger_guard
     values = {name: torch.as_tensor(value) for name, value in {**counts, **own}.items()}
     trainer.callback_metrics.update(values)
 
