@@ -6,6 +6,7 @@ from pathlib import Path
 
 from worldloom.app.command_line import parse_settings, run_command, split_settings
 from worldloom.app.compose import Overrides
+from worldloom.app.hints import hint_run
 from worldloom.envs.film import open_film
 from worldloom.training.config import EvaluationConfig
 
@@ -28,7 +29,7 @@ def evaluate_command(overrides: Overrides) -> None:
     from worldloom.app.task import Evaluator, open_saved_run
 
     if (checkpoint := overrides.value("checkpoint")) is None:
-        raise ValueError("no run was named; add checkpoint=<run folder>")
+        raise ValueError(f"no run was named; add checkpoint={hint_run(overrides.args)}")
     path, video = Path(checkpoint).expanduser(), overrides.value("video")
     args, config_overrides = split_settings(overrides.without("checkpoint", "video"))
     config, section = open_saved_run(path, config_overrides)

@@ -14,9 +14,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from worldloom.app.command_line import print_errors, print_version, stop_on_errors
+from worldloom.app.command_line import print_errors, print_version, reject_slips, stop_on_errors
 from worldloom.app.compose import Overrides, register_defaults
 from worldloom.app.help import describe_run
+from worldloom.app.hints import flags_first
 from worldloom.app.validation import validate_config
 from worldloom.memory import keep_freed_memory
 from worldloom.presets import config_dir
@@ -214,7 +215,8 @@ def main() -> None:
     print_version(given)
     keep_freed_memory()
     with print_errors(), TemporaryDirectory() as scratch:
-        overrides = Overrides(given)
+        reject_slips(given)
+        overrides = Overrides(flags_first(given))
         args: Any = overrides.with_implied().args
         if overrides.value("resume") is not None:
             from worldloom.app.resume import resume_arguments

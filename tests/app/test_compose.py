@@ -59,7 +59,7 @@ MISTAKES = {
     "optimizer.lrr=1": "unknown key 'optimizer.lrr' (did you mean 'optimizer.lr'?)",
     "trainer.devicess=1": "unknown key 'trainer.devicess' (did you mean 'trainer.devices'?)",
     "sed=1": "unknown key 'sed' (did you mean 'seed'?)",
-    "trainin.batch_size=1": "unknown key 'trainin.batch_size'; there is no section 'trainin'",
+    "trainin.batch_size=1": "unknown key 'trainin.batch_size'; write training.batch_size=1",
     "env.zzz=1": "unknown key 'env.zzz'; env has num_envs, workers",
     "+training.foo=3": "unknown key 'training.foo'; training has total_steps, batch_size",
     "+training.batchsize=3": "'training.batchsize' (did you mean 'training.batch_size'?)",
@@ -100,6 +100,37 @@ MISTAKES = {
     "planner=foo": "unknown planner 'foo'; choices: cem, mppi",
     "experiment=null": "a group takes the name of a choice, such as trainer=gpu; only the",
     "modle=dreamer": "unknown key 'modle' (did you mean 'model'?)",
+    # keys of other programs, and keys without their section
+    "lr=1e-3": "unknown key 'lr'; write training.learning_rate=1e-3",
+    "+lr=0.5": "unknown key 'lr'; write training.learning_rate=0.5",
+    "learning_rate=3": "unknown key 'learning_rate'; write training.learning_rate=3",
+    "total_steps=5": "unknown key 'total_steps'; write training.total_steps=5",
+    "steps=5": "unknown key 'steps'; write training.total_steps=5",
+    "batch_size=8": "unknown key 'batch_size'; write training.batch_size=8",
+    "training.num_envs=8": "'training.num_envs'; write evaluation.num_envs=8 or env.num_envs=8",
+    "epochs=3": "unknown key 'epochs'; write training.total_steps=…",
+    "wandb=true": "unknown key 'wandb'; write logger=wandb",
+    "device=cuda": "unknown key 'device'; write trainer=gpu",
+    "gpus=2": "unknown key 'gpus'; write trainer=gpu trainer.devices=2",
+    "precision=16": "unknown key 'precision'; write trainer.precision=bf16-mixed",
+    # keys of other choices
+    "env.game=pong": "unknown key 'env.game'; it belongs to env=atari: add it",
+    "env.task=walker-walk": "it belongs to env=dmc, env=memory_maze, env=metaworld, env=minigrid: ",
+    "data.path=x": "unknown key 'data.path'; it belongs to data=offline: add it",
+    # environments and models as choices
+    "env=my_pkg.Env": "unknown env 'my_pkg.Env'; … write env._target_=my_pkg.Env",
+    "env=my_pkg:Env": "unknown env 'my_pkg:Env'; … write env._target_=my_pkg.Env",
+    "env=my_pkg:Env-v0": "unknown env 'my_pkg:Env-v0'; write env=gymnasium env.id=my_pkg:Env-v0",
+    "env=ALE/Pong-v5": "unknown env 'ALE/Pong-v5'; write env=gymnasium env.id=ALE/Pong-v5",
+    "model=my_pkg.Mine": "'my_pkg.Mine'; … write model=custom model._target_=my_pkg.Mine",
+    "model=dreamerv3": "unknown model 'dreamerv3'; add a size: model=dreamerv3:size1m, dreamerv3:",
+    # other ways to write a setting
+    "--seed 1": "there is no option --seed; write seed=1",
+    "--seed=1": "there is no option --seed; write seed=1",
+    "--batch-size 8": "there is no option --batch-size; write training.batch_size=8",
+    "seed 1": "cannot read 'seed', because settings have no spaces; write seed=1",
+    "seed = 1": "cannot read 'seed', because settings have no spaces; write seed=1",
+    "checkpoint=runs/x": "to continue a run write resume=runs/x, to score it: worldloom eval check",
     # what must be given
     "model=custom": "model._target_ is not set; add model._target_=my_pkg.MyClass",
     "env=custom": "env._target_ is not set; add env._target_=my_pkg.MyClass",
@@ -111,10 +142,10 @@ MISTAKES = {
 
 @pytest.mark.parametrize("argument", MISTAKES)
 def test_a_mistake_ends_in_one_line(command, argument):
-    code, trained, out, err = command(argument)
+    code, trained, out, err = command(*argument.split())
     assert code == 1 and trained == [] and out == ""
     (line,) = err.splitlines()
-    assert line.startswith("error: ") and MISTAKES[argument] in line
+    assert line.startswith("error: ") and all(p in line for p in MISTAKES[argument].split(" … "))
     # Nothing is left behind that would change how the next error is shown.
     assert os.environ.get("HYDRA_FULL_ERROR") is None
 
@@ -148,6 +179,13 @@ def test_so_does_a_mistake_that_shows_while_building(command, argument):
     assert code == 1
     (line,) = err.splitlines()
     assert line.startswith("error: ") and BUILDING[argument] in line
+
+
+def test_flags_may_stand_between_overrides(command):
+    code, trained, *_ = command("seed=0,1", "-m", "training.batch_size=4")
+    assert code == 0 and [cfg.seed for cfg in trained] == [0, 1]
+    code, trained, out, _ = command("seed=7", "--cfg", "job", "-p", "seed", "name=x")
+    assert (code, trained, out) == (0, [], "7\n")
 
 
 @pytest.mark.parametrize("section", ["model", "env"])
@@ -273,6 +311,10 @@ def test_a_recipe_does_not_reach_into_choices_that_are_not_its_own(command, choi
         ("data=offline data.path=x", "~experiment data=offline data.path=x"),
         ("data=offline experiment=pendulum", "data=offline experiment=pendulum"),
         ("seed=3", "seed=3"),
+        ("env.id=Pendulum-v1", "~experiment env.id=Pendulum-v1"),
+        ("env.id=Pendulum-v1 experiment=cartpole", "env.id=Pendulum-v1 experiment=cartpole"),
+        ("model=dreamerv3:size1m,TDMPC2:5m", "model=dreamerv3_size1m,tdmpc2_5m"),
+        ("model=my_pkg:Model", "model=my_pkg:Model"),
     ],
 )
 def test_what_words_imply(words, full):

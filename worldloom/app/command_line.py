@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 import worldloom
 from worldloom.app.compose import Overrides, compose_config, key_of
 from worldloom.app.help import list_choices
+from worldloom.app.hints import find_bare_word, find_dashes, hint_choice, hint_key
 from worldloom.app.run_dir import reject_links, remove_unused, written_files
 from worldloom.app.validation import RENAMED, SECTIONS, build_settings, suggest_key, top_level_keys
 from worldloom.errors import suggest
@@ -35,6 +37,8 @@ USER_ERRORS = (
     FloatingPointError,
     MemoryError,
 )
+# Keys with which commands name a run.
+RUN_KEYS = ("checkpoint", "policy", "resume", "run")
 
 
 class _Stop(BaseException):
@@ -75,6 +79,8 @@ def run_command(
     print_version(args)
     keep_freed_memory()
     with print_errors():
+        if slip := find_dashes(args):
+            raise ValueError(f"{slip[0]}; write {slip[1]}={slip[2]}")
         command(Overrides(args))
 
 
@@ -94,6 +100,11 @@ def parse_settings(args: Sequence[str], cls: type, **defaults: Any) -> Any:
                 "without spaces around the ="
             )
     given: Any = OmegaConf.to_container(OmegaConf.from_cli(list(args)))
+    names = [field.name for field in fields(cls)]
+    wanted = next((key for key in RUN_KEYS if key in names), None)
+    for key in RUN_KEYS:
+        if wanted and key in given and key not in names:
+            raise ValueError(f"unknown key '{key}'; write {wanted}={given[key]}")
     return build_settings("", {**defaults, **given}, cls)
 
 
@@ -104,6 +115,23 @@ def split_settings(overrides: Overrides) -> tuple[list[str], Overrides]:
     """
     config = overrides.select(r"env$|env\.|[\w.]+\.[\w.]*_\w+_(\.|$)")
     return [arg for arg in overrides if arg not in config.args], config
+
+
+def reject_slips(args: Sequence[str]) -> None:
+    """Raise ValueError for arguments of `run` that are not overrides, with what to write instead.
+
+    Hydra would print its usage, or name only the first word of several.
+    """
+    if slip := find_dashes(args) or find_bare_word(args):
+        problem, key, value = slip
+        composed = compose_config()
+        fix = "" if key in composed else hint_key(key, value, composed)
+        raise ValueError(problem + (fix or f"; write {key}={value}"))
+    if run := Overrides(tuple(args)).value("checkpoint"):
+        raise ValueError(
+            f"checkpoint={run} is no setting of a run; to continue a run write resume={run}, to "
+            f"score it: worldloom eval checkpoint={run}"
+        )
 
 
 @contextmanager
@@ -197,14 +225,17 @@ def _explain_key(key: str) -> str:
         composed = _compose_choices()
         node: Any = OmegaConf.select(composed, parent) if parent else composed
     except USER_ERRORS:
-        node = None
-    if not isinstance(node, DictConfig):
-        near = suggest(parent.split(".")[0], top_level_keys()[0])
-        return f"unknown key '{key}'; there is no section '{parent}'{near}"
-    if name in node:
+        return f"unknown key '{key}'"
+    if isinstance(node, DictConfig) and name in node:
         if isinstance(node[name], DictConfig):
             return f"{key} is not a single value; set its keys one by one: {key}.KEY=VALUE"
         return f"'{key}' cannot be set where {parent} is removed; drop ~{parent}"
+    value = Overrides(tuple(sys.argv[1:])).value(key) or "…"
+    if key not in RENAMED and (hint := hint_key(key, value, composed)):
+        return f"unknown key '{key}'{hint}"
+    if not isinstance(node, DictConfig):
+        near = suggest(parent.split(".")[0], top_level_keys()[0])
+        return f"unknown key '{key}'; there is no section '{parent}'{near}"
     can_add = parent and parent not in SECTIONS and key not in RENAMED
     add = f"; to add a key write +{key}=…" if can_add else ""
     return f"unknown key '{key}'{suggest_key(name, node, parent + dot)}{add}"
@@ -212,11 +243,13 @@ def _explain_key(key: str) -> str:
 
 def _explain_choice(path: str) -> str:
     """Return which choices a group has instead of an unknown one."""
-    group, _, name = path.rpartition("/")
+    group, _, name = path.partition("/")
     options = list_choices(group)
     if not options:
         groups = sorted(folder.name for folder in config_dir().iterdir() if folder.is_dir())
-        return f"unknown group '{group}'; groups: {', '.join(groups)}"
+        return f"unknown group '{path.rpartition('/')[0]}'; groups: {', '.join(groups)}"
+    if hint := hint_choice(group, name):
+        return f"unknown {group} '{name}'{hint}"
     return f"unknown {group} '{name}'{suggest(name, options)}; choices: {', '.join(options)}"
 
 

@@ -11,8 +11,11 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from worldloom.app.validation import suggest_key, validate_env
-from worldloom.presets import config_dir
+from worldloom.presets import config_dir, file_name, preset_names
 from worldloom.training.config import EvaluationConfig, TrainingConfig
+
+# Starts of the overrides that name an environment.
+NAMES_ENV = ("env=", "env.id=", "env._target_=")
 
 
 @dataclass(frozen=True)
@@ -42,26 +45,35 @@ class Overrides:
         """Add the arguments that others imply. These are all implicit rules of the command line.
 
         1. The default recipe, experiment=cartpole, belongs to one environment. env=NAME,
-           env._target_=... and data=offline drop it (~experiment), unless a recipe is named.
-           (conf/data/offline.yaml cannot do that in its defaults list, because Hydra reads the
-           recipe first.)
+           env.id=NAME, env._target_=... and data=offline drop it (~experiment), unless a recipe is
+           named. (conf/data/offline.yaml cannot do that in its defaults list, because Hydra reads
+           the recipe first.)
         2. env._target_=... selects a custom environment, so it implies env=custom and the options
            of the default environment do not apply.
         3. A model preset brings the training, evaluation, data and optimizer sections of its
            family, unless they are chosen on the command line. Hydra applies this rule: see
            `override /training@_global_.training` in conf/model/.
+        4. model=FAMILY:SIZE, the name of a preset in Python, means the file FAMILY_SIZE.
         """
         keys = {key_of(arg) for arg in self.args}
         full: list[str] = []
         for arg in self.args:
             custom = arg.startswith("env._target_=")
-            names_data = custom or arg == "data=offline" or arg.startswith("env=")
+            names_data = arg == "data=offline" or arg.startswith(NAMES_ENV)
             if names_data and not {"experiment", "~experiment"} & {*keys, *full}:
                 full.append("~experiment")
             if custom and "env" not in keys:
                 full.append("env=custom")
-            full.append(arg)
+            full.append(_name_file(arg))
         return Overrides(tuple(full))
+
+
+def _name_file(argument: str) -> str:
+    """Return model=FAMILY:SIZE, or several of them, with the names of the presets' files."""
+    key, _, names = argument.partition("=")
+    presets = preset_names() if key == "model" and ":" in names else ()
+    parts = [file_name(name) if name.lower() in presets else name for name in names.split(",")]
+    return f"{key}={','.join(parts)}" if presets else argument
 
 
 def key_of(argument: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from worldloom.app.hints import hint_key
 from worldloom.errors import require, suggest
 from worldloom.presets import (
     aliases,
@@ -91,7 +92,8 @@ def validate_config(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
     keys, groups = top_level_keys()
     for key in map(str, cfg):
         if key not in keys:
-            raise ValueError(f"unknown key '{key}'{suggest_key(key, keys)}")
+            hint = hint_key(key, str(cfg[key]), cfg) or suggest_key(key, keys)
+            raise ValueError(f"unknown key '{key}'{hint}")
     for key in keys:
         if key not in cfg:
             off = " (null removes a part of it: logger.csv=null)" if key in groups else ""
