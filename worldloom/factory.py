@@ -112,11 +112,16 @@ def build_model(
 ) -> nn.Module:
     """Build the class config["_target_"] for the spaces of an environment.
 
-    The class is called as `cls(obs_shape=…, action_dim=…, discrete=…, **rest of config)`.
+    The class is called as `cls(obs_shape=…, action_dim=…, discrete=…, **rest of config)`. A list,
+    as configurations have it, becomes a tuple where the default of the parameter is one.
     """
+    target = str(config["_target_"])
     options = {k: v for k, v in config.items() if k not in ("_target_", "_partial_")}
+    for name, parameter in list_parameters(import_target(target))[0].items():
+        if isinstance(parameter.default, tuple) and isinstance(options.get(name), list):
+            options[name] = tuple(options[name])
     spaces = zip(SPACES, (obs_shape, action_dim, discrete), strict=True)
-    return _construct(str(config["_target_"]), {**dict(spaces), **options}, SPACES)
+    return _construct(target, {**dict(spaces), **options}, SPACES)
 
 
 def _construct(target: str, arguments: Mapping[str, Any], needed: Sequence[str] = ()) -> nn.Module:

@@ -123,7 +123,8 @@ def _require_fits(key: str, value: Any, old: Any, within: str) -> None:
 
 def _require_kind(key: str, value: Any, old: Any) -> None:
     """Raise ValueError unless a value has the type of another one, and is a finite number."""
-    kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,), list: (list, tuple)}
+    kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}
+    kinds |= {list: (list, tuple), tuple: (list, tuple)}
     types, name = kinds.get(type(old), (object,)), f"hyperparameter {key!r}"
     holds = isinstance(value, types) and (bool in types or value is not True)
     require(holds or types == (object,), name, value, f"{type(old).__name__} such as {old!r}")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import logging
 import math
 import types
 import typing
@@ -23,6 +24,7 @@ from worldloom.presets import (
     preset_names,
     read_choice,
 )
+from worldloom.records import list_parameters
 from worldloom.training.config import (
     CheckpointConfig,
     DataConfig,
@@ -30,6 +32,8 @@ from worldloom.training.config import (
     EvaluationConfig,
     TrainingConfig,
 )
+
+log = logging.getLogger(__name__)
 
 SECTIONS = {
     "training": TrainingConfig,
@@ -288,9 +292,27 @@ def _check_devices(trainer: Mapping[str, Any]) -> None:
 
 
 def _check_model(section: Mapping[str, Any], choice: Any) -> None:
-    """Check the hyperparameters of a preset against the preset's own values."""
-    if choice in [file_name(str(name)) for name in (*preset_names(), *aliases())]:
-        override_preset(load_preset(choice), section, choice)
+    """Check hyperparameters against the preset's values and, of a subclass, its signature."""
+    from worldloom.factory import find_own_parameters, import_target
+
+    if choice not in [file_name(str(name)) for name in (*preset_names(), *aliases())]:
+        return
+    preset = load_preset(choice)
+    try:
+        own = find_own_parameters(preset, section)
+    except ValueError as error:
+        raise ValueError(f"model._target_: {error}") from None
+    override_preset(preset, section, choice, own)
+    if own is None:
+        return
+    cls = import_target(section["_target_"])
+    check_arguments("model", {key: section[key] for key in own if key in section}, cls)
+    for name, parameter in list_parameters(cls)[0].items():
+        if parameter.default not in (parameter.empty, None, preset.get(name, parameter.default)):
+            log.warning(
+                "%s has the default %s=%r, but the preset %s passes %r; to change it: model.%s=…",
+                *(cls.__name__, name, parameter.default, choice, section[name], name),
+            )
 
 
 def require_known(name: str, given: Iterable[Any], known: Iterable[str]) -> None:

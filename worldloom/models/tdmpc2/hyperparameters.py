@@ -35,7 +35,7 @@ class Hyperparameters:
     reward_coef: float
     value_coef: float
     termination_coef: float
-    loss_scales: Mapping[str, float]
+    loss_scales: Mapping[str, float] | None = None
     rho: float
     tau: float
     enc_lr_scale: float
@@ -72,9 +72,9 @@ class Hyperparameters:
         least, most = self.discount_min, self.discount_max
         limits = f"from 0 to discount_max = {most}, which is at most 1"
         require(0 <= least <= most <= 1, "discount_min", least, limits)
-        extra = not {*self.loss_weights(), "policy", "reconstruction"} & {*self.loss_scales}
+        extra = not {*self.loss_weights(), "policy", "reconstruction"} & {*self.extra_scales}
         rule = "extra terms only; the weight of TD-MPC2's own terms is consistency_coef and so on"
-        require(extra, "loss_scales", dict(self.loss_scales), rule)
+        require(extra, "loss_scales", self.loss_scales, rule)
         modes = (None, False, True, "auto")
         require(self.episodic in modes, "episodic", self.episodic, "true, false, auto or null")
         if not self.action_dims:
@@ -102,6 +102,11 @@ class Hyperparameters:
         names = (*sizes, "min_std", "max_std", "temperature")
         iterations = self.iterations + 2 * (width >= 20)  # as in the official code
         return {"iterations": iterations, **{name: getattr(self, name) for name in names}}
+
+    @property
+    def extra_scales(self) -> Mapping[str, float]:
+        """The weights of loss terms that a subclass adds."""
+        return self.loss_scales or {}
 
     def loss_weights(self) -> dict[str, float]:
         """Return the weight of each official loss term of the world model."""

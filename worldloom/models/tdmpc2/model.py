@@ -226,10 +226,9 @@ class TDMPC2(ExtraLosses, Networks):
         if self.has_auxiliary_losses:
             with phase("auxiliary"):
                 extra |= self.compute_auxiliary(batch, rollout.z.transpose(0, 1), terms | extra)
-        if extra or self.options.loss_scales:
-            extra = {name: term.mean() for name, term in extra.items()}
-            warn_unused(self.options.loss_scales, extra)
-            scales = self.options.loss_scales
+        if extra or self.options.extra_scales:
+            extra, scales = {k: v.mean() for k, v in extra.items()}, self.options.extra_scales
+            warn_unused(scales, extra)
             total = total + sum(scales.get(name, 1.0) * term for name, term in extra.items())
             losses |= name_extra(losses, extra)
         return {"loss": total, **losses, **{k: v.detach() for k, v in (stats | more).items()}}
