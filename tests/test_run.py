@@ -92,6 +92,12 @@ def test_a_run_folder_holds_everything(finished):
     assert sorted(os.listdir(folder / "checkpoints")) == ["last.ckpt", "previous.ckpt", "replay"]
     assert sorted(os.listdir(folder / "model")) == ["config.yaml", "model.safetensors"]
     assert not list(folder.parent.parent.parent.glob("lightning_logs"))
+    assert ".hydra" not in os.listdir(folder)
+
+
+def test_the_log_holds_what_the_terminal_showed(finished):
+    folder, done = finished
+    assert (folder / "worldloom.log").read_text() == done.stdout
 
 
 def test_the_composed_configuration_is_written(finished):

@@ -14,10 +14,17 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from worldloom.app.command_line import print_errors, print_version, reject_slips, stop_on_errors
+from worldloom.app.command_line import (
+    FolderCheck,
+    print_errors,
+    print_version,
+    reject_slips,
+    stop_on_errors,
+)
 from worldloom.app.compose import Overrides, register_defaults
 from worldloom.app.help import describe_run
 from worldloom.app.hints import flags_first
+from worldloom.app.run_dir import remove_empty
 from worldloom.app.validation import validate_config
 from worldloom.memory import keep_freed_memory
 from worldloom.presets import config_dir
@@ -34,16 +41,20 @@ def train(cfg: DictConfig) -> dict[str, float]:
     All results are written to cfg.folder.
     """
     from worldloom.app.build import build_run, is_first_process
-    from worldloom.app.run_dir import claim_folder
+    from worldloom.app.run_dir import CONFIG, claim_folder
+    from worldloom.app.run_log import record_output
     from worldloom.app.saved_config import format_command, resolve_config
 
     config, resumes = resolve_config(cfg), cfg.resume is not None
     if not is_first_process():  # the first process holds the folder for all
         return finish(build_run(config, resumes))
-    with claim_folder(Path(cfg.folder), resumes):
+    folder = Path(cfg.folder)
+    with claim_folder(folder, resumes), record_output(folder):
         try:
             return finish(build_run(config, resumes))
         except KeyboardInterrupt:  # before training or in the evaluation after it
+            if not (folder / CONFIG).exists():
+                raise
             resume = format_command("run", f"resume={cfg.folder}", config=config.plain)
             print(f"stopped by SIGINT; to continue:\n{resume}", flush=True)
             sys.exit(130)
@@ -200,7 +211,7 @@ def _hydra_main(cfg: DictConfig) -> float | None:
     with stop_on_errors():
         validate_config(cfg, HydraConfig.get().runtime.choices)
         logging.captureWarnings(True)
-        logging.raiseExceptions = False  # continue where worldloom.log cannot be written
+        logging.raiseExceptions = False  # continue where the terminal is gone
         return train(cfg).get("final/return")
 
 
@@ -224,7 +235,10 @@ def main() -> None:
             args = resume_arguments(overrides, Path(scratch))
         if args is not None:
             sys.argv[1:] = args
-            _hydra_main()
+            try:
+                _hydra_main()
+            finally:
+                remove_empty(FolderCheck.created)
 
 
 if __name__ == "__main__":

@@ -141,11 +141,12 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("argument", MISTAKES)
-def test_a_mistake_ends_in_one_line(command, argument):
+def test_a_mistake_ends_in_one_line(command, argument, tmp_path):
     code, trained, out, err = command(*argument.split())
     assert code == 1 and trained == [] and out == ""
     (line,) = err.splitlines()
     assert line.startswith("error: ") and all(p in line for p in MISTAKES[argument].split(" … "))
+    assert list(tmp_path.iterdir()) == []
     # Nothing is left behind that would change how the next error is shown.
     assert os.environ.get("HYDRA_FULL_ERROR") is None
 
@@ -348,16 +349,22 @@ def test_a_sweep_runs_every_job_in_a_folder_of_its_own(command, tmp_path):
     assert [job[2] for job in jobs] == [f"{tmp_path}/sweep/{i}" for i in range(4)]
 
 
-def test_a_mistake_in_a_sweep_ends_one_job_only(command):
+def test_a_mistake_in_a_sweep_ends_one_job_only(command, tmp_path):
     code, trained, _, err = command("-m", "training.batch_size=4,0,8")
     assert code == 1
     assert [cfg.training.batch_size for cfg in trained] == [4, 8]
     assert err.splitlines()[-1] == "error: training.batch_size is 0; expected at least 1"
     assert "training.batch_size=0" in err.splitlines()[-2]  # which job it was
+    assert (tmp_path / "sweep" / "0").is_dir() and not (tmp_path / "sweep" / "1").exists()
     code, trained, _, err = command("-m", "model=dreamer,dreemer")
     assert code == 1 and trained == []  # a choice that does not exist is seen beforehand
     (line,) = err.splitlines()
     assert "unknown model 'dreemer' (did you mean 'dreamer'?)" in line
+
+
+def test_a_sweep_of_mistakes_leaves_no_folder(command, tmp_path):
+    code, trained, *_ = command("-m", "seed=-1,-2", "hydra.sweep.subdir=a/b")
+    assert code == 1 and trained == [] and list(tmp_path.iterdir()) == []
 
 
 # ---- as a process --------------------------------------------------------------------------------

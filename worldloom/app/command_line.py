@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
@@ -20,7 +20,7 @@ import worldloom
 from worldloom.app.compose import Overrides, compose_config, key_of
 from worldloom.app.help import list_choices
 from worldloom.app.hints import find_bare_word, find_dashes, hint_choice, hint_key
-from worldloom.app.run_dir import reject_links, remove_unused, written_files
+from worldloom.app.run_dir import CONFIG, LOG, reject_links, remove_unused, written_files
 from worldloom.app.validation import RENAMED, SECTIONS, build_settings, suggest_key, top_level_keys
 from worldloom.errors import suggest
 from worldloom.memory import keep_freed_memory
@@ -46,7 +46,12 @@ class _Stop(BaseException):
 
 
 class FolderCheck(Callback):
-    """Reject an output folder with links that point outside, before Hydra writes into it."""
+    """Reject an output folder with links that point outside, before Hydra writes into it.
+
+    created: the folders that Hydra creates for the command, the innermost first.
+    """
+
+    created: ClassVar[list[Path]] = []
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the folder of a single run."""
@@ -58,10 +63,12 @@ class FolderCheck(Callback):
 
     def _check(self, config: DictConfig, key: str) -> None:
         HydraConfig.instance().set_config(config)  # for ${hydra:...} in the name of the folder
+        folder = Path(str(OmegaConf.select(config, key))).absolute()
         try:
-            reject_links(Path(str(OmegaConf.select(config, key))))
+            reject_links(folder)
         except ValueError as error:
             raise _Stop from error
+        FolderCheck.created = [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def run_command(
@@ -144,6 +151,9 @@ def print_errors() -> Iterator[None]:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
     try:
         yield
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        sys.exit(130)
     except (_Stop, *USER_ERRORS) as stopped:
         error = stopped.__cause__ if isinstance(stopped, _Stop) else stopped
         assert error is not None
@@ -161,17 +171,21 @@ def print_errors() -> Iterator[None]:
 def stop_on_errors() -> Iterator[None]:
     """End a single run on a user error; in a sweep only the job ends, as Hydra does it.
 
-    The new folder of a run that fails before it trains is deleted.
+    The new folder of a run that fails, or is stopped, before it trains is deleted.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
-    is_new = written_files(folder) <= {".hydra", "worldloom.log"}
+    is_new = written_files(folder) <= {LOG}
     try:
         yield
+    except (KeyboardInterrupt, SystemExit):
+        if is_new and not (folder / CONFIG).exists():
+            remove_unused(folder)
+        raise
     except USER_ERRORS as error:
-        if HydraConfig.get().mode == RunMode.MULTIRUN:
-            raise
         if is_new:
             remove_unused(folder)
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
         raise _Stop from error
 
 

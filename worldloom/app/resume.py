@@ -80,9 +80,14 @@ def _write_scratch(config: dict[str, Any], folder: Path, scratch: Path) -> None:
     hydra = {
         "run": {"dir": str(folder)},
         "job": {"name": "worldloom", "chdir": False},
+        "output_subdir": None,
         "callbacks": HYDRA_CHECK,
     }
-    whole = {**config, "folder": str(folder), "resume": str(folder), "hydra": hydra}
+    whole = {
+        "defaults": ["_self_", {"override hydra/job_logging": "stdout"}],
+        **config,
+        **{"folder": str(folder), "resume": str(folder), "hydra": hydra},
+    }
     (scratch / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(whole)))
 
 

@@ -1,9 +1,10 @@
 """The folder of a run: its files, its format, and that only one process writes it."""
 
+import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from worldloom.files import check_format, read_yaml, write_text
 
 log = logging.getLogger(__name__)
 
-# The configuration; the final scores, which only a finished run has; the lock of the writing run.
-CONFIG, SCORES, LOCK = "config.yaml", "scores.yaml", ".lock"
+# The configuration; the final scores, which only a finished run has; the lock of the writing run;
+# what the run printed.
+CONFIG, SCORES, LOCK, LOG = "config.yaml", "scores.yaml", ".lock", "worldloom.log"
 # Version of the configuration, the checkpoints and the scores of a run; config.yaml records it.
 FORMAT = 2
 WRITTEN = "expected a file written by python -m worldloom.run; restore it from a copy"
@@ -154,5 +156,18 @@ def written_files(folder: Path) -> set[str]:
 def remove_unused(folder: Path) -> None:
     """Delete the folder of a run that failed before it wrote anything worth keeping."""
     files = [path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()]
-    if {file.parts[0] for file in files} <= {".hydra", "worldloom.log", CONFIG, LOCK}:
+    if {file.parts[0] for file in files} <= {LOG, CONFIG, LOCK}:
         shutil.rmtree(folder)
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Delete new folders, the innermost first, up to the first that contains anything of a run."""
+    for folder in filter(Path.is_dir, folders):
+        inner = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
+        for path in inner:
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
+        if {*os.listdir(folder)} == {"multirun.yaml"}:  # Hydra's, of a sweep
+            (folder / "multirun.yaml").unlink()
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -344,7 +344,7 @@ def top_level_keys() -> tuple[list[str], list[str]]:
     """Return the keys of a whole configuration, and those of them that are groups."""
     entries: Any = OmegaConf.load(config_dir() / "config.yaml").defaults
     groups = [str(key) for entry in entries if isinstance(entry, DictConfig) for key in entry]
-    groups.remove("experiment")
+    groups = [group for group in groups if group != "experiment" and "hydra" not in group]
     return [*groups, *_base_config()], groups
 
 
