@@ -115,7 +115,7 @@ CASES = {
     "run env.workers=0 model=tdmpc2_1m model.num_elites=999": "num_elites is 999; expected at most",
     "run +callbacks.mine._target_=my_code.Plain": "no on_fit_start; expected a class derived from",
     "run +callbacks.mine._target_=no_such.Thing": "callbacks.mine._target_: cannot import 'no_such",
-    "run env.workers=0 trainer.accelerator=abc": "trainer: … `accelerator='abc'`. Available names",
+    "run env.workers=0 trainer.accelerator=abc": "trainer.accelerator is 'abc'; expected one of",
     # environments
     "run env.id=CartPol-v1": "There is no environment 'CartPol-v1' … CartPole-v1 … set env.id to o",
     "run env.id=no_such_pkg:Env-v0": "no_such_pkg:Env-v0 needs a package that cannot be imported",

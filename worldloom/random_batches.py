@@ -69,13 +69,18 @@ class RandomData:
         chosen = [(torch.randint(size, lead, device=self.device), size) for size in self.groups]
         return torch.cat([F.one_hot(index, size) for index, size in chosen], -1).float()
 
-    def batch(self) -> Batch:
-        """Draw sequences [B, T]; in the second row an episode ends and the next one begins."""
+    def batch(self, ends: bool = True) -> Batch:
+        """Draw sequences [B, T].
+
+        ends: in the first row an episode begins, in the second one ends and the next one begins;
+            without, all sequences are from the middle of episodes.
+        """
         lead = (self.rows, self.length)
         is_first = torch.zeros(lead, dtype=torch.bool, device=self.device)
         is_last = is_first.clone()
-        end = (self.length - 1) // 2
-        is_first[0, 0] = is_first[1, end + 1] = is_last[1, end] = True
+        if ends:
+            end = (self.length - 1) // 2
+            is_first[0, 0] = is_first[1, end + 1] = is_last[1, end] = True
         return Batch(
             obs=self.obs(*lead),
             actions=self.actions(*lead).masked_fill(is_last[..., None], 0),

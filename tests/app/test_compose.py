@@ -349,13 +349,12 @@ def test_a_sweep_runs_every_job_in_a_folder_of_its_own(command, tmp_path):
     assert [job[2] for job in jobs] == [f"{tmp_path}/sweep/{i}" for i in range(4)]
 
 
-def test_a_mistake_in_a_sweep_ends_one_job_only(command, tmp_path):
+def test_a_mistake_in_a_sweep_ends_one_job_only(command):
     code, trained, _, err = command("-m", "training.batch_size=4,0,8")
     assert code == 1
     assert [cfg.training.batch_size for cfg in trained] == [4, 8]
     assert err.splitlines()[-1] == "error: training.batch_size is 0; expected at least 1"
     assert "training.batch_size=0" in err.splitlines()[-2]  # which job it was
-    assert (tmp_path / "sweep" / "0").is_dir() and not (tmp_path / "sweep" / "1").exists()
     code, trained, _, err = command("-m", "model=dreamer,dreemer")
     assert code == 1 and trained == []  # a choice that does not exist is seen beforehand
     (line,) = err.splitlines()

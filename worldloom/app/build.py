@@ -50,6 +50,7 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
 
     resume: continue the run in its folder, from its last checkpoint if it has one.
     """
+    from worldloom.app.forecast import Forecast
     from worldloom.training.callbacks import Evaluation
     from worldloom.training.checkpoint_files import find_usable, has_checkpoint
     from worldloom.training.interruption import Limits
@@ -98,6 +99,7 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
         folder / "model" if plain["evaluation"]["keep_best"] else None,
     )
     trainer = build_trainer(config, folder, evaluation, resumes)
+    trainer.callbacks.insert(0, Forecast(task))
     return Run(
         *(config, folder, task, model, data, module, trainer, evaluator, evaluation, limits),
         None if saved is None else saved[0],
@@ -294,8 +296,8 @@ def make_acting_copy(actor: Actor) -> tuple[Actor, Callable[[], None]]:
 def fill_buffer(buffer: Any, dataset: Dataset) -> str:
     """Add the episodes of a dataset to a replay, the first ones that fit; return a summary.
 
-    The latents that DreamerV3 stores with every row start as zeros, as at the start of an episode,
-    and training replaces them.
+    Arrays that the model stores with every row start as zeros, as at the start of an episode, and
+    training replaces them.
     """
     returns: list[float] = []
     for episode in dataset:

@@ -53,7 +53,7 @@ def flags_first(args: Sequence[str]) -> tuple[str, ...]:
 
 def find_dashes(args: Sequence[str]) -> tuple[str, str, str] | None:
     """Return what is wrong with an option such as --seed 1 or --batch-size=8, its key and value."""
-    for arg, following in zip(args, [*args[1:], ""], strict=True):
+    for arg, following in zip(args, [*args[1:], ""], strict=False):
         flag, equals, value = arg.partition("=")
         if re.match(r"--?[A-Za-z]", flag) and flag not in FLAGS:
             if not equals:

@@ -161,13 +161,11 @@ def remove_unused(folder: Path) -> None:
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
-    """Delete new folders, the innermost first, up to the first that contains anything of a run."""
-    for folder in filter(Path.is_dir, folders):
-        inner = sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True)
-        for path in inner:
-            with contextlib.suppress(OSError):  # it is not empty
-                path.rmdir()
-        if {*os.listdir(folder)} == {"multirun.yaml"}:  # Hydra's, of a sweep
-            (folder / "multirun.yaml").unlink()
-        with contextlib.suppress(OSError):
+    """Delete new folders, the innermost first, unless they contain a file of a run."""
+    for folder in filter(Path.is_dir, folders[:1]):
+        files = {path.name for path in folder.rglob("*") if not path.is_dir()}
+        if files <= {"multirun.yaml"}:  # Hydra's, of a sweep
+            shutil.rmtree(folder)
+    for folder in folders[1:]:
+        with contextlib.suppress(OSError):  # it is not empty
             folder.rmdir()

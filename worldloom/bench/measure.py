@@ -165,11 +165,7 @@ class TrainedModel:
         assert config.batch is not None and config.length is not None
         lead = (config.batch, config.length + self.context_rows)
         data = RandomData.for_model(self.model, *config.spaces, *lead)
-        rewards = torch.randn(lead, device=data.device)
-        no = torch.zeros_like(rewards, dtype=torch.bool)
-        batch = Batch(obs=data.obs(*lead), actions=data.actions(*lead), rewards=rewards)
-        batch |= Batch(is_first=no, is_last=no, is_terminal=no)
-        return batch | data.replay_inputs(self.fields, *lead)
+        return data.batch(ends=False) | data.replay_inputs(self.fields, *lead)
 
     def update(self, batch: Batch, read: Callable[[], float] | None = None) -> dict[str, float]:
         """Train on a batch once; return what was spent on "update" and on its phases.

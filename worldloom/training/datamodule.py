@@ -137,6 +137,21 @@ class ReplayDataModule(lightning.LightningDataModule):
             return 0.0
         return (self.replayed_steps - self._origin[1]) / (self.env_steps - self._origin[0])
 
+    @property
+    def expected_updates(self) -> int:
+        """Return the number of updates at the end of the run, those before a resume included.
+
+        An online run may do a few more or less: prefill and the run end with a step of all
+        environments, some of which only begin an episode.
+        """
+        if self.collector is None:
+            return self.total_steps
+        per_batch = self.batch_size * self.sequence_length
+        start = 0 if self.pretrain else self._start
+        steps, replayed = self._origin or (start, self.replayed_steps)
+        batches = int(max(0, self.total_steps - steps) * self.train_ratio) // per_batch
+        return self.updates - (self.replayed_steps - replayed) // per_batch + batches
+
     def train_dataloader(self) -> ReplayStream:
         """Return the stream of batches, which continues where the previous one stopped."""
         return ReplayStream(self._offline if self.collector is None else self._online)
