@@ -188,10 +188,26 @@ def test_tensorboard_shows_the_same_and_pictures_and_settings(finished):
         assert [step for step, _ in events] == [step for step, _ in expected]
         values = [value for _, value in expected]  # TensorBoard keeps them in single precision
         assert [value for _, value in events] == pytest.approx(values, rel=1e-6)
-    assert len(board.Images("imagination/open_loop")) == updates(folder)[-1][1] // 10
+    last = updates(folder)[-1][1]  # every 10 updates, and of the final model
+    assert len(board.Images("imagination/open_loop")) == last // 10 + (last % 10 > 0)
     assert "_hparams_/session_start_info" in board.summary_metadata
     shown = board.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "total_steps: 400" in shown
+
+
+def test_evaluations_are_printed_when_they_happen(finished):
+    folder, done = finished
+    rows = [row for row in metrics(folder) if row["eval/return"]]
+    best, expected = float("-inf"), []
+    for row in rows:
+        mean, std, length = (float(row[f"eval/{x}"]) for x in ("return", "return_std", "length"))
+        so_far = "best so far" if mean >= best else f"best so far: {best:.4g}"
+        best = max(best, mean)
+        scores = f"return {mean:.4g} ± {std:.4g}, length {length:.4g} ({so_far})"
+        expected.append(f"evaluation at env step {int(row['step']):,}: {scores}")
+    assert len(rows) >= 2
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line.startswith("evaluation ")] == expected
 
 
 def test_the_checkpoint_holds_the_whole_run_and_no_code(finished):

@@ -58,8 +58,7 @@ class FakeCollector:
 
     def __init__(self, buffer):
         self.buffer, self.ticks = buffer, 0
-        self.finished = []
-        self.last_return = None
+        self.finished, self.returns = [], []
 
     @property
     def env_steps(self):
@@ -72,8 +71,8 @@ class FakeCollector:
         self.buffer.add(obs, torch.zeros(2, 1), zeros, first, none, none)
         self.ticks += 1
         if self.ticks % 5 == 0:
-            self.last_return = float(self.ticks)
-            episode = {"return": self.last_return, "length": 5, **self.counters()}
+            self.returns = [*self.returns, float(self.ticks)][-20:]
+            episode = {"return": self.returns[-1], "length": 5, **self.counters()}
             self.finished.append(episode)
 
     def counters(self):
@@ -350,12 +349,47 @@ def dreamer():
     return create_world_model("dreamerv3:size1m", (2,), 1, replay_context=False, **TINY)
 
 
+class Stop(Callback):
+    """Ends training as EarlyStopping does."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        trainer.should_stop = trainer.should_stop or pl_module.updates == self.after
+
+
+def test_a_resumed_run_keeps_the_interval_of_its_pictures():
+    data, first, again = offline(40), OpenLoop(), OpenLoop()
+    trainer = SimpleNamespace(datamodule=data)
+    first.on_train_start(trainer, None)
+    assert first.state_dict() == {"interval": 4, "total": 40, "drawn": 0}
+    again.load_state_dict({"interval": 3, "total": 40, "drawn": 0})
+    again.on_train_start(trainer, None)
+    assert again.state_dict()["interval"] == 3
+    again.load_state_dict({"interval": 3, "total": 30, "drawn": 0})  # it is longer now
+    again.on_train_start(trainer, None)
+    assert again.state_dict()["interval"] == 4
+    with pytest.raises(
+        ValueError, match="every is 'often'; expected updates between pictures, auto"
+    ):
+        OpenLoop(every="often")
+
+
 def test_pictures_are_drawn_every_so_many_updates():
     notes = fit(offline(9), OpenLoop(every=3, context=2), model=dreamer())
     assert [(step, name) for step, name, _ in notes.pictures] == [
         (step, "imagination/open_loop") for step in (3, 6, 9)
     ]
+    # One more at the end, also of a run that is shorter than the interval.
+    for every, steps in ((4, [4, 8, 9]), (100, [9]), ("auto", list(range(1, 10)))):
+        notes = fit(offline(9), OpenLoop(every=every, context=2), model=dreamer())
+        assert [step for step, *_ in notes.pictures] == steps
+    notes = fit(offline(57), OpenLoop(context=2), model=dreamer())
+    assert [step for step, *_ in notes.pictures] == [*range(5, 56, 5), 57]
     assert fit(offline(9), OpenLoop(every=0), model=dreamer()).pictures == []
+    notes = fit(offline(9), OpenLoop(5, 2), Stop(after=7), model=dreamer())
+    assert [step for step, *_ in notes.pictures] == [5, 7]
     # No episode is long enough to watch 50 rows and imagine 2.
     assert fit(offline(9), OpenLoop(every=3, context=50), model=dreamer()).pictures == []
     # Batches of 4 rows are not: the replay has more.
@@ -393,14 +427,21 @@ def test_the_line_tells_position_speed_and_time_left(clock, monkeypatch):
     monkeypatch.setattr(progress, "LOG_INTERVAL", 1e9)
     data = online(total_steps=10_000)
     bar = started(data)
-    assert "env steps 0/10,000 | updates 0 | last return none yet" in bar.line(data)
+    assert "env steps 0/10,000 | updates 0 | return (last 20) none yet" in bar.line(data)
     assert "unknown time left" in bar.line(data)
-    data.collector.ticks, data.collector.last_return, data.updates = 1250, 123.456, 1200
+    data.collector.ticks, data.collector.returns, data.updates = 1250, [100, 146.912], 1200
     clock.now += 50.0
-    expected = "env steps 2,500/10,000 | updates 1,200 | last return 123.5 | 50 env steps/s | 2m30s"
-    assert bar.line(data) == f"{expected} left"
-    clock.now += 9950.0
-    assert bar.line(data).endswith("| 0.25 env steps/s | 8h20m left")
+    expected = "env steps 2,500/10,000 | updates 1,200 | return (last 2) 123.5 | 50 env steps/s"
+    assert bar.line(data) == f"{expected} | 2m30s left"
+    # A line every 20 seconds, at a fifth of the speed: only the last minute counts.
+    rates = []
+    for _ in range(5):
+        clock.now, data.collector.ticks = clock.now + 20.0, data.collector.ticks + 100
+        rates.append(bar.line(data).split(" | ")[-2:])
+    assert rates[-1] == ["10 env steps/s", f"{(10_000 - 3500) // 600}m50s left"]
+    assert rates[0][0] == "39 env steps/s" and rates[-2][0] == "10 env steps/s"
+    clock.now, data.collector.ticks = clock.now + 20_000.0, data.collector.ticks + 200
+    assert bar.line(data).endswith("| 0.02 env steps/s | 84h43m left")
     bar.teardown(None, None, "fit")
 
 
@@ -448,7 +489,31 @@ def test_in_a_terminal_there_is_a_bar(capsys, monkeypatch):
     fit(online(), Progress(), model=Slower())
     shown = capsys.readouterr()
     assert "env steps" not in shown.out
-    assert "/60 [" in shown.err and "last return" in shown.err
+    assert "/60 [" in shown.err and "return (last " in shown.err
+
+
+SCORES = {"return": 12.25, "return_std": 3.0, "length": 20.0}
+
+
+def test_every_evaluation_is_printed(capsys):
+    values = iter([SCORES | {"success": 0.5}, SCORES | {"return": -1.5}, SCORES])
+    fit(online(), Evaluation(lambda: next(values), every=20), MetricsWriter())
+    assert capsys.readouterr().out.splitlines() == [
+        "evaluation at env step 20: return 12.25 ± 3, length 20, success 0.50 (best so far)",
+        "evaluation at env step 40: return -1.5 ± 3, length 20 (best so far: 12.25)",
+        "evaluation at env step 60: return 12.25 ± 3, length 20 (best so far)",
+    ]
+    fit(offline(4), Evaluation(lambda: SCORES, every=2), MetricsWriter())
+    assert "evaluation at update 2: " in capsys.readouterr().out
+
+
+def test_a_printed_evaluation_does_not_break_the_bar(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    fit(online(), Progress(), Evaluation(lambda: SCORES, every=20), model=Slow())
+    shown = capsys.readouterr()
+    assert len(shown.out.splitlines()) == 3
+    assert all(line.startswith("evaluation at env step ") for line in shown.out.splitlines())
+    assert "/60 [" in shown.err and "\n" not in shown.err.split("/60 [")[1].rstrip()
 
 
 def test_lines_end_with_an_error_too(capsys, monkeypatch):

@@ -261,7 +261,7 @@ def test_a_state_without_episodes_starts_new_ones_and_goes_on_counting():
     file.seek(0)
     copies = [make([3], [4], seed=9, random_steps=100) for _ in range(2)]
     state = torch.load(file, weights_only=True)
-    for name in ("rows", "memory", "last_return"):  # as worldloom saved it at first
+    for name in ("rows", "memory"):
         del state[name]
     for copy in copies:
         copy.load_state_dict(state)
@@ -365,7 +365,7 @@ def test_a_loaded_collector_goes_on_as_if_nothing_had_happened(case):
     run(copy, 20)
     assert_same_rows(collector.buffer, copy.buffer, since=ticks)
     assert torch.rand(()) == after
-    for name in ("env_steps", "episodes", "last_return", "finished"):
+    for name in ("env_steps", "episodes", "returns", "finished"):
         assert getattr(copy, name) == getattr(collector, name)
     assert len(copy.finished) > 3
     collector.close()

@@ -15,6 +15,7 @@ from worldloom.training.checkpoint_files import copy_to_cpu
 from worldloom.training.media import log_pictures
 from worldloom.training.metrics import COUNTERS, current_step, group_metric, log_metrics
 from worldloom.training.module import WorldModelModule
+from worldloom.training.progress import print_line
 
 messages = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ class MetricsWriter(Callback):
 
 
 class Evaluation(Callback):
-    """Evaluate the agent at regular intervals and keep the model with the best score.
+    """Evaluate the agent at regular intervals, print the scores and keep the best model.
 
     evaluate: returns the scores, including "return".
     every: environment steps between evaluations; 0 for none. Another one follows at the end.
@@ -129,6 +130,7 @@ class Evaluation(Callback):
         self.evaluate, self.every, self.folder = evaluate, every, folder
         self.best: dict[str, float] | None = None
         self._next = every
+        self._highest: float | None = None  # return so far
         self.evaluated = -1  # updates of the model that was evaluated last
         # Weights of the best model while the folder does not have them: after a resume, or if the
         # disk is full.
@@ -163,11 +165,12 @@ class Evaluation(Callback):
         if weights is None and self.folder is not None and self.best is not None:
             weights = read_saved(self.folder)[1]
         state = {"every": self.every, "next": self._next, "evaluated": self.evaluated}
-        return {**state, "best": self.best, "weights": weights}
+        return {**state, "highest": self._highest, "best": self.best, "weights": weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; without the best model if this run keeps none."""
         self._next, self.evaluated = state_dict["next"], state_dict["evaluated"]
+        self._highest = state_dict["highest"]
         self._changed = bool(self.every) and self.every != state_dict["every"]
         if self.every and (self.folder is not None or state_dict["weights"] is None):
             self.best, self._weights = state_dict["best"], state_dict["weights"]
@@ -183,6 +186,12 @@ class Evaluation(Callback):
             step, scores = current_step(trainer), self.evaluate()
         self.evaluated = module.updates
         log_metrics(trainer, {f"eval/{name}": score for name, score in scores.items()}, step)
+        if trainer.is_global_zero:
+            data: Any = trainer.datamodule  # type: ignore[attr-defined]
+            unit = "update" if data.collector is None else "env step"
+            print_line(f"evaluation at {unit} {step:,}: {describe_scores(scores, self._highest)}")
+        highest = scores["return"] if self._highest is None else self._highest
+        self._highest = max(highest, scores["return"])
         # Of equal scores the later model is kept, which was trained longer.
         if self.folder and (self.best is None or scores["return"] >= self.best["return"]):
             self.best = {"step": step, "return": scores["return"]}
@@ -200,24 +209,68 @@ class Evaluation(Callback):
             self._weights = None
 
 
+def describe_scores(scores: dict[str, float], highest: float | None) -> str:
+    """Return the scores of an evaluation as text; highest: return of the earlier ones, if any."""
+    spread = f" ± {scores['return_std']:.4g}" if "return_std" in scores else ""
+    parts = [f"return {scores['return']:.4g}{spread}", f"length {scores['length']:.4g}"]
+    if "success" in scores:
+        parts.append(f"success {scores['success']:.2f}")
+    is_best = highest is None or scores["return"] >= highest
+    return f"{', '.join(parts)} (best so far{'' if is_best else f': {highest:.4g}'})"
+
+
 class OpenLoop(Callback):
     """Visualise imagined observations: truth, prediction and error of the newest collected rows.
 
-    every: updates between pictures; 0 for none. context: rows observed before imagining.
+    every: updates between pictures, "auto" for about ten pictures per run, or 0 for none. Another
+        one follows at the end. context: rows observed before imagining.
     length: maximum number of rows of a picture, which shows a single episode.
     """
 
-    def __init__(self, every: int = 1000, context: int = 5, length: int = 50) -> None:
+    def __init__(self, every: int | str = "auto", context: int = 5, length: int = 50) -> None:
+        if every != "auto" and (not isinstance(every, int) or every < 0):
+            raise ValueError(f"every is {every!r}; expected updates between pictures, auto, or 0")
         self.every, self.context, self.length = every, context, length
+        self._interval = 0  # updates
+        self._total = 0  # total_steps for which "auto" chose the interval; 0 if it did not
+        self._drawn = 0  # updates at the last picture
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose the interval; a resumed run keeps it unless its length has changed."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(self.every, int):
+            self._interval, self._total = self.every, 0
+        elif self._total != data.total_steps:
+            self._interval = max(1, data.expected_updates // 10)
+            self._total = data.total_steps
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the interval, the run's length that it was chosen for, and the last picture."""
+        return {"interval": self._interval, "total": self._total, "drawn": self._drawn}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Restore what `state_dict` returned."""
+        self._interval, self._drawn = state_dict["interval"], state_dict["drawn"]
+        self._total = state_dict["total"]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log a picture if it is due."""
         assert isinstance(pl_module, WorldModelModule)
-        if self.every and pl_module.updates % self.every == 0:
-            with phase("pictures"):
-                self._log_pictures(trainer, pl_module)
+        if self._interval and pl_module.updates % self._interval == 0:
+            self._draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log a picture of the final model unless there is one."""
+        assert isinstance(pl_module, WorldModelModule)
+        if self._interval and pl_module.updates != self._drawn:
+            self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: Trainer, pl_module: WorldModelModule) -> None:
+        self._drawn = pl_module.updates
+        with phase("pictures"):
+            self._log_pictures(trainer, pl_module)
 
     def _log_pictures(self, trainer: Trainer, pl_module: WorldModelModule) -> None:
         from worldloom.training.pictures import open_loop

@@ -26,7 +26,7 @@ class Collector:
     random_steps: number of environment steps with random actions at the start.
     frames_per_step: simulator frames per environment step (action repeat).
     env_steps: steps of all environments together; resets do not count.
-    episodes: number of finished episodes. last_return: return of the newest one, or None.
+    episodes: number of finished episodes. returns: those of the last 20.
     finished: {"return", "length", "success" if the environment's info has it} and the counters of
         the episodes that are not logged yet; the logging callback empties the list.
     """
@@ -49,7 +49,7 @@ class Collector:
         self.num_envs = self.rows.num_envs
         self.env_steps = 0
         self.episodes = 0
-        self.last_return: float | None = None
+        self.returns: list[float] = []
         self.finished: list[dict[str, float]] = []
         self._rng = np.random.default_rng(seed)
         self._memory: Memory | None = None
@@ -81,7 +81,8 @@ class Collector:
         self.env_steps += int(np.count_nonzero(~rows.is_first))
         for _, episode in ended:
             self.episodes += 1
-            self.last_return = episode["return"]
+            # A new list, because the thread that shows the progress may be reading this one.
+            self.returns = [*self.returns, episode["return"]][-20:]
             self.finished.append({**episode, **self.counters()})
 
     @property
@@ -111,7 +112,7 @@ class Collector:
         return {
             "env_steps": self.env_steps,
             "episodes": self.episodes,
-            "last_return": self.last_return,
+            "returns": list(self.returns),
             "finished": [dict(episode) for episode in self.finished],
             "rng": self._rng.bit_generator.state,
             "rows": map_tree(lambda x: torch.tensor(x) if isinstance(x, np.ndarray) else x, rows),
@@ -131,7 +132,7 @@ class Collector:
             self._memory, self._running = Memory.from_state_dict(state["memory"]), True
         self.env_steps = state["env_steps"]
         self.episodes = state["episodes"]
-        self.last_return = state.get("last_return")
+        self.returns = list(state["returns"])
         self.finished = [dict(episode) for episode in state["finished"]]
         self._rng.bit_generator.state = state["rng"]
 

@@ -9,18 +9,27 @@ from lightning import Callback, LightningModule, Trainer
 from tqdm import tqdm
 
 LOG_INTERVAL = 20.0  # seconds
+RATE_SECONDS = 60.0  # over which the rate is measured
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+
+
+def print_line(text: str) -> None:
+    """Print a line above the progress bar, if there is one."""
+    with tqdm.external_write_mode():
+        print(text, flush=True)
 
 
 class Progress(Callback):
-    """Show environment steps, updates, steps/s, the last return and the remaining time.
+    """Show environment steps, updates, the mean return of the last 20 episodes, rate and time left.
 
-    A thread prints the lines, so that they also appear during a long update or the prefill.
+    The rate is that of the last minute. A thread prints the lines, so that they also appear during
+    a long update or the prefill.
     """
 
     def __init__(self) -> None:
         self._done = threading.Event()
         self._bar: tqdm | None = None
-        self._mark = (0.0, 0)
+        self._marks: list[tuple[float, int]] = []  # times and positions of the last minute
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the thread."""
@@ -28,13 +37,11 @@ class Progress(Callback):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         position = self._position(data)
-        self._mark = (time.monotonic(), position)
+        self._marks = [(time.monotonic(), position)]
         self._done.clear()
         if sys.stderr.isatty():
-            unit = " step" if data.collector is not None else " update"
-            self._bar = tqdm(
-                total=data.total_steps, initial=position, unit=unit, dynamic_ncols=True
-            )
+            options: Any = {"initial": position, "bar_format": BAR, "dynamic_ncols": True}
+            self._bar = tqdm(total=data.total_steps, **options)
         threading.Thread(target=self._show, args=(data, self._bar), daemon=True).start()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -57,28 +64,36 @@ class Progress(Callback):
         while not self._done.wait(LOG_INTERVAL if bar is None else 0.5):
             if bar is not None:
                 bar.n = self._position(data)
-                bar.set_postfix_str(self._postfix(data), refresh=True)
+                bar.set_postfix_str(self._status(data), refresh=True)
             else:
                 print(self.line(data), flush=True)
 
     def line(self, data: Any) -> str:
         """Return one line of progress."""
-        then, start = self._mark
-        position = self._position(data)
-        rate = (position - start) / max(time.monotonic() - then, 1e-9)
-        left = (data.total_steps - position) / rate if rate else float("inf")
         unit = "env steps" if data.collector is not None else "updates"
-        parts = [f"{unit} {position:,}/{data.total_steps:,}", self._postfix(data)]
-        parts.append(f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s")
-        parts.append(f"{_duration(left)} left")
-        return " | ".join(parts)
+        return f"{unit} {self._position(data):,}/{data.total_steps:,} | {self._status(data)}"
 
-    def _postfix(self, data: Any) -> str:
+    def _status(self, data: Any) -> str:
         if data.collector is None:
-            return f"replay {len(data.buffer):,} rows"
-        last = data.collector.last_return
-        result = "none yet" if last is None else f"{last:.4g}"
-        return f"updates {data.updates:,} | last return {result}"
+            parts = [f"replay {len(data.buffer):,} rows"]
+        else:
+            returns = data.collector.returns
+            mean = f"{sum(returns) / len(returns):.4g}" if returns else "none yet"
+            parts = [f"updates {data.updates:,}", f"return (last {len(returns) or 20}) {mean}"]
+        rate = self._measure_rate(data)
+        left = (data.total_steps - self._position(data)) / rate if rate else float("inf")
+        unit = "env steps" if data.collector is not None else "updates"
+        parts.append(f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s")
+        return " | ".join([*parts, f"{_duration(left)} left"])
+
+    def _measure_rate(self, data: Any) -> float:
+        """Return steps per second since the newest mark of a minute ago, or since the start."""
+        now, position = time.monotonic(), self._position(data)
+        self._marks.append((now, position))
+        while len(self._marks) > 2 and now - self._marks[1][0] >= RATE_SECONDS:
+            del self._marks[0]
+        then, start = self._marks[0]
+        return (position - start) / max(now - then, 1e-9)
 
     @staticmethod
     def _position(data: Any) -> int:
