@@ -104,7 +104,7 @@ def test_the_x_axis_is_updates(finished):
     assert [step for step, _ in metrics(folder, "eval/return")] == [4, 8, 10]
     board = EventAccumulator(str(folder), {"images": 0})
     board.Reload()
-    assert [e.step for e in board.Images("imagination/open_loop")] == [3, 6, 9]
+    assert [e.step for e in board.Images("imagination/open_loop")] == [3, 6, 9, 10]
 
 
 def test_the_replay_is_the_data_set(finished, cartpole):

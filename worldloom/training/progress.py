@@ -28,6 +28,7 @@ class Progress(Callback):
 
     def __init__(self) -> None:
         self._done = threading.Event()
+        self._thread: threading.Thread | None = None
         self._bar: tqdm | None = None
         self._marks: list[tuple[float, int]] = []  # times and positions of the last minute
 
@@ -42,7 +43,8 @@ class Progress(Callback):
         if sys.stderr.isatty():
             options: Any = {"initial": position, "bar_format": BAR, "dynamic_ncols": True}
             self._bar = tqdm(total=data.total_steps, **options)
-        threading.Thread(target=self._show, args=(data, self._bar), daemon=True).start()
+        self._thread = threading.Thread(target=self._show, args=(data, self._bar), daemon=True)
+        self._thread.start()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stop the thread."""
@@ -56,6 +58,9 @@ class Progress(Callback):
 
     def _stop(self) -> None:
         self._done.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
         if self._bar is not None:
             self._bar.close()
             self._bar = None
