@@ -72,7 +72,9 @@ def saved_and_loaded(model, folder):
     model.save_pretrained(folder)
     with pytest.raises(ValueError, match=rf"pass allow=\('{path_of(type(model))}',\)"):
         create_world_model(folder)
-    loaded = create_world_model(folder, allow=(path_of(type(model)),))
+    with pytest.raises(ValueError, match="which is not part of worldloom"):
+        create_world_model(folder, allow=f"{path_of(type(model))}s")  # a longer name
+    loaded = create_world_model(folder, allow=path_of(type(model)))
     assert type(loaded) is type(model)
     assert loaded.build_config == model.build_config
     state = loaded.state_dict()

@@ -111,7 +111,7 @@ class Diagnosis:
 def diagnose(
     path: str | Path,
     *,
-    allow: Sequence[str] = (),
+    allow: str | Sequence[str] = (),
     device: str | None = None,
     model: nn.Module | None = None,
 ) -> Diagnosis:
@@ -133,6 +133,7 @@ def diagnose(
     found = saved["nonfinite"]
     gpu = found["device"] == "cuda" and torch.cuda.is_available()
     where = require_device(device or ("cuda" if gpu else "cpu"))
+    allow = (allow,) if isinstance(allow, str) else allow
     model = _build(file, saved, allow) if model is None else _load_weights(model, saved)
     model.to(device=where, dtype=parameter_type(found["precision"])).train()
     fields = flatten_tree(found["batch"])

@@ -35,7 +35,7 @@ def create_world_model(
     discrete: Discrete | None = None,
     device: str | torch.device = "cpu",
     *,
-    allow: Sequence[str] = (),
+    allow: str | Sequence[str] = (),
     **overrides: Any,
 ) -> Any:
     """Create a world model, or load one.
@@ -53,7 +53,8 @@ def create_world_model(
             numbers of classes for multi-discrete actions. Saved models record theirs.
         discrete: whether actions are discrete (one-hot); by default continuous in [-1, 1].
         device: device of the model.
-        allow: import paths of models outside worldloom that a saved configuration may name.
+        allow: import path of the model outside worldloom that a saved configuration may name, or
+            several.
         overrides: hyperparameters that replace those of the preset (see conf/model).
             `_target_="my_pkg.Mine"` builds a subclass, with its own hyperparameters.
 
@@ -67,7 +68,8 @@ def create_world_model(
     """
     device = require_device(device)
     if _is_path(model):
-        built = _load(Path(model), (obs_shape, action_dim, discrete), allow, overrides)
+        allowed = (allow,) if isinstance(allow, str) else allow
+        built = _load(Path(model), (obs_shape, action_dim, discrete), allowed, overrides)
     else:
         preset = load_preset(str(model))
         own = find_own_parameters(preset, overrides)
@@ -121,13 +123,17 @@ def build_model(
         if isinstance(parameter.default, tuple) and isinstance(options.get(name), list):
             options[name] = tuple(options[name])
     spaces = zip(SPACES, (obs_shape, action_dim, discrete), strict=True)
-    return _construct(target, {**dict(spaces), **options}, SPACES)
+    return construct(target, {**dict(spaces), **options}, SPACES)
 
 
-def _construct(target: str, arguments: Mapping[str, Any], needed: Sequence[str] = ()) -> nn.Module:
+def construct(target: str, arguments: Mapping[str, Any], needed: Sequence[str] = ()) -> nn.Module:
     """Call the class or function `target`, and record the call in the model.
 
+    target: a name in REGISTERED, or an import path.
     needed: parameters that it must have.
+
+    Raises:
+        ValueError: the class cannot be imported, does not accept the arguments, or is no module.
     """
     cls = import_target(REGISTERED.get(target, target))
     parameters, takes_any = list_parameters(cls)
@@ -251,7 +257,7 @@ def _load(
         now, saved = (map_tree(_to_python, x, sequence=tuple) for x in (given, known))
         if given is not None and now != saved:
             raise ValueError(f"{path} was saved with {name}={known}, not {given}")
-    model = _construct(target, arguments)
+    model = construct(target, arguments)
     load_tensors(model, tensors, path)
     return model
 

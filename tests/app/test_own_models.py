@@ -59,8 +59,7 @@ class Aux(Constant):
         super().__init__(*args, **kwargs)
         assert type(widths) is tuple
         self.aux_scale, self.table = aux_scale, table
-        width = self.rssm.deter + self.rssm.stoch * self.rssm.classes
-        layers = [nn.Linear(width, widths[0]), nn.Linear(*widths)]
+        layers = [nn.Linear(self.feature_dim, widths[0]), nn.Linear(*widths)]
         self.probe = nn.ModuleDict({"layers": nn.Sequential(*layers)})
         self.register_buffer("calls", torch.zeros(()))
 
@@ -72,7 +71,7 @@ class Aux(Constant):
 class Planner(TDMPC2):
     def __init__(self, *args, aux_scale=0.5, **kwargs):
         super().__init__(*args, **kwargs)
-        self.probe = nn.Linear(self.options.latent_dim, 1)
+        self.probe = nn.Linear(self.feature_dim, 1)
         self.aux_scale = aux_scale
 
     def policy(self, state, deterministic=False):

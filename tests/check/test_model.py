@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from worldloom.check import ProtocolError, check_world_model
 from worldloom.protocol import LatentState, ReplayField, Trajectory
+from worldloom.saving import SavableModel
 
 
 class Toy(nn.Module):
@@ -186,6 +187,34 @@ def test_features_default_to_the_parts_of_the_state():
     assert check(model) is None
     code = torch.randn(3, 8)
     assert LatentState(code).features is code and LatentState(code).stochastic is None
+
+
+class Recorded(SavableModel, Toy):
+    """A model that can be built again, and one that depends on more than its arguments."""
+
+    extra = 1
+
+    def __init__(self, width=8):
+        super().__init__(size=width)
+        self.more = nn.Linear(8, self.extra).requires_grad_(False)
+
+
+def test_a_model_is_built_again_from_its_record(monkeypatch):
+    assert check(Recorded()) is None
+    model = Recorded()
+    model.late = nn.Parameter(torch.ones(2), requires_grad=False)
+    (problem,) = problems_of(model)
+    assert "the constructor: late differs in a model built from the recorded arguments" in problem
+    model = Recorded()
+    monkeypatch.setattr(Recorded, "extra", 3)
+    (problem,) = problems_of(model)
+    assert "more.bias, more.weight differs" in problem
+
+    class Local(Recorded):
+        pass
+
+    with pytest.warns(UserWarning, match="Local is saved as .*which other programs cannot import"):
+        check(Local())
 
 
 def test_not_a_module_and_missing_methods_are_listed_together():

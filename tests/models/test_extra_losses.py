@@ -83,7 +83,9 @@ def test_terms_are_averaged_weighted_added_and_named(name):
     batch, features = hooked.given
     assert set(batch) >= {"obs", "actions", "rewards"}
     # The last T rows: DreamerV3 does not train on the row of context.
-    assert features.shape[:2] == (3, 4 if name.startswith("dreamer") else 5)
+    rows = 4 if name.startswith("dreamer") else 5
+    assert features.shape == (3, rows, hooked.feature_dim)
+    assert hooked.encode(batch["obs"][:, 0]).features.shape == (3, hooked.feature_dim)
     torch.testing.assert_close(found["size_loss"], features.square().mean())
     torch.testing.assert_close(found["drift_loss"], features.mean())
     assert not found["size_loss"].requires_grad and found["none_loss"] == 0

@@ -1,8 +1,9 @@
 """Time updates and decisions of a model, next to this machine's matrix-product rate.
 
-usage: python -m worldloom.bench [model=dreamerv3:size1m] [model.KEY=VALUE ...] [batch=...]
-       [length=...] [obs=24 | obs=3,64,64] [actions=6] [discrete=false] [envs=16] [repeats=5]
-       [threads=...] [device=cpu] [matrix=2048]
+usage: python -m worldloom.bench [model=dreamerv3:size1m] [model.KEY=VALUE ...]
+       [model._target_=my_pkg.Mine +model.KEY=VALUE ...] [batch=...] [length=...]
+       [obs=24 | obs=3,64,64] [actions=6] [discrete=false] [envs=16] [repeats=5] [threads=...]
+       [device=cpu] [matrix=2048]
 
 Batch size, sequence length, optimiser and train ratio are those of the model's preset. Each figure
 is the time of single calls; "update" is the sum of the phases listed below it:

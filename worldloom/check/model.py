@@ -7,7 +7,7 @@ from torch import nn
 
 from worldloom.check.inference import check_inference
 from worldloom.check.report import ProtocolError, Report
-from worldloom.check.saving import check_saving, preserve_model
+from worldloom.check.saving import check_record, check_saving, preserve_model
 from worldloom.check.training import check_training
 from worldloom.protocol import find_missing_methods, format_signature
 from worldloom.random_batches import RandomData
@@ -55,6 +55,7 @@ def check_world_model(
         check_inference(report)
         check_training(report)
         check_saving(report)
+        check_record(report)
     report.finish()
 
 

@@ -3,12 +3,15 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from worldloom.check.report import Report, are_identical, find_differences
 from worldloom.errors import list_names
+from worldloom.factory import construct
+from worldloom.records import find_obstacle
 
 
 @torch.no_grad()
@@ -41,6 +44,32 @@ def check_saving(report: Report) -> None:
             f"{list_names(plain)} is a tensor but neither parameter nor buffer, so it is not saved "
             "and not moved by .to(device). Use register_buffer, or put it into the state's extras"
         )
+
+
+@torch.no_grad()
+def check_record(report: Report) -> None:
+    """Check that the recorded class and arguments build a model with the same tensors.
+
+    Models without a record, which are built by other code than worldloom's, are not checked.
+    """
+    config: Any = getattr(report.model, "build_config", None)
+    if config is None:
+        return
+    if obstacle := find_obstacle(report.model):
+        report.remarks.append(obstacle)
+        return
+    fix = "create all parameters and buffers in __init__, from its arguments alone"
+    expected = "a model with the same tensors as this one"
+    try:
+        built = construct(config["model"], config["arguments"])
+    except Exception as error:
+        report.first_error = report.first_error or error
+        got = f"the recorded arguments raise {' '.join(str(error).split())[:200]}"
+        return report.add("the constructor", got, expected, fix)
+    now, then = ({k: v.shape for k, v in m.state_dict().items()} for m in (report.model, built))
+    if other := sorted(k for k in now.keys() | then.keys() if now.get(k) != then.get(k)):
+        got = f"{list_names(other)} differs in a model built from the recorded arguments"
+        report.add("the constructor", got, expected, fix)
 
 
 def _plain_tensors(model: nn.Module) -> list[str]:

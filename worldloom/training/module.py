@@ -1,5 +1,6 @@
 """The Lightning module that trains any world model: `compute_loss` is its training step."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,10 +11,13 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from worldloom.protocol import split_result
+from worldloom.records import find_obstacle
 from worldloom.saving import get_config
 from worldloom.timing import phase
 from worldloom.training.metrics import RunningMeans
 from worldloom.training.nonfinite import NonFiniteGuard
+
+log = logging.getLogger(__name__)
 
 
 class WorldModelModule(LightningModule):
@@ -56,6 +60,8 @@ class WorldModelModule(LightningModule):
         self._seconds: float = 0.0
         self._started: float | None = None
         self._replay: tuple[dict[str, Any], dict[str, Tensor]] | None = None
+        if obstacle := find_obstacle(model):  # reported before training, not when it is saved
+            log.warning("the trained model cannot be loaded by name: %s", obstacle)
         # Read by create_world_model("….ckpt"); plain data, so loading it executes no code.
         settings = {"model": get_config(model), "run": config or {}}
         self.save_hyperparameters(settings, logger=False)

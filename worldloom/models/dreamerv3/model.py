@@ -57,6 +57,8 @@ class DreamerV3(ExtraLosses, SavableModel):
         obs_classes: number of classes of each integer-coded observation.
         Other arguments are hyperparameters; conf/model/dreamerv3_base.yaml explains them.
 
+    feature_dim: width F of `state.features`, for layers of subclasses.
+
     Raises:
         ValueError: an observation shape or a number of actions is not supported.
     """
@@ -122,7 +124,7 @@ class DreamerV3(ExtraLosses, SavableModel):
 
     def _build_networks(self, options: Mapping[str, Any]) -> None:
         latent_width = options["stoch"] * options["classes"]
-        features = options["deter"] + latent_width
+        self.feature_dim = features = options["deter"] + latent_width
         units = {"units": options["units"]}
         images = units | {"depth": options["depth"]}
 

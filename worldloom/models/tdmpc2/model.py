@@ -74,6 +74,8 @@ class TDMPC2(ExtraLosses, Networks):
         discrete: whether the action is discrete (one-hot).
         hyperparameters: all fields of `Hyperparameters`; the YAML explains them.
 
+    feature_dim: width L of `state.features`, for layers of subclasses.
+
     Raises:
         ValueError: a shape that no encoder supports, several discrete actions at once, or
             hyperparameters out of range.
@@ -94,6 +96,7 @@ class TDMPC2(ExtraLosses, Networks):
         obs_spaces = read_obs_spaces(obs_shape, bool(options.action_dims))
         super().__init__(obs_spaces, act_spaces, options)
         self.obs_shape, self.action_dim, self.discrete = obs_shape, action_dim, discrete
+        self.feature_dim = options.latent_dim
         self.planning = options.planner_settings(act_spaces.width)
         self.make_planner()  # raises for settings that cannot plan, before any training
 
