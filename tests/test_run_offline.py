@@ -15,7 +15,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from worldloom import create_world_model, run
+from worldloom import create_world_model, load_run, run
 from worldloom import eval as evaluation
 from worldloom.app.compose import compose_config
 from worldloom.app.saved_config import adopt_dataset_env, env_overrides
@@ -190,12 +190,20 @@ def test_a_world_model_alone_is_planned_with(pendulum, tmp_path):
 
 
 @pytest.mark.parametrize("env", [[], ["env=none"]], ids=["with", "without"])
-def test_tdmpc2(pendulum, tmp_path, env):
+def test_tdmpc2(pendulum, tmp_path, env, capsys):
     scores = train(tmp_path, pendulum, *TDMPC2, *env)
     assert scores.get("final/length") == (None if env else 8)
     assert metrics(tmp_path, "updates")[-1] == (6, 6)
     # Without an environment the longest episode stands for its time limit.
     assert create_world_model(tmp_path).build_config["arguments"]["episode_length"] == 8
+    lines = dict(re.findall(r"^([a-z ]+ it): +(.+)$", capsys.readouterr().out, re.MULTILINE))
+    if env:
+        assert "score it" not in lines and "act with it" not in lines
+        exec(lines["load it"], {})
+        with pytest.raises(ValueError, match="trained without an environment, so there is none"):
+            load_run(tmp_path)
+    else:
+        exec(lines["act with it"], {})
 
 
 def test_a_named_environment_is_used(pendulum, tmp_path):

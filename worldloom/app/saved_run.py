@@ -98,10 +98,10 @@ def load_run(path: str | Path, allow: Iterable[str] = (), device: Any = "cpu") -
         device: device of the model.
 
     Raises:
-        ValueError: there is no run, it cannot be read, or it uses third-party code that is not in
-            `allow`; the message contains the complete argument.
+        ValueError: there is no run, it cannot be read, it has no environment, or it uses
+            third-party code that is not in `allow`; the message contains the complete argument.
     """
-    path = Path(path).expanduser()
+    path, allow = Path(path).expanduser(), (allow,) if isinstance(allow, str) else tuple(allow)
     run = find_run(path)
     config = resolve_saved(read_config(run), run / CONFIG)
     foreign = find_foreign_code(acting_sections(config)).values()
@@ -110,6 +110,11 @@ def load_run(path: str | Path, allow: Iterable[str] = (), device: Any = "cpu") -
             f"{path} uses {', '.join(map(repr, missing))}, and worldloom never imports third-party "
             "code just because a saved file names it; if you trust it, pass "
             f"{format_allow(config).removeprefix(', ')}"
+        )
+    if config["env"]["_target_"] is None:
+        raise ValueError(
+            f"{path} was trained without an environment, so there is none to act in; load its "
+            "model with worldloom.create_world_model, and act with worldloom.acting.Actor"
         )
     return SavedRun(path, config, config["env"], device)
 
