@@ -1,6 +1,7 @@
 """A model is saved as the class that created it, with all its arguments."""
 
 import copy
+import functools
 import pickle
 import sys
 
@@ -16,6 +17,7 @@ from worldloom.models.tdmpc2 import TDMPC2
 from worldloom.presets import load_preset, override_preset
 from worldloom.records import find_obstacle, list_parameters
 from worldloom.saving import SavableModel
+from worldloom.training.module import WorldModelModule
 
 TINY = dict(units=8, depth=1, deter=8, hidden=8, classes=4, stoch=2, blocks=2)
 SIZES = {k: v for k, v in override_preset(load_preset("dreamer"), TINY, "x").items() if k[0] != "_"}
@@ -191,6 +193,28 @@ def test_a_class_that_other_programs_cannot_import_is_saved_with_a_warning(tmp_p
     Local.__module__, Local.__qualname__ = "__main__", "Local"
     assert "Local is saved as __main__.Local" in find_obstacle(Local((4,), 2, **SIZES))
     assert find_obstacle(Changed((4,), 2, **SIZES)) == ""
+
+
+def test_a_function_and_a_partial_function_may_build_the_model(tmp_path, monkeypatch):
+    def make(obs_shape, action_dim, discrete, width=4):
+        return Plain(obs_shape, action_dim, discrete, layers=(width,))
+
+    for name, function in (("make", make), ("part", functools.partial(make, width=3))):
+        monkeypatch.setattr(sys.modules[__name__], name, function, raising=False)
+        model = build_model({"_target_": f"{__name__}.{name}"}, (4,), 2)
+        model.save_pretrained(tmp_path)
+        loaded = create_world_model(tmp_path, allow=f"{__name__}.{name}")
+        assert loaded.given == model.given
+
+
+def test_a_training_whose_model_cannot_be_loaded_is_reported_when_it_starts(caplog):
+    class Local(DreamerV3):
+        pass
+
+    WorldModelModule(Changed((4,), 2, **SIZES), torch.optim.SGD)
+    assert not caplog.text
+    WorldModelModule(Local((4,), 2, **SIZES), torch.optim.SGD)
+    assert "the trained model cannot be loaded by name: Local is saved as" in caplog.text
 
 
 def test_an_argument_that_cannot_be_saved_is_named(tmp_path):

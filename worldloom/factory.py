@@ -138,7 +138,7 @@ def construct(target: str, arguments: Mapping[str, Any], needed: Sequence[str] =
     cls = import_target(REGISTERED.get(target, target))
     parameters, takes_any = list_parameters(cls)
     if not takes_any:
-        _require_accepted(cls.__name__, arguments, parameters, needed)
+        _require_accepted(getattr(cls, "__name__", target), arguments, parameters, needed)
     spaces = {
         name: map_tree(_to_python, arguments[name], sequence=tuple)
         for name in SPACES

@@ -22,7 +22,8 @@ def name_target(target: Any, default: str | None = None) -> str:
     It is a key of REGISTERED for exactly these classes. For any other, it is `default`, the import
     path that the user gave, or else the path of its definition.
     """
-    path = f"{target.__module__}.{target.__qualname__}"
+    names = (getattr(target, name, "") for name in ("__module__", "__qualname__"))
+    path = ".".join(names)  # a functools.partial has no name of its own
     families = {path: family for family, path in REGISTERED.items()}
     return families.get(path) or default or path
 
@@ -104,10 +105,10 @@ def is_plain(value: Any) -> bool:
 
 
 def _to_plain(value: Any) -> Any:
-    """Copy nested containers, with NumPy's numbers as Python's."""
+    """Copy nested containers, OmegaConf's too, with NumPy's numbers as Python's."""
     if isinstance(value, Mapping):
         return {key: _to_plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
         return (tuple if isinstance(value, tuple) else list)(map(_to_plain, value))
     return value.item() if isinstance(value, np.generic) else value
 

@@ -16,6 +16,8 @@ import yaml
 from safetensors import safe_open
 
 from worldloom import create_world_model
+from worldloom.app.compose import compose_config
+from worldloom.app.validation import validate_config
 from worldloom.factory import transfer
 
 PACKAGE = '''
@@ -66,6 +68,11 @@ class Aux(Constant):
     def auxiliary_losses(self, batch, features):
         self.calls += 1
         return {"aux": self.aux_scale * self.probe["layers"](features).square().mean(-1)}
+
+
+class Typed(DreamerV3):
+    def __init__(self, *args, depths: int | None = None, horizon=7, **kwargs):
+        super().__init__(*args, horizon=horizon, **kwargs)
 
 
 class Planner(TDMPC2):
@@ -234,3 +241,37 @@ def test_a_run_starts_from_the_weights_of_a_subclass(package, commands, tmp_path
         count = len(list(file.keys()))
     assert f"{count} of {count} tensors copied" in printed
     assert "loss/aux_loss" in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["+model.aux_scal=1"], r"no hyperparameter 'aux_scal' \(did you mean 'aux_scale'\?\)"),
+        (["+model.unitz=8"], r"no hyperparameter 'unitz' \(did you mean 'units'\?\)"),
+        (["+model.aux_scale=high"], "'aux_scale' is 'high'; expected float such as 0.5"),
+        (["+model.loss_scales.aux=high"], "'loss_scales.aux' is 'high'; expected float"),
+        (["model._target_=levers.Auxx"], "model._target_: cannot import 'levers.Auxx'"),
+        (
+            ["model._target_=levers.Typed", "+model.depths=2.5"],
+            "model.depths is 2.5; expected a whole",
+        ),
+    ],
+)
+def test_mistakes_in_own_hyperparameters_are_found_before_training(
+    args, message, package, monkeypatch
+):
+    monkeypatch.syspath_prepend(package)
+    cfg = compose_config("~experiment", *DREAMER, "model._target_=levers.Aux", *args)
+    cfg.folder = ""
+    with pytest.raises(ValueError, match=message):
+        validate_config(cfg, {"model": "dreamerv3_tiny"})
+
+
+def test_a_default_that_the_preset_replaces_is_reported(package, monkeypatch, caplog):
+    monkeypatch.syspath_prepend(package)
+    cfg = compose_config("~experiment", *DREAMER, "model._target_=levers.Typed")
+    cfg.folder = ""
+    validate_config(cfg, {"model": "dreamerv3_tiny"})
+    assert (
+        "Typed has the default horizon=7, but the preset dreamerv3_tiny passes 200" in caplog.text
+    )

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from worldloom.errors import suggest
@@ -50,7 +49,7 @@ class ExtraLosses:
                     "choose another name"
                 )
         return {
-            name: torch.as_tensor(term, dtype=features.dtype, device=features.device)
+            name: term if isinstance(term, Tensor) else features.new_tensor(float(term))
             for name, term in terms.items()
         }
 
