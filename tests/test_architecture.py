@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Bottom to top. A file may import from its own entry and from those on earlier lines, at the top of
 # the file or inside a function. An entry is a module, a subpackage, or a command in a subpackage.
 LAYERS = [
-    {"errors", "trees", "files", "timing", "memory"},
+    {"errors", "starting", "trees", "files", "timing", "memory"},
     {"protocol", "devices"},
     {"random_batches"},
     {"nn"},

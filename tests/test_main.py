@@ -141,3 +141,23 @@ def test_bash_completes_commands_groups_and_keys(shell, tmp_path):
     rule, *replies = out.splitlines()
     assert rule.endswith("-F hydra_bash_completion worldloom")
     assert replies == list(COMPLETIONS.values())
+
+
+WAYS = ["worldloom run", "python -m worldloom.run", "python -m worldloom.collect a=1"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ctrl_c_at_the_start_is_one_line(script, tmp_path, way):
+    """In the middle of the imports: the signal comes once torch is being imported."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(
+        "import os, signal\n"
+        "try:\n    os.kill(os.getpid(), signal.SIGINT)\n    [None for _ in range(9)]\n"
+        "except BaseException:\n    pass  # as some packages do\n"
+        "raise AssertionError('not stopped')\n"
+    )
+    env = {**os.environ, "PATH": f"{script}:{os.environ['PATH']}"}
+    env["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
+    done = subprocess.run(way.split(), cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped by SIGINT\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["torch"]

@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from worldloom import starting
+
 if TYPE_CHECKING:
     from worldloom.app.saved_run import load_run as load_run
     from worldloom.check import check_world_model as check_world_model
@@ -13,6 +15,9 @@ if TYPE_CHECKING:
     from worldloom.protocol import LatentState as LatentState
     from worldloom.protocol import Trajectory as Trajectory
     from worldloom.protocol import WorldModel as WorldModel
+
+if starting.is_command():
+    starting.begin()
 
 __version__ = "0.1.0"
 # Loaded on first use, so that environment workers, which need no torch, start fast.

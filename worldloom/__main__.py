@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 import worldloom
+from worldloom import starting
 from worldloom.errors import find_similar
 
 COMMANDS = {
@@ -35,6 +36,7 @@ OTHER_NAMES = {"train": "run", "resume": "run", "sweep": "run", "test": "eval", 
 def main() -> None:
     """Run the command that the first argument names, as `python -m worldloom.COMMAND` does."""
     args = sys.argv[1:]
+    starting.begin()
     try:
         if "-sc" in args or "--shell-completion" in args:
             _complete(args)
@@ -50,9 +52,8 @@ def main() -> None:
         else:
             print(f"error: {_explain(args)}", file=sys.stderr)
             sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped by SIGINT", file=sys.stderr)
-        sys.exit(130)
+    finally:
+        starting.end()
 
 
 def _explain(args: Sequence[str]) -> str:

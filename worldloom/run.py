@@ -14,6 +14,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from worldloom import starting
 from worldloom.app.command_line import (
     FolderCheck,
     print_errors,
@@ -45,6 +46,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     from worldloom.app.run_log import record_output
     from worldloom.app.saved_config import format_command, resolve_config
 
+    starting.end()
     config, resumes = resolve_config(cfg), cfg.resume is not None
     if not is_first_process():  # the first process holds the folder for all
         return finish(build_run(config, resumes))
@@ -225,14 +227,16 @@ def main() -> None:
         given = ("--help", *(arg for arg in given if arg not in ("-h", "--help", "all")))
     print_version(given)
     keep_freed_memory()
-    with print_errors(), TemporaryDirectory() as scratch:
+    scratch = TemporaryDirectory()
+    starting.cleanups[:] = [scratch.cleanup, lambda: remove_empty(FolderCheck.created)]
+    with print_errors(), scratch:
         reject_slips(given)
         overrides = Overrides(flags_first(given))
         args: Any = overrides.with_implied().args
         if overrides.value("resume") is not None:
             from worldloom.app.resume import resume_arguments
 
-            args = resume_arguments(overrides, Path(scratch))
+            args = resume_arguments(overrides, Path(scratch.name))
         if args is not None:
             sys.argv[1:] = args
             try:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import worldloom
+from worldloom import starting
 from worldloom.app.compose import Overrides, compose_config, key_of
 from worldloom.app.help import list_choices
 from worldloom.app.hints import find_bare_word, find_dashes, hint_choice, hint_key
@@ -88,6 +89,7 @@ def run_command(
     with print_errors():
         if slip := find_dashes(args):
             raise ValueError(f"{slip[0]}; write {slip[1]}={slip[2]}")
+        starting.end()
         command(Overrides(args))
 
 
