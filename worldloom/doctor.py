@@ -20,7 +20,7 @@ from worldloom.app.command_line import join_lines, run_command
 from worldloom.app.compose import Overrides
 from worldloom.envs.renderer import RENDERERS, probe
 
-PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "gymnasium", "numpy", "mujoco")
+PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "gymnasium", "numpy")
 # {what: (the module that it needs, the extra of worldloom that installs it)}
 PARTS = {
     "suites": {
@@ -37,6 +37,7 @@ PARTS = {
         "memory_maze": ("memory_maze", "memory-maze"),
     },
     "datasets": {"HDF5": ("h5py", "offline"), "Minari": ("minari", "offline")},
+    "videos": {".gif": ("PIL", ""), ".mp4": ("av", "video")},
     "loggers": {
         "TensorBoard": ("tensorboard", ""),
         "W&B": ("wandb", "wandb"),
@@ -115,7 +116,7 @@ def _devices() -> list[tuple[str, str]]:
 
 def _renderers() -> list[tuple[str, str]]:
     if util.find_spec("mujoco") is None:
-        return [("renderers", "not needed: MuJoCo is not installed")]
+        return [("renderers", "belong to MuJoCo, which is not installed")]
     results = {name: probe(name) for name in (*RENDERERS, "glfw")}
     lines = [f"{name} {'works' if error is None else error}" for name, error in results.items()]
     chosen = os.environ.get("MUJOCO_GL")
@@ -135,9 +136,12 @@ def _parts() -> list[tuple[str, str]]:
         for name, (module, _) in part.items():
             if errors.get(module):
                 lines.append(("", f"{name} is installed but broken: {errors[module]}"))
-    extras = [e for part in PARTS.values() for m, e in part.values() if e and m not in found]
-    if missing := list(dict.fromkeys(extras)):
-        lines.append(("missing", f"pip install 'worldloom[{','.join(missing)}]'"))
+        missing = [f"{name} [{extra}]" for name, (m, extra) in part.items() if m not in found]
+        if missing:
+            lines.append(("", f"not installed: {', '.join(missing)}"))
+    if len(found) < len(modules):
+        how = "pip install 'worldloom[EXTRA]', with the name in brackets; [suites] is all suites"
+        lines.append(("install", how))
     return lines
 
 

@@ -24,7 +24,6 @@ from worldloom.presets import (
     preset_names,
     read_choice,
 )
-from worldloom.records import list_parameters
 from worldloom.training.config import (
     CheckpointConfig,
     DataConfig,
@@ -294,6 +293,7 @@ def _check_devices(trainer: Mapping[str, Any]) -> None:
 def _check_model(section: Mapping[str, Any], choice: Any) -> None:
     """Check hyperparameters against the preset's values and, of a subclass, its signature."""
     from worldloom.factory import find_own_parameters, import_target
+    from worldloom.records import list_parameters
 
     if choice not in [file_name(str(name)) for name in (*preset_names(), *aliases())]:
         return
