@@ -85,7 +85,7 @@ def save_model(
     if config is None:
         raise ValueError(f"{type(model).__name__} cannot be saved: {obstacle}")
     if obstacle:
-        warnings.warn(f"{folder}: {obstacle}", stacklevel=2)
+        warnings.warn(f"{folder}: {obstacle}", stacklevel=3)
     reject_interpolations(config, f"the config of {type(model).__name__}")
     id_ = hashlib.sha256(OmegaConf.to_yaml(config).encode()).hexdigest()[:16]
     # YAML has no tuples, so their places are listed.
