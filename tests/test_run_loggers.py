@@ -283,7 +283,11 @@ def test_early_stopping_finishes_the_run_within_an_interval(commands, package, t
     best = create_world_model(folder).state_dict()  # the run keeps its best model, too
     assert all(torch.equal(saved[name], best[name]) for name in best)
     trusted = [word[1:] for word in words if "._target_=" in word]
-    assert "is finished" in commands.good(["resume=r", *trusted], tmp_path)["out"]
+    again = commands.good(["resume=r", *trusted], tmp_path)["out"]
+    assert f"is finished: stopped early after {scores[-1][0]} of 240 steps, return" in again
+    drop = ["~callbacks.earlystopping", "~callbacks.modelcheckpoint", "evaluation.every=0"]
+    commands.good(["resume=r", *drop], tmp_path)
+    assert rows(folder)[-1]["step"] == "240"
 
 
 def test_a_callback_of_ones_own_may_finish_the_run(commands, package, tmp_path):
@@ -350,13 +354,17 @@ def test_a_paused_run_continues_as_if_it_had_not_been(commands, package, many, t
 
 
 def test_a_callback_is_added_or_replaced_on_resume(commands, package, tmp_path):
+    """And a changed learning rate is used."""
     words = [*TINY, *callback("Counts"), "+trainer.max_steps=5", "hydra.run.dir=r"]
     commands.good(words, tmp_path, path=package)
     changed = ["callbacks.counts._target_=research.Recounts", *callback("Stops")]
+    changed += ["training.learning_rate=0.5", "training.warmup=2"]
     words = ["resume=r", *changed, "trainer.max_steps=-1"]
     done = commands.good(words, tmp_path, path=package)
     assert "cannot restore its saved state (KeyError: 'totals'), so it starts anew" in done["out"]
     assert "counted 7" in done["out"]  # updates 6 to 12
+    rate = curve(tmp_path / "r", "stats/learning_rate")[-1][1]
+    assert rate == pytest.approx(0.5, rel=0.01)  # a little of it has been annealed
 
 
 def test_a_time_limit_pauses_and_starts_anew(commands, tmp_path):

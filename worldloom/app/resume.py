@@ -1,5 +1,6 @@
 """Resuming: which run `resume=...` continues, and which settings it may change."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ def resume_arguments(overrides: Overrides, scratch: Path) -> tuple[str, ...] | N
         require_trusted(resolve_saved(saved, folder / CONFIG), rest)
     merged, rest = _with_choices(saved, rest)
     _write_scratch(merged, folder.resolve(), scratch)
-    if source != "auto" and is_finished(folder, resolve_saved(saved, folder / CONFIG), rest):
+    given = overrides.without("resume")
+    if source != "auto" and is_finished(folder, resolve_saved(saved, folder / CONFIG), given):
         return None
     return ("--config-path", str(scratch.resolve()), "--config-name", "config", *rest)
 
@@ -159,9 +161,15 @@ def is_finished(folder: Path, saved: Mapping[str, Any], overrides: Overrides) ->
     if longer and (not longer.replace("_", "").isdigit() or int(longer) > total):
         return False
     scores = read_yaml(folder / SCORES, "delete it to resume the run")
+    steps, how = f"{total:,} steps", "To train longer:"
+    if scores["step"] < total:  # stopped early, by a callback
+        if any(re.match(r"~callbacks\.|\+*callbacks\.(?!\w+\._target_)", arg) for arg in overrides):
+            return False
+        steps = f"stopped early after {scores['step']:,} of {total:,} steps"
+        how = "To continue, drop or change the callback that stopped it ('~callbacks.NAME'):"
     result = f", return {scores['final/return']:.1f}" if "final/return" in scores else ""
     print(
-        f"{folder} is finished: {total:,} steps{result}. To train longer:\n"
+        f"{folder} is finished: {steps}{result}. {how}\n"
         + format_command(
             *("run", f"resume={folder}", f"training.total_steps={2 * total}"), config=saved
         )

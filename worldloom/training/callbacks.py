@@ -104,7 +104,8 @@ class MetricsWriter(Callback):
         self._last = (time.monotonic(), data.env_steps, module.updates)
         seconds = max(self._last[0] - then, 1e-9)
         new_steps, new_updates = self._last[1] - steps, self._last[2] - updates
-        metrics = {"stats/learning_rate": float(trainer.optimizers[0].param_groups[0]["lr"])}
+        groups = trainer.optimizers[0].param_groups
+        metrics = {"stats/learning_rate": max(float(group["lr"]) for group in groups)}
         metrics |= {group_metric(k): v for k, v in module.metrics.flush().items()}
         metrics["fps/env"] = new_steps / seconds
         metrics["fps/train"] = new_updates * data.batch_size * data.sequence_length / seconds

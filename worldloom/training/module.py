@@ -54,6 +54,7 @@ class WorldModelModule(LightningModule):
         self.log_every = log_every
         self.updates = 0
         self.metrics = RunningMeans()
+        self._changed_options: set[str] = set()  # of the optimiser, on resume
         self.guard = NonFiniteGuard(model, nonfinite, folder, config)
         self._losses: dict[str, Tensor] = {}
         # Seconds of training before this process, and the time at which this one started to train.
@@ -149,10 +150,6 @@ class WorldModelModule(LightningModule):
             # A skipped update has no gradients here, so the optimiser has changed nothing.
             if self.guard.end_update() and hasattr(self.model, "after_update"):
                 self.model.after_update()  # type: ignore[operator]
-        if self.updates % self.log_every == 0:
-            # The highest rate of the groups; the one that the step has used.
-            rates = [float(group["lr"]) for group in self.trainer.optimizers[0].param_groups]
-            self.metrics.once["learning_rate"] = torch.tensor(max(rates), dtype=torch.float64)
         if self.guard.skipped:
             self.metrics.once["skipped"] = torch.tensor(float(self.guard.skipped))
 
@@ -164,7 +161,20 @@ class WorldModelModule(LightningModule):
             if groups is not None
             else [p for p in self.model.parameters() if p.requires_grad]
         )
-        return self.optimizer(params)
+        optimizer = self.optimizer(params)
+        optimizer.register_load_state_dict_pre_hook(self._keep_changes)
+        return optimizer
+
+    def _keep_changes(
+        self, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Let the options that were changed on resume win over those in the checkpoint."""
+        pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+        groups = [
+            saved | {key: now[key] for key in self._changed_options if key in now}
+            for saved, now in pairs
+        ]
+        return {**state, "param_groups": groups}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the counters and the running means."""
@@ -178,3 +188,10 @@ class WorldModelModule(LightningModule):
         self.updates, self._seconds = checkpoint["updates"], checkpoint["seconds"]
         self.guard.load_state_dict(checkpoint["nonfinite"])
         self.metrics.load_state_dict(checkpoint["metrics"])
+        before, now = (
+            held["run"].get("optimizer", {})
+            for held in (checkpoint["hyper_parameters"], self.hparams)
+        )
+        self._changed_options = {key for key in now if now[key] != before.get(key)}
+        if "lr" in self._changed_options:
+            self._changed_options.add("peak_lr")  # see `LaProp`
