@@ -35,7 +35,10 @@ class InversePlanner(TDMPC2):
     def auxiliary_losses(self, batch, features):
         """Return the term for latents [B, T, L]; batch["actions"] is [B, T, A]."""
         predicted = self.inverse(torch.cat([features[:, :-1], features[:, 1:]], -1))
-        return {"inverse": (predicted - batch["actions"][:, :-1]).square().mean(-1)}
+        error = (predicted - batch["actions"][:, :-1]).square().mean(-1)  # [B, T - 1]
+        # TD-MPC2 predicts latents from row 0; after the end of its episode they mean nothing.
+        inside = (~batch["is_last"][:, :-1]).cumprod(1)
+        return {"inverse": error * inside}
 
 
 if __name__ == "__main__":
