@@ -1,5 +1,8 @@
 """An agent speaks gymnasium: what it accepts, what it returns, and what it remembers."""
 
+import re
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torch import nn
 
+import worldloom
 from worldloom.acting import Actor
 from worldloom.agent import Agent
 from worldloom.envs.spaces import ActionSpec, ObsSpec
@@ -142,6 +146,31 @@ def test_a_vector_environment(obs, action, mode):
         before, ended = ended, terminated | truncated
         is_first = before if next_step else ended
     assert all(env.episode >= 4 for env in envs.envs)
+
+
+@pytest.mark.parametrize("mode", ["NEXT_STEP", "SAME_STEP"])
+def test_the_loops_of_the_documentation(mode, monkeypatch):
+    """The code of docs/acting.md, with environments that check every action."""
+    page = (Path(__file__).parents[1] / "docs" / "acting.md").read_text()
+    single, vector, *_ = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    spaces_ = OBS["scalar"], ACTIONS["choice"]
+    made = []
+
+    class Run:
+        def make_env(self):
+            made.append(Strict(*spaces_))
+            return made[-1]
+
+        def agent(self):
+            return make_agent(*spaces_)
+
+    monkeypatch.setattr(worldloom, "load_run", lambda path: Run())
+    scope = {}
+    exec(single, scope)
+    assert made[0].age == made[0].episode == 1
+    exec(vector.replace("mode=AutoresetMode.NEXT_STEP", f"mode=AutoresetMode.{mode}"), scope)
+    assert scope["envs"].metadata["autoreset_mode"] == AutoresetMode[mode]
+    assert all(env.episode > 40 for env in made[1:]) and len(made) == 5
 
 
 def test_images_reach_the_model_channels_first_and_as_bytes():
