@@ -50,7 +50,7 @@ def test_without_arguments_it_tells_how_to_use_it(command):
         (["checkpoint=RUN", "episodes=few"], "episodes is 'few'; expected a whole number"),
         (["checkpoint=RUN", "num_envs=-1"], "num_envs is -1; expected at least 1"),
         (["checkpoint=RUN", "env.idd=Pendulum-v1"], "key 'env.idd' (did you mean 'env.id'?)"),
-        (["checkpoint=RUN", "env=Pendulum-v1"], "unknown env 'Pendulum-v1'; choices: "),
+        (["checkpoint=RUN", "env=Pendulum-v1"], "; write env=gymnasium env.id=Pendulum-v1"),
         (["checkpoint=RUN", "env.id=Nothing-v0"], "There is no environment 'Nothing-v0'"),
         (["checkpoint=RUN"], "RUN contains no model.safetensors; expected a folder written by"),
         (["checkpoint=RUN/model"], "no file or folder 'RUN/model'"),

@@ -39,7 +39,7 @@ def shell(script):
 
     def call(lines, cwd):
         command = ["bash", "--norc", "-c", lines]
-        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
         return done.returncode, done.stdout, done.stderr
 
     return call
