@@ -328,7 +328,7 @@ def test_without_arguments_it_tells_how_to_use_it(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["collect.py"])
     with pytest.raises(SystemExit, match="2"):
         collecting.main()
-    assert "usage: python -m worldloom.collect env=" in capsys.readouterr().out
+    assert "usage: worldloom collect env=" in capsys.readouterr().out
 
 
 def test_the_command_records(tmp_path, monkeypatch, capsys):

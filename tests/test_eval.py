@@ -35,7 +35,7 @@ def run(tmp_path):
 
 def test_without_arguments_it_tells_how_to_use_it(command):
     code, out, _ = command()
-    assert code == 2 and "usage: python -m worldloom.eval checkpoint=<run folder>" in out
+    assert code == 2 and "usage: worldloom eval checkpoint=<run folder>" in out
     assert command("--help")[0] == 0
 
 

@@ -1,8 +1,8 @@
 """The command `python -m worldloom.collect`: record episodes.
 
-usage: python -m worldloom.collect env=gymnasium env.id=Pendulum-v1 policy=random
+usage: worldloom collect env=gymnasium env.id=Pendulum-v1 policy=random
        episodes=100 out=data/pendulum [seed=0] [num_envs=…] [append=false]
-   or: python -m worldloom.collect policy=<run folder> [env.KEY=VALUE …]
+   or: worldloom collect policy=<run folder> [env.KEY=VALUE …]
        episodes=100 out=data/cartpole [deterministic=false] …
 
 The environment is chosen as for worldloom.run; the policy of a run acts in the run's environment

@@ -1,6 +1,6 @@
 """Diagnosis of a NaN or infinite loss: repeat the computation and find where it begins.
 
-usage: python -m worldloom.diagnose <run folder>/checkpoints/nonfinite.ckpt [device=cpu]
+usage: worldloom diagnose <run folder>/checkpoints/nonfinite.ckpt [device=cpu]
        [model._target_=my_pkg.MyModel]
 
 A run that encounters a NaN or infinite loss or gradient saves the batch, the model and all random

@@ -10,7 +10,7 @@ from worldloom.app.hints import hint_run
 from worldloom.envs.film import open_film
 from worldloom.training.config import EvaluationConfig
 
-USAGE = """usage: python -m worldloom.eval checkpoint=<run folder> [episodes=…] [seed=…]
+USAGE = """usage: worldloom eval checkpoint=<run folder> [episodes=…] [seed=…]
        [num_envs=…] [deterministic=true] [video=….mp4] [env.KEY=VALUE …] [env=…]
        [model._target_=my_pkg.MyModel]
 

@@ -1,6 +1,6 @@
 """Time updates and decisions of a model, next to this machine's matrix-product rate.
 
-usage: python -m worldloom.bench [model=dreamerv3:size1m] [model.KEY=VALUE ...]
+usage: worldloom bench [model=dreamerv3:size1m] [model.KEY=VALUE ...]
        [model._target_=my_pkg.Mine +model.KEY=VALUE ...] [batch=...] [length=...]
        [obs=24 | obs=3,64,64] [actions=6] [discrete=false] [envs=16] [repeats=5] [threads=...]
        [device=cpu] [matrix=2048]

@@ -1,6 +1,6 @@
 """Check an environment before training on it: `python -m worldloom.envs.check env=…`.
 
-usage: python -m worldloom.envs.check env=<suite> [env.KEY=VALUE …] [steps=1000] [seed=0]
+usage: worldloom check env=<suite> [env.KEY=VALUE …] [steps=1000] [seed=0]
 
 Steps the environment with random actions and prints a table of observations (also as models see
 them), actions, rewards, episodes, seeds and speed, followed by all problems. Exits with 1 if there
