@@ -469,6 +469,76 @@ def test_a_model_of_ones_own_is_trained_and_planned_with(package, commands, tmp_
     assert action.shape == (5, 2) and (action.sum(-1) == 1).all() and plan.shape == (5, 3, 2)
 
 
+PROBES = """
+import numpy as np
+import torch
+from worldloom.models.dreamerv3 import DreamerV3
+
+
+class Probed(DreamerV3):
+    def __init__(self, *args, bad="", **kwargs):
+        super().__init__(*args, **kwargs)
+        self.bad, self.calls = bad, 0
+
+    def compute_loss(self, batch):
+        self.calls += 1
+        result = super().compute_loss(batch)
+        numbers = {"float": 0.1, "int": 7, "numpy": np.float32(0.5), "mine_loss": 3.0}
+        numbers["grad_norm"] = torch.tensor([2.0])
+        numbers |= {"even": 100.0} if self.calls % 2 == 0 else {"odd_loss": torch.tensor(1.0)}
+        bad = {"tensor": {"probe": torch.zeros(3, 4)}, "text": {"probe": "high"}}
+        bad |= {"none": {"probe": None}, "name": {5: torch.zeros(())}, "": {}}
+        result = dict(reversed((result | numbers | bad.get(self.bad, {})).items()))
+        if self.bad == "tuple":
+            return result["loss"], result
+        if self.bad == "lost":
+            del result["loss"]
+        return result
+"""
+
+
+@pytest.fixture
+def probed(package):
+    (package / "probes.py").write_text(PROBES)
+    words = [*TINY, "model._target_=probes.Probed", "+model.bad=''", "hydra.run.dir=r"]
+    return words, package
+
+
+def test_everything_that_compute_loss_returns_is_logged(probed, commands, tmp_path):
+    words, path = probed
+    commands.good([*words, "training.total_steps=240"], tmp_path, path=path)
+    folder = tmp_path / "r"
+    expected = {"stats/float": 0.1, "stats/int": 7, "stats/numpy": 0.5, "loss/mine_loss": 3}
+    expected |= {"stats/grad_norm": 2, "stats/even": 100, "loss/odd_loss": 1}
+    for name, value in expected.items():
+        values = {value for _, value in curve(folder, name)}
+        assert values == {value}, name
+    assert updates(folder)[-1][1] >= 20 and curve(folder, "loss/kl_loss")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ("tensor", "compute_loss returned 'probe', Tensor of shape [3, 4] and type torch.float32"),
+        ("text", "compute_loss returned 'probe', a str (high); expected a scalar: a number, or a"),
+        ("none", "compute_loss returned 'probe', None; expected a scalar"),
+        ("name", "compute_loss returned the name 5; expected a string"),
+        ("tuple", "compute_loss returned a tuple "),
+        ("lost", "expected a dict with 'loss', the scalar to minimise"),
+    ],
+)
+def test_what_is_no_scalar_stops_the_run_at_the_first_update(
+    probed, commands, tmp_path, bad, message
+):
+    words, path = probed
+    done = commands.run([*words, f"model.bad={bad}"], tmp_path, path=path)
+    assert done["code"] == 1 and "Traceback" not in done["out"] + done["err"]
+    (line,) = [line for line in done["err"].splitlines() if line]
+    assert line.startswith("error: ") and message in line
+    checkpoint = torch.load(tmp_path / "r" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["updates"] == 0
+
+
 def test_an_environment_of_ones_own(package, commands, tmp_path, score):
     """Images, vectors and choices in nested dicts, actions with bounds, success at the end."""
     own = ["env._target_=my_envs.make_env", "+env.level=3"]

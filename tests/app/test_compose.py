@@ -92,6 +92,16 @@ MISTAKES = {
     "evaluation.episodes=0": "evaluation.episodes is 0; expected at least 1",
     "model.stoch=0": "hyperparameter 'stoch' is 0; expected at least 1",
     "threads=0": "threads is 0; expected at least 1, or null for all cores",
+    # arguments of the trainer with which a run would silently do something else
+    "+trainer.accumulate_grad_batches=2": "accumulate_grad_batches is 2, which a run does not … "
+    "use training.batch_size",
+    "trainer.max_epochs=3": "trainer.max_epochs is 3 … use training.total_steps",
+    "+trainer.limit_train_batches=1": "trainer.limit_train_batches is 1 … training.total_steps",
+    "+trainer.overfit_batches=1": "trainer.overfit_batches is 1 … data=offline",
+    "+trainer.fast_dev_run=true": "trainer.fast_dev_run is true … small training.total_steps",
+    "+trainer.barebones=true": "trainer.barebones is true … logger.NAME=null",
+    "trainer.val_check_interval=50": "trainer.val_check_interval is 50 … use evaluation.every",
+    "+trainer.logger=false": "trainer.logger is false … the logger section",
     # choices of groups
     "model=dreamerv3_size13m": "model 'dreamerv3_size13m' (did you mean 'dreamerv3_size1m'?)",
     "model=dreamer-smal": "unknown model 'dreamer-smal' (did you mean 'dreamer-small'?); choices: ",

@@ -51,6 +51,23 @@ RENAMED = {
 }
 # Packages that loggers, and classes derived from them, need.
 PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
+# Arguments of Lightning's trainer that would change what a run is: the values that do not, and what
+# to set instead.
+TRAINER: dict[str, tuple[tuple[Any, ...], str]] = {
+    "accumulate_grad_batches": ((1,), "training.batch_size: every batch is one update"),
+    "max_epochs": ((-1, None), "training.total_steps: a run has one epoch"),
+    "min_epochs": ((None,), "training.total_steps: a run has one epoch"),
+    "min_steps": ((None, 0), "training.total_steps"),
+    "limit_train_batches": ((None,), "training.total_steps"),
+    "overfit_batches": ((0,), "data=offline with a few episodes"),
+    "fast_dev_run": ((False,), "a small training.total_steps: it would skip loggers and callbacks"),
+    "barebones": ((False,), "logger.NAME=null and '~callbacks.NAME'"),
+    "val_check_interval": ((1_000_000_000,), "evaluation.every"),
+    "check_val_every_n_epoch": ((None, 1), "evaluation.every"),
+    "reload_dataloaders_every_n_epochs": ((0,), "nothing: a run has one epoch"),
+    "logger": ((), "the logger section: logger=NAME or +logger.NAME._target_=…"),
+    "callbacks": ((), "the callbacks section: +callbacks.NAME._target_=…"),
+}
 # What an annotation may allow, and its name in messages.
 KINDS: dict[Any, str] = {
     bool: "true or false",
@@ -121,6 +138,7 @@ def validate_config(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
     for name in ("trainer", "optimizer", "planner"):
         _check_call(name, plain[name])
     _check_optimizer(plain["optimizer"])
+    _check_trainer(plain["trainer"])
     _check_devices(plain["trainer"])
     for name, method in (("logger", "log_metrics"), ("callbacks", "on_fit_start")):
         for key, part in plain[name].items():
@@ -280,6 +298,16 @@ def _check_optimizer(section: Mapping[str, Any]) -> None:
         import_target(section["_target_"])([torch.nn.Parameter(torch.zeros(1))], **options)
     except (ValueError, TypeError) as error:
         raise ValueError(f"optimizer: {error}") from None
+
+
+def _check_trainer(trainer: Mapping[str, Any]) -> None:
+    """Reject arguments with which a run would silently train something else."""
+    for key, (harmless, instead) in TRAINER.items():
+        if key in trainer and trainer[key] not in harmless:
+            raise ValueError(
+                f"trainer.{key} is {format_value(trainer[key])}, which a run does not support; "
+                f"leave it out and use {instead}"
+            )
 
 
 def _check_devices(trainer: Mapping[str, Any]) -> None:
