@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from worldloom.app.run_dir import FORMAT
+from worldloom.saving import FORMAT as MODEL_FORMAT
 
 CODE = '''
 import gymnasium as gym, numpy as np
@@ -210,10 +211,11 @@ def weights(folder: Path, run: Path, marker: Path) -> None:
     tensors.pop(sorted(tensors)[0])
     save_file(tensors, folder / "lacking" / "model.safetensors")
     config = (run / "model" / "config.yaml").read_text()
-    (folder / "format" / "config.yaml").write_text(config.replace("format: 2", "format: 99"))
+    newer = config.replace(f"format: {MODEL_FORMAT}", "format: 99")
+    (folder / "format" / "config.yaml").write_text(newer)
     (folder / "foreign" / "config.yaml").write_text(config.replace("dreamerv3", "hostile.Model"))
     (folder / "yaml" / "config.yaml").write_text("model: [oops")
-    (folder / "bare" / "config.yaml").write_text("format: 2\n")
+    (folder / "bare" / "config.yaml").write_text(f"format: {MODEL_FORMAT}\n")
 
 
 def runs(folder: Path, run: Path, marker: Path) -> None:
