@@ -51,6 +51,7 @@ def test_without_arguments_it_tells_how_to_use_it(command):
         (["checkpoint=RUN", "num_envs=-1"], "num_envs is -1; expected at least 1"),
         (["checkpoint=RUN", "env.idd=Pendulum-v1"], "key 'env.idd' (did you mean 'env.id'?)"),
         (["checkpoint=RUN", "env=Pendulum-v1"], "; write env=gymnasium env.id=Pendulum-v1"),
+        (["checkpoint=RUN", "env=none", "video=x.gif"], "there is no environment; name one: env="),
         (["checkpoint=RUN", "env.id=Nothing-v0"], "There is no environment 'Nothing-v0'"),
         (["checkpoint=RUN"], "RUN contains no model.safetensors; expected a folder written by"),
         (["checkpoint=RUN/model"], "no file or folder 'RUN/model'"),

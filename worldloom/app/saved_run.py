@@ -121,6 +121,8 @@ def load_run(path: str | Path, allow: Iterable[str] = (), device: Any = "cpu") -
 
 def add_render_mode(env: Mapping[str, Any], render_mode: str) -> dict[str, Any]:
     """Return an env section with a render mode, if its function takes one."""
+    if env["_target_"] is None:
+        return dict(env)  # `env_maker` reports it
     takes = inspect.signature(import_target(str(env["_target_"]))).parameters
     accepts = "render_mode" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
     return {**env, **({"render_mode": render_mode} if accepts else {})}
