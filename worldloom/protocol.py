@@ -274,6 +274,9 @@ def split_result(result: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         )
     scalars = {}
     for name, value in result.items():
+        if type(value) is Tensor and not (value.ndim or value.is_complex()) and type(name) is str:
+            scalars[name] = value
+            continue
         if name == REPLAY:
             continue
         if not isinstance(name, str):

@@ -70,18 +70,22 @@ class RunningMeans:
 
     def add(self, scalars: Mapping[str, Tensor]) -> None:
         """Add one value [] of each scalar; does not wait for a device."""
-        by_device: dict[torch.device, dict[str, Tensor]] = {}
-        for name, value in scalars.items():
-            by_device.setdefault(value.device, {})[name] = value
-        for device, group in by_device.items():
-            names, values = tuple(group), torch.stack(list(group.values()))
-            if names not in self._sums:
-                dtype = torch.promote_types(values.dtype, torch.float32)  # bfloat16 stops at 256
-                self._sums[names] = torch.zeros_like(values, dtype=dtype), 0
-            sums, count = self._sums[names]
-            # Not in place, so that a returned state does not change; a loaded one is on the CPU.
-            self._sums[names] = sums.to(device) + values, count + 1
         self.count += 1
+        names, values = tuple(scalars), list(scalars.values())
+        devices = {value.device for value in values}
+        if len(devices) == 1:
+            return self._add(names, torch.stack(values))
+        for device in devices:
+            group = {name: value for name, value in scalars.items() if value.device == device}
+            self._add(tuple(group), torch.stack(list(group.values())))
+
+    def _add(self, names: tuple[str, ...], values: Tensor) -> None:
+        if names not in self._sums:
+            dtype = torch.promote_types(values.dtype, torch.float32)  # bfloat16 stops at 256
+            self._sums[names] = torch.zeros_like(values, dtype=dtype), 0
+        sums, count = self._sums[names]
+        # Not in place, so that a returned state does not change; a loaded one is on the CPU.
+        self._sums[names] = sums.to(values.device) + values, count + 1
 
     def flush(self) -> dict[str, float]:
         """Return the means since the last flush; waits for the device."""
