@@ -67,7 +67,7 @@ CASES = {
     "run seed=null": "seed is null; expected a whole number",
     "run data.online_queue=3": "data.online_queue is 3; expected true or false",
     "run data.capacity=[1]": "data.capacity is [1]; expected steps such as 100000, or memory such",
-    "run callbacks.open_loop.every=abc": "callbacks.open_loop.every is 'abc'; expected a whole num",
+    "run env.workers=0 callbacks.open_loop.every=abc": "every is 'abc'; expected updates",
     "run optimizer.betas=3": "optimizer.betas is 3; expected a list such as [0.9, 0.999]",
     "run env.num_envs=2.5": "env.num_envs is 2.5; expected a whole number such as 4",
     "run env.pixels=3": "env.pixels is 3; expected true or false",
