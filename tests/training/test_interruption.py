@@ -1,9 +1,11 @@
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
-from worldloom.training.interruption import SIGNALS, Interrupted, Interruption
+from worldloom.training.interruption import SIGNALS, Interrupted, Interruption, Limits, Paused
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -28,3 +30,11 @@ def test_a_second_ctrl_c_does_not_wait():
         with pytest.raises(Interrupted) as stopped:
             os.kill(os.getpid(), signal.SIGINT)
     assert not stopped.value.between
+
+
+def test_a_limit_does_not_stop_the_thread_that_collects_during_an_update():
+    limits, data = Limits(max_steps=3), SimpleNamespace(updates=3, complete=False)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(limits.check, data).result()
+    with pytest.raises(Paused, match=r"trainer\.max_steps=3"):
+        limits.check(data)

@@ -1,7 +1,8 @@
-"""What stops a run between two updates, unfinished: signals, and limits of time and updates."""
+"""Stopping a run between two updates, unfinished: by signals, and by limits of time and updates."""
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,9 +35,7 @@ class Interrupted(BaseException):
 
 
 class Paused(Interrupted):
-    """Raised between two updates when a limit stops the run; it is no failure."""
-
-    exit_code = 0
+    """Raised between two updates when a limit stops the run, which is not an error."""
 
     def __init__(self, reason: str) -> None:
         BaseException.__init__(self, f"stopped by {reason}")
@@ -46,13 +45,13 @@ class Paused(Interrupted):
 class Limits:
     """The limits `trainer.max_time` and `trainer.max_steps`, which leave a run unfinished.
 
-    Lightning's own would end it as if all steps had been done.
+    With Lightning's own limits the run would count as finished.
 
     max_time: time of this start of the run, as in `lightning.Trainer`; None for no limit.
     max_steps: updates of the whole run; None or -1 for no limit.
 
     Raises:
-        ValueError: `max_time` is no duration.
+        ValueError: `max_time` is not a duration.
     """
 
     def __init__(self, max_time: Any = None, max_steps: int | None = None) -> None:
@@ -68,11 +67,16 @@ class Limits:
         self._end = float("inf")
 
     def start(self) -> None:
-        """Start the time."""
+        """Start measuring the time."""
         self._end = time.monotonic() + self._seconds
 
     def check(self, data: Any) -> None:
-        """Raise Paused if a limit is reached and the data module still has something to train."""
+        """Raise Paused if a limit is reached and the data module has more to train on.
+
+        Does nothing in the thread that collects during an update, which has to end first.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
         if data.updates >= self.max_steps > -1 and not data.complete:
             raise Paused(f"trainer.max_steps={self.max_steps}")
         if time.monotonic() > self._end and not data.complete:
