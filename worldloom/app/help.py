@@ -13,14 +13,7 @@ Trains a model and writes everything to runs/NAME/DATE. A group selects a file o
 {groups}
 
 examples:
-  worldloom run                                  DreamerV3 on CartPole, five minutes on a CPU
-  worldloom run experiment=pendulum seed=1 training.total_steps=4000
-  worldloom run model=dreamerv3_size1m env=gymnasium env.id=Acrobot-v1 env.num_envs=8
-  worldloom run model=tdmpc2_5m env=dmc env.task=walker-walk trainer=gpu
-  worldloom run env._target_=my_pkg.make_env +env.level=3          a custom environment
-  worldloom run model=custom model._target_=my_pkg.MyModel         a custom model
-  worldloom run resume=runs/cartpole/2026-01-01_00-00-00           continue a run
-  worldloom run -m seed=0,1,2 model=dreamerv3_tiny,tdmpc2_tiny     a sweep: six runs
+{examples}
 
 --cfg job     print the configuration with all its values, do not train
 --help all    print Hydra's help with all choices of all groups
@@ -31,7 +24,10 @@ def describe_run() -> str:
     """Return the usage of `worldloom run`: its groups with their choices, and examples."""
     text = (config_dir() / "config.yaml").read_text()
     groups = re.findall(r"^  - (\w+): [^#]+# (.+)$", text, re.MULTILINE)
-    return USAGE.format(groups="\n".join(_describe(*group) for group in sorted(groups)))
+    return USAGE.format(
+        groups="\n".join(_describe(*group) for group in sorted(groups)),
+        examples="\n".join(re.findall("^#(  worldloom run.*)$", text, re.MULTILINE)),
+    )
 
 
 def _describe(group: str, phrase: str) -> str:
