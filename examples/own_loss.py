@@ -43,13 +43,13 @@ class InversePlanner(TDMPC2):
 
 if __name__ == "__main__":
     with TemporaryDirectory() as folder:
-        words = ["model=tdmpc2_tiny", "model._target_=own_loss.InversePlanner"]
-        words += ["+model.inverse_units=64", "+model.loss_scales.inverse=0.5"]
-        words += ["env=gymnasium", "env.id=Pendulum-v1", "env.time_limit=20", "env.num_envs=1"]
-        words += ["training.total_steps=60", "training.prefill=40", "training.random_steps=0"]
-        words += ["training.seed_episodes=1", "training.log_every=20", "evaluation.episodes=1"]
-        words += [f"hydra.run.dir={folder}/run"]
-        command = [sys.executable, "-m", "worldloom.run", *words]
+        args = ["model=tdmpc2_tiny", "model._target_=own_loss.InversePlanner"]
+        args += ["+model.inverse_units=64", "+model.loss_scales.inverse=0.5"]
+        args += ["env=gymnasium", "env.id=Pendulum-v1", "env.time_limit=20", "env.num_envs=1"]
+        args += ["training.total_steps=60", "training.prefill=40", "training.random_steps=0"]
+        args += ["training.seed_episodes=1", "training.log_every=20", "evaluation.episodes=1"]
+        args += [f"hydra.run.dir={folder}/run"]
+        command = [sys.executable, "-m", "worldloom.run", *args]
         subprocess.run(command, cwd=Path(__file__).parent, check=True)
         with open(f"{folder}/run/metrics.csv") as file:
             for row in csv.DictReader(file):

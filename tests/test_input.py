@@ -109,7 +109,7 @@ CASES = {
     "run env.workers=0 model=custom model._target_=no_such.Model": "cannot import 'no_such.Model':",
     "run env.workers=0 model=custom model._target_=my_code.number": "my_code.number is 3; expected",
     "run env.workers=0 model=custom model._target_=my_code.Strange": "does not take obs_shape, act",
-    "run env.workers=0 model=custom model._target_=my_code.NoModule": "is no torch.nn.Module; expe",
+    "run env.workers=0 model=custom model._target_=my_code.NoModule": "is not a torch.nn.Module; ",
     "run env.workers=0 model=custom model._target_=my_code.NoMethods": "has no encode, predict, ob",
     "run env.workers=0 model.blocks=7": "7 blocks; blocks must divide both: change blocks or",
     "run env.workers=0 model=tdmpc2_1m model.num_elites=999": "num_elites is 999; expected at most",

@@ -1,4 +1,4 @@
-"""Devices on which a model can be placed, and errors in words for those that are not available."""
+"""Devices on which a model can be placed, with one-line errors for those that are missing."""
 
 import torch
 

@@ -75,9 +75,9 @@ def _attempt(part: Callable[[], list[tuple[str, str]]]) -> list[tuple[str, str]]
     """Return the lines of a part of the report, or a line about its error."""
     try:
         return part()
-    except Exception as error:  # a broken installation is what the report is for
+    except Exception as error:  # the report is needed most where something is broken
         name = part.__name__.strip("_")
-        return [(name, f"cannot be found out ({type(error).__name__}: {join_lines(error)})")]
+        return [(name, f"cannot be determined ({type(error).__name__}: {join_lines(error)})")]
 
 
 def _versions() -> list[tuple[str, str]]:

@@ -133,7 +133,7 @@ def construct(target: str, arguments: Mapping[str, Any], needed: Sequence[str] =
     needed: parameters that it must have.
 
     Raises:
-        ValueError: the class cannot be imported, does not accept the arguments, or is no module.
+        ValueError: the class cannot be imported, does not accept the arguments, or is not a module.
     """
     cls = import_target(REGISTERED.get(target, target))
     parameters, takes_any = list_parameters(cls)
@@ -148,7 +148,7 @@ def construct(target: str, arguments: Mapping[str, Any], needed: Sequence[str] =
     model = cls(**arguments)
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"{target} made a {type(model).__name__}, which is no torch.nn.Module; "
+            f"{target} returned a {type(model).__name__}, which is not a torch.nn.Module; "
             "expected a world model (worldloom/protocol.py); derive its class from torch.nn.Module"
         )
     made: Any = model

@@ -125,7 +125,7 @@ def reject_interpolations(tree: Any, source: Path | str) -> None:
 
 
 def remember(file: Path, make: Callable[[], str]) -> str:
-    """Return the text of a file; if it does not exist, the text is made and written first."""
+    """Return the text of a file; if it does not exist, write the result of `make()` first."""
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, make())

@@ -23,7 +23,7 @@ def name_target(target: Any, default: str | None = None) -> str:
     path that the user gave, or else the path of its definition.
     """
     names = (getattr(target, name, "") for name in ("__module__", "__qualname__"))
-    path = ".".join(names)  # a functools.partial has no name of its own
+    path = ".".join(names)  # a functools.partial has no name
     families = {path: family for family, path in REGISTERED.items()}
     return families.get(path) or default or path
 

@@ -1,4 +1,4 @@
-"""Ctrl-C while a command starts: one line, instead of the traceback of an import.
+"""Ctrl-C while a command starts: print one line instead of the traceback of an import.
 
 Imports take seconds, and some of them swallow KeyboardInterrupt.
 """
@@ -21,13 +21,13 @@ def is_command() -> bool:
 
 
 def begin() -> None:
-    """From now on, end the process on Ctrl-C."""
+    """End the process on Ctrl-C from now on."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
 
 
 def end() -> None:
-    """From now on, raise KeyboardInterrupt on Ctrl-C, as Python does by default."""
+    """Raise KeyboardInterrupt on Ctrl-C from now on, as Python does by default."""
     if signal.getsignal(signal.SIGINT) is _stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -370,4 +370,4 @@ def test_a_film_ends_when_it_is_full(tmp_path, monkeypatch):
         for _ in range(30):
             env.step(env.action_space.sample())
     assert (film.episodes, film.frames) == (1, 4)
-    assert film.describe() == "4 images, 10 per second, which is as long as a film can be"
+    assert film.describe() == "4 images, 10 per second (the maximum length)"

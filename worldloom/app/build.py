@@ -153,7 +153,7 @@ def build_trainer(config: ResolvedConfig, folder: Path, evaluation: Any, resumes
 
 
 def place_checkpoints(callbacks: Mapping[str, Any], folder: Path) -> None:
-    """Give each of Lightning's ModelCheckpoint callbacks a folder of its own in the run folder.
+    """Give each of Lightning's ModelCheckpoint callbacks its own folder in the run folder.
 
     Raises:
         ValueError: one of them would write into the folder of the run's own checkpoints.

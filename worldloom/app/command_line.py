@@ -138,7 +138,7 @@ def reject_slips(args: Sequence[str]) -> None:
         raise ValueError(problem + (fix or f"; write {key}={value}"))
     if run := Overrides(tuple(args)).value("checkpoint"):
         raise ValueError(
-            f"checkpoint={run} is no setting of a run; to continue a run write resume={run}, to "
+            f"checkpoint={run} is not a setting of a run; to continue a run write resume={run}, to "
             f"score it: worldloom eval checkpoint={run}"
         )
 

@@ -1,4 +1,4 @@
-"""The line before training: how many updates are to come, and how long they take here."""
+"""The line printed before training: the remaining updates and the expected time."""
 
 import copy
 import statistics
@@ -109,7 +109,10 @@ def _steps(actor: Actor, obs: Any, envs: int) -> Callable[[], None]:
 
 
 def measure_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return the median seconds of some work, after a warm-up; it is repeated up to a second."""
+    """Return the median seconds of a call of `work`: of up to three calls in about a second.
+
+    The first call is a warm-up, unless it takes more than a second.
+    """
 
     def once() -> float:
         start = time.perf_counter()

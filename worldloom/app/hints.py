@@ -108,7 +108,7 @@ def hint_choice(group: str, name: str) -> str:
         return f"; write env=gymnasium env.id={name}"
     if re.search(r"\w[.:]\w", name) and group in ("env", "model", "optimizer", "planner"):
         custom = "model=custom " if group == "model" else ""
-        return f"; for a class or function of your own write {custom}{group}._target_=" + (
+        return f"; for a custom class or function write {custom}{group}._target_=" + (
             name.replace(":", ".")
         )
     sizes = [preset for preset in preset_names() if preset.startswith(f"{name}:")]

@@ -51,8 +51,7 @@ RENAMED = {
 }
 # Packages that loggers, and classes derived from them, need.
 PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
-# Arguments of Lightning's trainer that would change what a run is: the values that do not, and what
-# to set instead.
+# Trainer arguments that runs do not support -> (accepted values, what to use instead).
 TRAINER: dict[str, tuple[tuple[Any, ...], str]] = {
     "accumulate_grad_batches": ((1,), "training.batch_size: every batch is one update"),
     "max_epochs": ((-1, None), "training.total_steps: a run has one epoch"),
@@ -64,7 +63,6 @@ TRAINER: dict[str, tuple[tuple[Any, ...], str]] = {
     "barebones": ((False,), "logger.NAME=null and '~callbacks.NAME'"),
     "val_check_interval": ((1_000_000_000,), "evaluation.every"),
     "check_val_every_n_epoch": ((None, 1), "evaluation.every"),
-    "reload_dataloaders_every_n_epochs": ((0,), "nothing: a run has one epoch"),
     "logger": ((), "the logger section: logger=NAME or +logger.NAME._target_=…"),
     "callbacks": ((), "the callbacks section: +callbacks.NAME._target_=…"),
 }

@@ -87,7 +87,7 @@ class Film:
 
     @property
     def is_full(self) -> bool:
-        """Whether there is no room for more images."""
+        """Whether the film has the maximum number of images."""
         return self.frames >= self._make_encoder.max_frames
 
     def record(self, env: SyncVectorEnv, episodes: int) -> None:
@@ -113,7 +113,7 @@ class Film:
 
     def describe(self) -> str:
         """Return the numbers of images."""
-        more = ", which is as long as a film can be" if self.is_full else ""
+        more = " (the maximum length)" if self.is_full else ""
         return f"{self.frames:,} images, {self.fps:g} per second{more}"
 
     def close(self) -> None:

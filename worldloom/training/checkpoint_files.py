@@ -35,7 +35,7 @@ def copy_to_cpu(tree: Any) -> Any:
 
 
 def find_objects(tree: Any) -> str:
-    """Return the type of something in nested data that checkpoints cannot contain, or ""."""
+    """Return the type of the first object in nested data that checkpoints cannot contain, or ""."""
     if isinstance(tree, Mapping):
         tree = [*tree, *tree.values()]
     if isinstance(tree, list | tuple | set):

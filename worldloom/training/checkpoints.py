@@ -51,7 +51,7 @@ class ThreadedCheckpointIO(CheckpointIO):
     ) -> None:
         """Start to write a checkpoint; `wait` waits for the end.
 
-        Those of Lightning's ModelCheckpoint are complete on return, since loggers may upload them.
+        Files of Lightning's ModelCheckpoint are complete on return, since loggers may upload them.
         """
         self.wait()
         self._writing = self._pool.submit(self._write, copy_to_cpu(checkpoint), Path(path))
@@ -167,7 +167,7 @@ class Checkpoints(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Leave out states of callbacks with objects that a checkpoint could not be read with."""
+        """Leave out the states of callbacks that contain more than tensors and plain data."""
         for key, state in list(checkpoint["callbacks"].items()):
             if found := find_objects(state):
                 del checkpoint["callbacks"][key]
@@ -182,7 +182,7 @@ class Checkpoints(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restore users' callbacks; one that rejects its state, as its class changed, starts anew.
+        """Restore users' callbacks, except those that reject their state, with a warning.
 
         Called after this hook of the other callbacks and before Lightning restores states.
         """
@@ -195,7 +195,7 @@ class Checkpoints(Callback):
                 callback.load_state_dict(copy.deepcopy(state))
             except Exception as error:
                 log.warning(
-                    "the callback %s cannot restore its saved state (%s: %s), so it starts anew",
+                    "the callback %s cannot restore its saved state (%s: %s), so it starts without",
                     *(type(callback).__name__, type(error).__name__, error),
                 )
 

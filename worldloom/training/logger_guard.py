@@ -16,7 +16,7 @@ from worldloom.training.metrics import counters, current_step
 
 log = logging.getLogger(__name__)
 
-# What Lightning, callbacks and worldloom use of a logger.
+# Members of loggers that Lightning, callbacks and worldloom use.
 MEMBERS = (
     *("log_metrics", "log_hyperparams", "log_graph", "log_image", "log_video", "log_picture"),
     *("save", "finalize", "after_save_checkpoint", "state_dict", "load_state_dict"),
@@ -69,7 +69,7 @@ class Guard:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             log.warning(
                 "logger.%s failed (%s); the run continues, and this logger may miss some points; "
-                "further errors of it are not reported",
+                "its further errors are not reported",
                 self.key,
                 reason,
             )
@@ -108,9 +108,9 @@ def guard_logger(
 
 @contextmanager
 def finishing_wandb() -> Iterator[None]:
-    """Finish the W&B run that a block has started, so that the next run of a sweep is another one.
+    """Finish the W&B run that a block has started, so that the next job of a sweep starts another.
 
-    Whoever started it: the logger of worldloom or Lightning, or a callback.
+    It may have been started by worldloom's logger, Lightning's logger, or a callback.
     """
     code = 1
     try:

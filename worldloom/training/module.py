@@ -69,16 +69,16 @@ class WorldModelModule(LightningModule):
 
     @property
     def seconds(self) -> float:
-        """Return the seconds of training so far, of this process and of those it continues."""
+        """Return the seconds of training so far, those before a resume included."""
         running = 0.0 if self._started is None else time.monotonic() - self._started
         return self._seconds + running
 
     def on_train_start(self) -> None:
-        """Start to count the seconds of training."""
+        """Start counting the seconds of training."""
         self._started = time.monotonic()
 
     def on_train_end(self) -> None:
-        """Stop to count the seconds of training."""
+        """Stop counting the seconds of training."""
         self._seconds, self._started = self.seconds, None
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
@@ -168,7 +168,7 @@ class WorldModelModule(LightningModule):
     def _keep_changes(
         self, optimizer: torch.optim.Optimizer, state: dict[str, Any]
     ) -> dict[str, Any]:
-        """Let the options that were changed on resume win over those in the checkpoint."""
+        """Keep the options that were changed on resume instead of those in the checkpoint."""
         pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
         groups = [
             saved | {key: now[key] for key in self._changed_options if key in now}

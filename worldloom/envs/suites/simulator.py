@@ -20,7 +20,7 @@ class SimulatorEnv(gym.Env):
 
     @property
     def metadata(self) -> dict[str, Any]:  # type: ignore[override]
-        """Return what gymnasium wants to know about rendering."""
+        """Return gymnasium's description of rendering."""
         return {"render_modes": ["rgb_array"], "render_fps": self.render_fps}
 
     def close(self) -> None:
