@@ -184,6 +184,9 @@ def find_own_parameters(
 
     Returns:
         None for a class of worldloom, all of whose parameters are in its presets.
+
+    Raises:
+        ValueError: the class cannot be imported.
     """
     cls = import_target(str(given.get("_target_", preset["_target_"])))
     if name_target(cls) in REGISTERED:
@@ -203,7 +206,11 @@ def _to_python(value: Any) -> Any:
 
 
 def import_target(target: str) -> Any:
-    """Return the class or function with a dotted import path."""
+    """Return the class or function with a dotted import path.
+
+    Raises:
+        ValueError: it cannot be imported, or is not callable.
+    """
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)

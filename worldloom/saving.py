@@ -55,7 +55,11 @@ class SavableModel(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write model.safetensors and config.yaml; `create_world_model(folder)` loads them."""
+        """Write model.safetensors and config.yaml; `create_world_model(folder)` loads them.
+
+        Raises:
+            ValueError: an argument of the constructor is not plain data.
+        """
         save_model(self, folder)
 
 
@@ -176,7 +180,12 @@ def read_saved(folder: Path) -> tuple[dict[str, Any], Tensors]:
 
 
 def read_checkpoint(file: Path) -> tuple[dict[str, Any], Tensors]:
-    """Return the model's config and tensors from a run's checkpoint, without executing code."""
+    """Return the model's config and tensors from a run's checkpoint, without executing code.
+
+    Raises:
+        ValueError: the file cannot be read, is not a checkpoint of a run, or contains
+            interpolations.
+    """
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         config = checkpoint["hyper_parameters"]["model"]

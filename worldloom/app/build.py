@@ -112,6 +112,10 @@ def build_trainer(config: ResolvedConfig, folder: Path, evaluation: Any, resumes
 
     A resumed run writes it only when training starts: its folder stays unchanged until everything
     in the checkpoint was restored.
+
+    Raises:
+        ValueError: a logger or callback cannot be built or monitors a metric that does not exist,
+            or a run in several processes is resumed.
     """
     from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
 
@@ -198,7 +202,12 @@ def open_task(plain: Mapping[str, Any]) -> tuple[Task, Dataset | None]:
 def build_data(
     plain: Mapping[str, Any], task: Task, actor: Actor, dataset: Dataset | None = None
 ) -> Any:
-    """Build the data module that feeds the trainer, from a dataset or by collecting."""
+    """Build the data module that feeds the trainer, from a dataset or by collecting.
+
+    Raises:
+        ValueError: the capacity of the replay is missing or too small, or the episodes are shorter
+            than the sequences to sample.
+    """
     from worldloom.training import ReplayBuffer, ReplayDataModule
 
     training, data = plain["training"], plain["data"]
@@ -298,6 +307,9 @@ def fill_buffer(buffer: Any, dataset: Dataset) -> str:
 
     Arrays that the model stores with every row start as zeros, as at the start of an episode, and
     training replaces them.
+
+    Raises:
+        ValueError: the first episode does not fit into the replay.
     """
     returns: list[float] = []
     for episode in dataset:

@@ -101,7 +101,11 @@ def print_version(args: Sequence[str]) -> None:
 
 
 def parse_settings(args: Sequence[str], cls: type, **defaults: Any) -> Any:
-    """Build the settings class of a command from its KEY=VALUE arguments."""
+    """Build the settings class of a command from its KEY=VALUE arguments.
+
+    Raises:
+        ValueError: an argument has another form, or an unknown key or wrong value.
+    """
     for arg in args:
         if not re.match(r"[A-Za-z_]\w*=", arg):
             raise ValueError(

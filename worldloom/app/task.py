@@ -130,7 +130,12 @@ class Task:
 
 
 def env_maker(env: Mapping[str, Any]) -> Callable[[], Any]:
-    """Return the function that makes the environment of an env section."""
+    """Return the function that makes the environment of an env section.
+
+    Raises:
+        ValueError: the section names no environment, or one that cannot be imported or does not
+            take the arguments.
+    """
     if env["_target_"] is None:
         raise ValueError("there is no environment; name one: env=gymnasium env.id=CartPole-v1")
     make = import_target(str(env["_target_"]))
@@ -163,6 +168,10 @@ def open_saved_run(path: Path, overrides: Overrides) -> tuple[dict[str, Any], di
     path: of the run, or of its model folder or a checkpoint in it.
     overrides: env=NAME and env.KEY=VALUE change the environment; SECTION._target_=NAME repeats the
         override that named third-party code when the run was trained.
+
+    Raises:
+        ValueError: there is no run, an override differs from its configuration, or third-party code
+            is not repeated in the overrides.
     """
     run = find_run(path)
     config = resolve_saved(read_config(run), run / CONFIG)
@@ -187,6 +196,9 @@ def load_actor(path: Path, config: Mapping[str, Any], task: Task, device: Any = 
     """Load the model of a run to act in a task, which may differ from the one of its training.
 
     config: of the run, as `open_saved_run` returns it.
+
+    Raises:
+        ValueError: the model has other observations or actions than the task.
     """
     model: Any = create_world_model(
         path, device=device, allow=(config["model"]["_target_"],)

@@ -283,6 +283,9 @@ class ActionSpec:
 
         Discrete: the choice with the largest value of each group. Box: clipped to [-1, 1], then
         scaled to [low, high].
+
+        Raises:
+            ValueError: the actions have another shape, or contain NaN or infinity.
         """
         actions = np.asarray(actions)
         if actions.ndim != 2 or actions.shape[1] != self.width:
@@ -302,6 +305,9 @@ class ActionSpec:
         """Convert an environment's actions [N, ...] to model actions [N, A] float32.
 
         The inverse of `decode`. A joint that cannot move (low = high) becomes 0.
+
+        Raises:
+            ValueError: the actions have another shape.
         """
         actions = np.asarray(actions)
         if actions.shape[1:] != self.space.shape:

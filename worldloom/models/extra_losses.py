@@ -1,4 +1,4 @@
-"""Loss terms that subclasses add to a model's own."""
+"""Loss terms that subclasses add to those of a built-in model."""
 
 import warnings
 from collections.abc import Collection, Mapping

@@ -226,6 +226,9 @@ class OpenLoop(Callback):
     every: updates between pictures, "auto" for about ten pictures per run, or 0 for none. Another
         one follows at the end. context: rows observed before imagining.
     length: maximum number of rows of a picture, which shows a single episode.
+
+    Raises:
+        ValueError: `every` is neither auto nor a number of at least 0.
     """
 
     def __init__(self, every: int | str = "auto", context: int = 5, length: int = 50) -> None:

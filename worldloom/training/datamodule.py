@@ -177,7 +177,11 @@ class ReplayDataModule(lightning.LightningDataModule):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned.
+
+        Raises:
+            ValueError: the state is from an online run and this run is offline, or vice versa.
+        """
         if (self.collector is None) != (state_dict["collector"] is None):
             modes = ("offline", "online") if self.collector is None else ("online", "offline")
             raise ValueError(

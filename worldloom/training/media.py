@@ -14,7 +14,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 
 def log_pictures(trainer: Trainer, pictures: Mapping[str, np.ndarray], step: int) -> None:
-    """Send pictures [H, W, 3] and films [T, H, W, 3] to every logger that supports them."""
+    """Send pictures [H, W, 3] and films [T, H, W, 3] of uint8 to all loggers that support them."""
     for logger in trainer.loggers:
         for name, picture in pictures.items():
             if hasattr(logger, "attempt"):  # see logger_guard

@@ -82,7 +82,12 @@ class WorldModelModule(LightningModule):
         self._seconds, self._started = self.seconds, None
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        """Return the loss of one batch."""
+        """Return the loss [] of one batch.
+
+        Raises:
+            ValueError: `compute_loss` returned no dict of scalars, or a "loss" without gradient.
+            FloatingPointError: the model failed on NaN or infinity, and the run has to stop.
+        """
         with phase("check"):
             self.guard.begin(batch)
         try:

@@ -19,6 +19,9 @@ class LaProp(torch.optim.Optimizer):
 
     "lr" in a parameter group is the rate that the last step used (before the first step: the rate
     that it will use), which learning rate monitors read; "peak_lr" is the argument `lr`.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     def __init__(

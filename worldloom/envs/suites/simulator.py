@@ -10,7 +10,7 @@ class SimulatorEnv(gym.Env):
 
     simulator: the suite's own environment; None until an adapter has created it.
     name: suite and task, shown in messages.
-    render_fps: steps per second; the adapters set their own.
+    render_fps: steps per second; each adapter sets it.
     """
 
     render_fps: float = 10

@@ -263,7 +263,11 @@ class DreamerV3(ExtraLosses, SavableModel):
     # Loss terms before the mean over rows and steps -------------------------------------------
 
     def prepare_batch(self, batch: Batch) -> Sequences:
-        """Validate a batch, and align each row with the action that led to it."""
+        """Validate a batch, and align each row with the action that led to it.
+
+        Raises:
+            ValueError: a key is missing, a shape is wrong, or there are fewer than 2 rows.
+        """
         require_keys(batch)
         obs = self.obs_spaces.split(batch["obs"], lead=2)
         rows, steps = check_rows(batch, obs, self.act_spaces)

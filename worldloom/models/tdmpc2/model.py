@@ -237,7 +237,11 @@ class TDMPC2(ExtraLosses, Networks):
         return {"loss": total, **losses, **{k: v.detach() for k, v in (stats | more).items()}}
 
     def read_transitions(self, batch: Batch) -> Transitions:
-        """Check a batch and return its transitions, time first."""
+        """Check a batch and return its transitions, time first.
+
+        Raises:
+            ValueError: a key is missing or an array has another shape.
+        """
         if "obs" not in batch:
             raise ValueError("the batch lacks 'obs'; compute_loss needs it")
         require_keys(batch)
