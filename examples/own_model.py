@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch.nn.functional import one_hot
 
 from worldloom import create_world_model
 from worldloom.models.dreamerv3 import DreamerV3
@@ -34,8 +35,8 @@ class EpsilonDreamer(DreamerV3):
         action = super().policy(state, deterministic)
         if deterministic:
             return action
-        random = torch.eye(action.shape[-1])[torch.randint(action.shape[-1], (len(action),))]
-        explores = torch.rand(len(action), 1) < self.epsilon
+        random = one_hot(torch.rand_like(action).argmax(-1), action.shape[-1]).to(action)
+        explores = torch.rand_like(action[:, :1]) < self.epsilon
         return torch.where(explores, random, action)
 
 
