@@ -20,13 +20,14 @@ from worldloom.training.randomness import random_state, set_random_state
 
 LONG = 3.0  # hours after which smaller models are named, on a machine without a GPU
 LARGEST = 1 << 30  # bytes of a model that is copied to measure it
+FEWEST = 20  # updates; measuring would cost a shorter run a large part of its time
 
 
 class Forecast(Callback):
     """Print the updates to come and the expected time, measured on a copy of the model.
 
-    Weights and random states stay as they are. A model that cannot be copied, or that fails on
-    random data, is not measured.
+    Weights and random states stay as they are. A model that is large, cannot be copied or fails on
+    random data is not measured, nor is a run of few updates.
     """
 
     def __init__(self, task: Task) -> None:
@@ -42,7 +43,8 @@ class Forecast(Callback):
         line, before = f"{updates:,} updates to come", random_state()
         try:
             # In several processes a loss may wait for the others.
-            if trainer.world_size == 1 and _size(model) < LARGEST:
+            worth = updates >= FEWEST and _size(model) < LARGEST
+            if trainer.world_size == 1 and worth:
                 seconds, costs = self._measure(trainer, model, data)
                 line += f", about {describe_time(seconds)} ({costs})"
                 if seconds > LONG * 3600 and usable_devices() == ["cpu"]:
@@ -123,7 +125,7 @@ def measure_seconds(work: Callable[[], object], device: torch.device) -> float:
 
     first = once()
     seconds = [first] if first > 1 else [once()]
-    while sum(seconds) < 1 and len(seconds) < 3:
+    while sum(seconds) < 0.2 and len(seconds) < 3:
         seconds.append(once())
     return statistics.median(seconds)
 
