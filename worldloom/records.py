@@ -42,7 +42,7 @@ def record_call(
     own = next(_signatures(target), [])
     defaults = {p.name: p.default for p in own if is_plain(p.default)}
     arguments = {**given, **{k: v for k, v in defaults.items() if k not in given}}
-    return {"model": name or name_target(target), "arguments": _to_plain(arguments)}
+    return {"model": name or name_target(target), "arguments": to_plain(arguments)}
 
 
 def list_parameters(target: Any) -> tuple[dict[str, inspect.Parameter], bool]:
@@ -104,12 +104,12 @@ def is_plain(value: Any) -> bool:
     return value is None or type(value) in (bool, int, float, str)
 
 
-def _to_plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Copy nested containers, OmegaConf's too, with NumPy's numbers as Python's."""
     if isinstance(value, Mapping):
-        return {key: _to_plain(item) for key, item in value.items()}
+        return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return (tuple if isinstance(value, tuple) else list)(map(_to_plain, value))
+        return (tuple if isinstance(value, tuple) else list)(map(to_plain, value))
     return value.item() if isinstance(value, np.generic) else value
 
 

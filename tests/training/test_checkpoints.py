@@ -335,3 +335,17 @@ def test_a_disk_full_to_the_end_leaves_the_last_good_one_and_is_an_error(tmp_pat
         fit(online(), Checkpoints(tmp_path, "5updates"))
     assert updates(tmp_path / "last.ckpt") == 0
     assert [f.name for f in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+class KeepsBest(Callback):
+    """A callback whose state has a NumPy number, as the mean of some scores is."""
+
+    def state_dict(self):
+        return {"best": np.float64(1.5), "history": [np.int64(3)]}
+
+
+def test_numpy_numbers_in_the_state_of_a_callback_are_saved_as_pythons(tmp_path, caplog):
+    fit(online(), KeepsBest(), Checkpoints(tmp_path, "5updates"))
+    states = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+    assert states["KeepsBest"] == {"best": 1.5, "history": [3]}
+    assert "is not saved" not in caplog.text

@@ -1,12 +1,15 @@
 import csv
 import io
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from lightning.pytorch.loggers import Logger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from worldloom.training.logger_guard import guard_logger
 from worldloom.training.loggers import MetricsCSV, TensorBoard
 from worldloom.training.metrics import COUNTERS
 
@@ -199,3 +202,28 @@ def test_a_full_disk_costs_points_not_the_run(tmp_path, monkeypatch, caplog):
     board = EventAccumulator(str(tmp_path))
     board.Reload()
     assert {e.step for e in board.Scalars("a")} >= {3}
+
+
+class Unreachable(Logger):
+    """A logger whose server does not answer, but which has a state."""
+
+    name = version = "unreachable"
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        time.sleep(0.01)
+        raise ConnectionError("no answer")
+
+    def state_dict(self):
+        return {"written": 7}
+
+
+def test_the_state_of_a_logger_is_saved_while_it_is_left_alone_after_an_error(caplog):
+    logger = Unreachable()
+    guard_logger(logger, "mine", lambda metrics, step: (metrics, step))
+    for _ in range(2):
+        logger.log_metrics({"x": 1.0}, 0)
+    assert caplog.text.count("logger.mine failed (ConnectionError: no answer)") == 1
+    assert logger.state_dict() == {"written": 7}

@@ -11,6 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from worldloom.records import to_plain
 from worldloom.timing import phase
 from worldloom.training.checkpoint_files import (
     DATA,
@@ -169,6 +170,8 @@ class Checkpoints(Callback):
     ) -> None:
         """Leave out the states of callbacks that contain more than tensors and plain data."""
         for key, state in list(checkpoint["callbacks"].items()):
+            if find_objects(state):
+                checkpoint["callbacks"][key] = state = to_plain(state)
             if found := find_objects(state):
                 del checkpoint["callbacks"][key]
                 if key not in self._unsaved:

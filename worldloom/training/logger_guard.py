@@ -40,14 +40,17 @@ class Guard:
         self._until = 0.0
 
     def protect(self, method: Callable[..., Any], otherwise: Any = None) -> Callable[..., Any]:
-        """Return a method that catches errors; it returns `otherwise` after one."""
+        """Return a method that catches errors; it returns `otherwise` after one.
+
+        States are saved and restored during a pause as well.
+        """
 
         @functools.wraps(method)
         def guarded(*args: Any, **kwargs: Any) -> Any:
             if self._inside:  # called by another method of the logger
                 return method(*args, **kwargs)
             start = time.monotonic()
-            if start < self._until:
+            if start < self._until and not method.__name__.endswith("state_dict"):
                 return otherwise
             self._inside = True
             try:
