@@ -315,3 +315,32 @@ def test_an_action_that_is_not_finite_is_rejected():
     agent.actor.model.policy = lambda state, deterministic: torch.full((1, 1), torch.nan)
     with pytest.raises(ValueError, match="actions contain NaN or infinity"):
         agent.act(np.zeros(4))
+
+
+class Drawing(Counting):
+    """Every action is drawn, as those of models that sample latent states are."""
+
+    def policy(self, state, deterministic=False):
+        return torch.rand(len(state.deterministic), self.spec.width) * 2 - 1
+
+
+def test_the_random_numbers_of_an_agent_are_its_own():
+    space = ActionSpec.from_space(ACTIONS["box"])
+    actor, obs = Actor(Drawing(ACTIONS["box"])), np.zeros(4)
+
+    def draw(agent):
+        torch.rand(1)  # of the program, between two calls
+        return agent.act(obs).tolist()
+
+    agents = [Agent(actor, ObsSpec.from_space(OBS["vector"]), space, seed=s) for s in (0, 0, 1)]
+    torch.manual_seed(5)
+    one, same, other = ([draw(agent) for _ in range(3)] for agent in agents)
+    assert one == same != other
+    assert one[0] != one[1]
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(10)[9:])  # nine of the program, none of the agents
+    agents[0].reset()
+    assert draw(agents[0]) != one[0]
+    agents[0].reset(seed=0)
+    assert [draw(agents[0]) for _ in range(3)] == one

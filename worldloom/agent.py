@@ -3,9 +3,12 @@
 Letters used in shapes: N environments.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import torch
 from gymnasium import Space, spaces
 
 from worldloom.acting import Actor, Memory
@@ -22,6 +25,8 @@ class Agent:
     actor: acts in model units.
     obs_spec, action_spec: the spaces of a single environment, and how the model sees them.
     deterministic: choose the policy's mode instead of samples.
+    seed: of the agent's random numbers, which models also draw in order to sample latent states.
+        The same seed and observations give the same actions.
     """
 
     def __init__(
@@ -30,19 +35,25 @@ class Agent:
         obs_spec: ObsSpec,
         action_spec: ActionSpec,
         deterministic: bool = True,
+        seed: int = 0,
     ) -> None:
         self.actor, self.obs_spec, self.action_spec = actor, obs_spec, action_spec
-        self.deterministic = deterministic
+        self.deterministic, self.seed = deterministic, seed
+        self._random: list[torch.Tensor] | None = None  # random states of CPU and GPU
         leaves = flatten_tree(obs_spec.space)
         self._leaves = {key: leaves[key] for key in obs_spec.parts}
         self._memory: Memory | None = None
 
-    def reset(self) -> None:
+    def reset(self, seed: int | None = None) -> None:
         """Forget everything; the next observation is the first of an episode in all environments.
 
         Call this whenever you call `reset` of the environment.
+
+        seed: restarts the agent's random numbers, which otherwise continue.
         """
         self._memory = None
+        if seed is not None:
+            self.seed, self._random = seed, None
 
     def act(self, obs: Any, is_first: Any = None) -> Any:
         """Return the action for an observation, as `step` of the environment accepts it.
@@ -65,9 +76,25 @@ class Agent:
         if first.all():
             self._memory = None
         model_obs = self.obs_spec.encode(arrays.get("", arrays))
-        chosen, self._memory = self.actor(model_obs, first, self._memory, self.deterministic)
+        with self._own_random_numbers():
+            chosen, self._memory = self.actor(model_obs, first, self._memory, self.deterministic)
         actions = self.action_spec.decode(chosen.cpu().numpy())
         return actions[0] if single else actions
+
+    @contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        """Draw from the agent's random state in a block, not from torch's global one."""
+        device = self.actor.device
+        gpus = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(gpus):
+            if self._random is None:
+                torch.manual_seed(self.seed)
+            else:
+                torch.set_rng_state(self._random[0])
+                for gpu in gpus:
+                    torch.cuda.set_rng_state(self._random[1], gpu)
+            yield
+            self._random = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, gpus)]
 
     def _read_obs(self, obs: Any) -> tuple[dict[str, np.ndarray], bool]:
         """Return the arrays [N, ...] of the keys that the model sees, and whether obs is single."""

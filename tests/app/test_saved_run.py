@@ -119,7 +119,6 @@ def test_the_lines_that_a_run_prints_work_when_pasted(train, package, tmp_path):
 
 def play(env, agent, episodes, seed):
     """Return the return and the length of each episode, played as a user would."""
-    torch.manual_seed(seed)
     results = []
     for episode in range(episodes):
         obs, _ = env.reset(seed=None if episode else seed)
@@ -138,7 +137,7 @@ def test_an_agent_scores_what_the_evaluation_prints(name, train, evaluate):
     folder = train(name)
     printed = evaluate(folder, "num_envs=1", "episodes=20", "seed=5")
     run = worldloom.load_run(folder, allow=ALLOW)
-    returns, lengths = zip(*play(run.make_env(), run.agent(), 20, 5), strict=True)
+    returns, lengths = zip(*play(run.make_env(), run.agent(seed=5), 20, 5), strict=True)
     expected = f"return {np.mean(returns):.2f} ± {np.std(returns):.2f} over 20 episodes "
     assert printed.startswith(expected), (expected, printed)
     assert f"mean length {np.mean(lengths):.1f}" in printed

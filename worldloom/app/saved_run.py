@@ -79,12 +79,14 @@ class SavedRun:
             )
         return env
 
-    def agent(self, deterministic: bool = True) -> Agent:
+    def agent(self, deterministic: bool = True, seed: int = 0) -> Agent:
         """Return an agent that acts with the model in the run's environment, with its own memory.
 
         deterministic: choose the policy's mode instead of samples.
+        seed: of the agent's random numbers; `evaluation.seed` gives those of an evaluation in one
+            environment.
         """
-        return Agent(self.actor, self.task.obs, self.task.actions, deterministic)
+        return Agent(self.actor, self.task.obs, self.task.actions, deterministic, seed)
 
 
 def load_run(path: str | Path, allow: Iterable[str] = (), device: Any = "cpu") -> SavedRun:
