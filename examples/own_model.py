@@ -6,7 +6,7 @@ The class is used like a built-in one, in a folder in which own_model can be imp
         +model.epsilon=0.2 env=gymnasium env.id=CartPole-v1 training.total_steps=8000
     python -m worldloom.eval checkpoint=RUN model._target_=own_model.EpsilonDreamer
 
-`python own_model.py` runs both commands for 300 steps, and loads the model.
+`python own_model.py` runs both commands for 280 steps, and loads the model.
 """
 
 import subprocess
@@ -45,7 +45,7 @@ if __name__ == "__main__":
         run = f"{folder}/run"
         train = ["model=dreamerv3_tiny", f"model._target_={NAME}", "+model.epsilon=0.2"]
         train += ["env=gymnasium", "env.id=CartPole-v1", f"hydra.run.dir={run}"]
-        train += ["training.total_steps=300", "training.prefill=200", "evaluation.episodes=2"]
+        train += ["training.total_steps=280", "training.prefill=260", "evaluation.episodes=2"]
         score = [f"checkpoint={run}", f"model._target_={NAME}"]
         for command in (["worldloom.run", *train], ["worldloom.eval", *score]):
             here = Path(__file__).parent

@@ -361,7 +361,8 @@ def test_a_callback_is_added_or_replaced_on_resume(commands, package, tmp_path):
     changed += ["training.learning_rate=0.5", "training.warmup=2"]
     words = ["resume=r", *changed, "trainer.max_steps=-1"]
     done = commands.good(words, tmp_path, path=package)
-    assert "cannot restore its saved state (KeyError: 'totals'), so" in done["out"]
+    printed = done["out"] + done["err"]
+    assert "cannot restore its saved state (KeyError: 'totals'), so" in printed
     assert "counted 7" in done["out"]  # updates 6 to 12
     rate = curve(tmp_path / "r", "stats/learning_rate")[-1][1]
     assert rate == pytest.approx(0.5, rel=0.01)  # a little of it has been annealed

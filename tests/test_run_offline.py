@@ -303,7 +303,6 @@ def test_the_path_must_be_given():
     ("words", "added"),
     [
         ("data=offline data.path=x", True),
-        ("data=offline --cfg job", True),
         ("-m data=offline seed=0,1 hydra.run.dir=my_experiment=1", True),
         ("data=offline experiment=pendulum", False),
         ("data=offline ~experiment", False),

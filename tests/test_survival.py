@@ -87,7 +87,7 @@ def require_equal(folder, expected):
         read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (folder, expected)
     )
     for checkpoint in (ours, theirs):  # a phase has a column only once there was one
-        state = checkpoint["callbacks"]["MetricsWriter"]["MetricsCSV"]
+        state = checkpoint["callbacks"]["MetricsWriter"]["csv"]
         state["columns"] = [name for name in state["columns"] if not name.startswith(CLOCKS)]
     for name in ("state_dict", "optimizer_states", "updates", "callbacks"):
         assert plain(ours[name]) == plain(theirs[name]), name

@@ -111,7 +111,6 @@ def fit(run: "Run") -> bool:
     args = [f"resume={folder}"] + ["trainer.max_steps=-1"] * (run.limits.max_steps > -1)
     resume = format_command("run", *args, config=run.config.plain)
     try:
-        run.limits.start()
         with interruption.listening():
             run.trainer.fit(run.module, data, ckpt_path=run.checkpoint)
         interruption.check()

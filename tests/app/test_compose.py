@@ -282,12 +282,12 @@ def test_values_are_set_added_and_removed(command):
         "training.train_ratio=64",
         "training.grad_clip=1",
         "model.encoder.layers=2",
-        "+trainer.limit_train_batches=5",
+        "+trainer.benchmark=true",
         "~callbacks.open_loop",
         "logger.csv=null",
     )
     assert cfg.training.batch_size == 8 and cfg.training.train_ratio == 64.0
-    assert cfg.model.encoder.layers == 2 and cfg.trainer.limit_train_batches == 5
+    assert cfg.model.encoder.layers == 2 and cfg.trainer.benchmark is True
     assert cfg.trainer.gradient_clip_val == 1.0
     assert "open_loop" not in cfg.callbacks and cfg.logger.csv is None
 

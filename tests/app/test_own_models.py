@@ -167,7 +167,15 @@ def command_line(printed):
     return lines[-1][0], shlex.split(lines[-1][1])
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Constant",
+        "Aux",
+        "Free",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("Planner", "Acting")),
+    ],
+)
 def test_every_command_uses_the_model_of_the_user(name, package, commands, tmp_path, monkeypatch):
     target = f"levers.{name}"
     words = [*CASES[name], f"model._target_={target}", *SHORT]
@@ -220,6 +228,7 @@ def test_every_command_uses_the_model_of_the_user(name, package, commands, tmp_p
         assert models[0].given == ((5,), None, ())
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_weights_of_a_subclass(package, commands, tmp_path):
     """One process of its own for each command, as a user pastes them."""
     words = [*CASES["Aux"], "model._target_=levers.Aux", *SHORT]

@@ -93,6 +93,7 @@ def evaluate(package, commands, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_the_lines_that_a_run_prints_work_when_pasted(train, package, tmp_path):
     """Of a custom model in a custom environment, in a shell and an interpreter of their own."""
     printed = (train("planned") / "printed").read_text()

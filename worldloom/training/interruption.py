@@ -47,7 +47,8 @@ class Limits:
 
     With Lightning's own limits the run would count as finished.
 
-    max_time: time of this start of the run, as in `lightning.Trainer`; None for no limit.
+    max_time: time, as in `lightning.Trainer`; None for no limit. It counts from the first check, so
+        that a start which takes long still makes progress.
     max_steps: updates of the whole run; None or -1 for no limit.
 
     Raises:
@@ -64,11 +65,7 @@ class Limits:
                 "as 00:12:00:00, or a key such as +trainer.max_time.hours=12"
             ) from None
         self._seconds = float("inf") if seconds is None else seconds
-        self._end = float("inf")
-
-    def start(self) -> None:
-        """Start measuring the time."""
-        self._end = time.monotonic() + self._seconds
+        self._end: float | None = None
 
     def check(self, data: Any) -> None:
         """Raise Paused if a limit is reached and the data module has more to train on.
@@ -79,7 +76,9 @@ class Limits:
             return
         if data.updates >= self.max_steps > -1 and not data.complete:
             raise Paused(f"trainer.max_steps={self.max_steps}")
-        if time.monotonic() > self._end and not data.complete:
+        now = time.monotonic()
+        self._end = now + self._seconds if self._end is None else self._end
+        if now > self._end and not data.complete:
             raise Paused(f"trainer.max_time={self.max_time}")
 
 
