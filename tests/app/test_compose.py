@@ -141,6 +141,8 @@ MISTAKES = {
     "seed 1": "cannot read 'seed', because settings have no spaces; write seed=1",
     "seed = 1": "cannot read 'seed', because settings have no spaces; write seed=1",
     "checkpoint=runs/x": "to continue a run write resume=runs/x, to score it: worldloom eval check",
+    "-m seed=0,1 folder=x": "a single run, but -m was given; write hydra.sweep.dir=x",
+    "folder=": "folder is ''; expected a path",
     # what must be given
     "model=custom": "model._target_ is not set; add model._target_=my_pkg.MyClass",
     "env=custom": "env._target_ is not set; add env._target_=my_pkg.MyClass",
@@ -326,6 +328,7 @@ def test_a_recipe_does_not_reach_into_choices_that_are_not_its_own(command, choi
         ("env.id=Pendulum-v1 experiment=cartpole", "env.id=Pendulum-v1 experiment=cartpole"),
         ("model=dreamerv3:size1m,TDMPC2:5m", "model=dreamerv3_size1m,tdmpc2_5m"),
         ("model=my_pkg:Model", "model=my_pkg:Model"),
+        ("folder=a/b seed=1", "hydra.run.dir=a/b seed=1"),
     ],
 )
 def test_what_words_imply(words, full):

@@ -253,7 +253,7 @@ def test_auto_finds_the_newest_unfinished_run_of_the_same_configuration(run, tmp
     assert auto().resolve() == second
     assert auto("seed=3").resolve() == other
     assert auto("seed=4") is None
-    assert auto(f"hydra.run.dir={run}") == run
+    assert auto(f"hydra.run.dir={run}") == auto(f"folder={run}") == run
     cfg = resumed([*WORDS, "resume=auto"], tmp_path)
     assert cfg.folder == str(second) and cfg.env.id == "Pendulum-v1"
 

@@ -54,7 +54,18 @@ class Overrides:
            family, unless they are chosen on the command line. Hydra applies this rule: see
            `override /training@_global_.training` in conf/model/.
         4. model=FAMILY:SIZE, the name of a preset in Python, means the file FAMILY_SIZE.
+        5. folder=PATH means hydra.run.dir=PATH, so that Hydra uses no other folder for the run.
+
+        Raises:
+            ValueError: folder=PATH is given for a sweep, or without a path.
         """
+        if (folder := self.value("folder")) is not None and {"-m", "--multirun"} & {*self.args}:
+            raise ValueError(
+                f"folder={folder} is the folder of a single run, but -m was given; write "
+                f"hydra.sweep.dir={folder}"
+            )
+        if folder in ("", "null"):
+            raise ValueError(f"folder is {folder!r}; expected a path, or leave folder out")
         keys = {key_of(arg) for arg in self.args}
         full: list[str] = []
         for arg in self.args:
@@ -64,7 +75,7 @@ class Overrides:
                 full.append("~experiment")
             if custom and "env" not in keys:
                 full.append("env=custom")
-            full.append(_name_file(arg))
+            full.append(_name_file(re.sub(r"^\+*folder=", "hydra.run.dir=", arg)))
         return Overrides(tuple(full))
 
 

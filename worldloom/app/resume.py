@@ -98,7 +98,8 @@ def find_unfinished(overrides: Overrides) -> Path | None:
 
     Runs that a living process still writes are skipped.
     """
-    cfg = compose_config(*overrides.with_implied())
+    overrides = overrides.with_implied()
+    cfg = compose_config(*overrides)
     cfg.folder = ""  # Hydra, which is not running yet, would set it
     wanted = resolve_config(cfg).saved
     given = overrides.value("hydra.run.dir")
