@@ -42,7 +42,7 @@ def train(cfg: DictConfig) -> dict[str, float]:
     All results are written to cfg.folder.
     """
     from worldloom.app.build import build_run, is_first_process
-    from worldloom.app.run_dir import CONFIG, claim_folder
+    from worldloom.app.run_dir import CONFIG, claim_folder, remove_start
     from worldloom.app.run_log import record_output
     from worldloom.app.saved_config import format_command, resolve_config
 
@@ -50,12 +50,18 @@ def train(cfg: DictConfig) -> dict[str, float]:
     config, resumes = resolve_config(cfg), cfg.resume is not None
     if not is_first_process():  # the first process holds the folder for all
         return finish(build_run(config, resumes))
-    folder = Path(cfg.folder)
-    with claim_folder(folder, resumes), record_output(folder):
+    folder, run = Path(cfg.folder), None
+    with claim_folder(folder, resumes) as is_new, record_output(folder):
         try:
-            return finish(build_run(config, resumes))
+            run = build_run(config, resumes)
+            return finish(run)
+        except Exception:
+            if not resumes and (run is None or run.module.updates == 0):
+                remove_start(folder, is_new)
+            raise
         except KeyboardInterrupt:  # before training or in the evaluation after it
             if not (folder / CONFIG).exists():
+                remove_start(folder, is_new)
                 raise
             resume = format_command("run", f"resume={cfg.folder}", config=config.plain)
             print(f"stopped by SIGINT; to continue:\n{resume}", flush=True)

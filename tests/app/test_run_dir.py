@@ -4,6 +4,7 @@ import csv
 import os
 import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,6 +20,7 @@ from worldloom.app.run_dir import (
     claim_folder,
     read_config,
     reject_links,
+    remove_start,
     write_config,
 )
 from worldloom.app.saved_config import resolve_config
@@ -95,7 +97,7 @@ def test_links_within_the_folder_and_to_the_folder_are_fine(tmp_path):
 
 COMMANDS = {
     "a new run": (training, ["hydra.run.dir=RUN"]),
-    "a run in another folder": (training, ["folder=RUN", "hydra.run.dir=LOG", "threads=1"]),
+    "a run in another folder": (training, ["folder=RUN", "threads=1"]),
     "a sweep": (training, ["-m", "seed=0,1", "hydra.sweep.dir=RUN"]),
     "resume": (training, ["resume=RUN"]),
     "eval": (evaluation, ["checkpoint=RUN"]),
@@ -112,15 +114,76 @@ def test_commands_reject_links_before_they_write(tmp_path, precious, monkeypatch
     for name in ("worldloom.log", ".hydra", "0", "metrics.csv"):
         link(folder, name, precious / (".bashrc" if "." in name[1:] else ""))
     before = sorted(os.listdir(folder))
-    paths = {"RUN": str(folder), "LOG": str(tmp_path / "log")}
-    for key, path in paths.items():
-        arguments = [argument.replace(key, path) for argument in arguments]
+    arguments = [argument.replace("RUN", str(folder)) for argument in arguments]
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
     with pytest.raises(SystemExit, match="1"):
         module.main()
     assert "is a link to" in capsys.readouterr().err
     require_untouched(precious)
     assert sorted(os.listdir(folder)) == before
+
+
+# ---- runs that fail at their start ---------------------------------------------------------------
+
+SMALL = ["model=dreamerv3_tiny", "env.id=CartPole-v1", "env.workers=0", "training.total_steps=600"]
+FAILS = """from lightning.pytorch.callbacks import Callback
+class Fails(Callback):
+    def setup(self, *_, **__):
+        raise RuntimeError("no luck")
+"""
+
+
+@pytest.mark.parametrize("key", ["folder", "hydra.run.dir"])
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("+callbacks.r._target_=lightning.pytorch.callbacks.RichProgressBar", "RichProgressBar"),
+        ("+callbacks.r._target_=fails.Fails", "no luck"),
+        ("training.batch_size=0", "expected at least 1"),
+    ],
+)
+def test_a_run_that_fails_at_its_start_leaves_nothing(commands, tmp_path, key, mistake, message):
+    (tmp_path / "fails.py").write_text(FAILS)
+    words = [*SMALL, f"{key}={tmp_path}/a/b", mistake]
+    done = commands.run(words, tmp_path)
+    assert done["code"] == 1 and message in done["err"]
+    assert not (tmp_path / "a").exists() and not (tmp_path / "runs").exists()
+
+
+def test_files_that_were_in_the_folder_stay(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "metrics.csv").write_text("mine")
+    with claim_folder(tmp_path, resumes=False) as is_new:
+        write_config(tmp_path, MINIMAL)
+        remove_start(tmp_path, is_new)
+    assert {path.name for path in tmp_path.iterdir()} == {"notes.txt", "metrics.csv", ".lock"}
+
+
+def test_a_rejected_batch_keeps_its_run(tmp_path):
+    folder = tmp_path / "run"
+    with claim_folder(folder, resumes=False) as is_new:
+        write_config(folder, MINIMAL)
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints" / "nonfinite.pt").touch()
+        remove_start(folder, is_new)
+    assert (folder / CONFIG).exists()
+
+
+def test_a_second_run_deletes_nothing_of_the_first(tmp_path, monkeypatch, capsys):
+    """Both begin in the same second; the first claims the folder while the second starts."""
+    folder = tmp_path / "run"
+    with ExitStack() as first:
+
+        def claim(*_):
+            first.enter_context(claim_folder(folder, resumes=False))
+            write_config(folder, MINIMAL)
+
+        monkeypatch.setattr(training, "validate_config", claim)
+        monkeypatch.setattr(sys, "argv", ["run", *SMALL, f"folder={folder}"])
+        with pytest.raises(SystemExit, match="1"):
+            training.main()
+        assert "is being written by another run" in capsys.readouterr().err
+        assert {path.name for path in folder.iterdir()} == {CONFIG, ".lock"}
 
 
 # ---- the format ----------------------------------------------------------------------------------

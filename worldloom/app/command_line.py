@@ -21,7 +21,7 @@ from worldloom import starting
 from worldloom.app.compose import Overrides, compose_config, key_of
 from worldloom.app.help import list_choices
 from worldloom.app.hints import find_bare_word, find_dashes, hint_choice, hint_key
-from worldloom.app.run_dir import CONFIG, LOG, reject_links, remove_unused, written_files
+from worldloom.app.run_dir import reject_links, remove_empty
 from worldloom.app.validation import RENAMED, SECTIONS, build_settings, suggest_key, top_level_keys
 from worldloom.errors import suggest
 from worldloom.memory import keep_freed_memory
@@ -175,21 +175,11 @@ def print_errors() -> Iterator[None]:
 
 @contextmanager
 def stop_on_errors() -> Iterator[None]:
-    """End a single run on a user error; in a sweep only the job ends, as Hydra does it.
-
-    The new folder of a run that fails, or is stopped, before it trains is deleted.
-    """
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    is_new = written_files(folder) <= {LOG}
+    """End a single run on a user error; in a sweep only the job ends, as Hydra does it."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
-        if is_new and not (folder / CONFIG).exists():
-            remove_unused(folder)
-        raise
     except USER_ERRORS as error:
-        if is_new:
-            remove_unused(folder)
+        remove_empty([Path(HydraConfig.get().runtime.output_dir)])
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise
         raise _Stop from error

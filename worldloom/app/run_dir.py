@@ -85,8 +85,10 @@ def reject_links(folder: Path) -> None:
 
 
 @contextmanager
-def claim_folder(folder: Path, resumes: bool) -> Iterator[None]:
+def claim_folder(folder: Path, resumes: bool) -> Iterator[bool]:
     """Hold the lock of a run's folder, which only one process may write.
+
+    Yields whether the folder is new: it contains a log at most.
 
     Raises:
         ValueError: another process writes it, or it contains a run that would be overwritten.
@@ -113,7 +115,7 @@ def claim_folder(folder: Path, resumes: bool) -> Iterator[None]:
                 f"{folder} already contains a run, which would be overwritten; continue it with "
                 f"resume={folder}, or choose another folder: hydra.run.dir=…"
             )
-        yield
+        yield {path.name for path in folder.iterdir()} <= {LOG, LOCK}
     finally:
         lock.release()
 
@@ -148,24 +150,30 @@ def clear_start(folder: Path) -> None:
         (folder / "metrics.csv").unlink(missing_ok=True)
 
 
-def written_files(folder: Path) -> set[str]:
-    """Return the names of the files and folders in a folder."""
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else {"no folder"}
+def remove_start(folder: Path, is_new: bool) -> None:
+    """Delete what a run wrote that failed before its first update, so that it can begin again.
 
+    Only the process that claimed the folder may call it. A run with a checkpoint or a rejected
+    batch is kept.
 
-def remove_unused(folder: Path) -> None:
-    """Delete the folder of a run that failed before it wrote anything worth keeping."""
+    is_new: as `claim_folder` yields it; only the configuration is deleted from another folder.
+    """
     files = [path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()]
-    if {file.parts[0] for file in files} <= {LOG, CONFIG, LOCK}:
+    if any(f.parts[0] == "checkpoints" and f.parts[1] != "replay" for f in files):
+        return
+    (folder / CONFIG).unlink(missing_ok=True)
+    known = {LOG, CONFIG, LOCK, "metrics.csv", "checkpoints"}
+    if is_new and all(f.parts[0] in known or f.match("events.out.tfevents.*") for f in files):
         shutil.rmtree(folder)
 
 
 def remove_empty(folders: Sequence[Path]) -> None:
     """Delete new folders, the innermost first, unless they contain a file of a run."""
     for folder in filter(Path.is_dir, folders[:1]):
-        files = {path.name for path in folder.rglob("*") if not path.is_dir()}
-        if files <= {"multirun.yaml"}:  # Hydra's, of a sweep
-            shutil.rmtree(folder)
-    for folder in folders[1:]:
+        inner = [path for path in folder.rglob("*") if path.is_dir()]
+        if {path.name for path in folder.rglob("*")} <= {"multirun.yaml", *(p.name for p in inner)}:
+            (folder / "multirun.yaml").unlink(missing_ok=True)  # Hydra's, of a sweep
+            folders = [*sorted(inner, reverse=True), *folders]
+    for folder in folders:
         with contextlib.suppress(OSError):  # it is not empty
             folder.rmdir()
