@@ -33,6 +33,7 @@ USAGE = "\n".join(
 OTHER_NAMES = {"train": "run", "resume": "run", "sweep": "run", "test": "eval", "list": "models"}
 
 
+@starting.reading_head()
 def main() -> None:
     """Run the command that the first argument names, as `python -m worldloom.COMMAND` does."""
     args = sys.argv[1:]

@@ -222,6 +222,7 @@ def _hydra_main(cfg: DictConfig) -> float | None:
         return train(cfg).get("final/return")
 
 
+@starting.reading_head()
 def main() -> None:
     """Run the command line."""
     given = tuple(sys.argv[1:])

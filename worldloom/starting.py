@@ -1,12 +1,15 @@
-"""Ctrl-C while a command starts: print one line instead of the traceback of an import.
+"""What surrounds every command: Ctrl-C while it starts, and an output that nobody reads.
 
-Imports take seconds, and some of them swallow KeyboardInterrupt.
+Imports take seconds, and some of them swallow KeyboardInterrupt, so Ctrl-C prints one line instead
+of the traceback of an import. Behind `| head`, a command ends silently.
 """
 
 import os
+import select
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # Called before the process ends.
@@ -30,6 +33,33 @@ def end() -> None:
     """Raise KeyboardInterrupt on Ctrl-C from now on, as Python does by default."""
     if signal.getsignal(signal.SIGINT) is _stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def reading_head() -> Iterator[None]:
+    """End the process silently, with the exit code 141 of SIGPIPE, if nobody reads its stdout."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        if not discard(sys.stdout):
+            raise
+        sys.exit(141)
+
+
+def discard(stream: Any) -> bool:
+    """Return whether nobody reads a stream any more, and send what is written to it nowhere."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    if not poll.poll(0):  # the broken pipe is another one
+        return False
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+    return True
 
 
 def _stop(*_: Any) -> None:

@@ -72,6 +72,7 @@ class FolderCheck(Callback):
         FolderCheck.created = [path for path in (folder, *folder.parents) if not path.exists()]
 
 
+@starting.reading_head()
 def run_command(
     usage: str, command: Callable[[Overrides], None], needs_arguments: bool = True
 ) -> None:
@@ -163,6 +164,8 @@ def print_errors() -> Iterator[None]:
     except (_Stop, *USER_ERRORS) as stopped:
         error = stopped.__cause__ if isinstance(stopped, _Stop) else stopped
         assert error is not None
+        if isinstance(error, BrokenPipeError) and starting.discard(sys.stdout):
+            sys.exit(141)
         if before not in (None, "", "0"):
             raise error from error.__cause__
         print(f"error: {explain_error(error)}", file=sys.stderr)

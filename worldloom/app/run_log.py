@@ -12,10 +12,14 @@ from typing import Any
 
 from worldloom.app.command_line import USER_ERRORS, explain_error
 from worldloom.app.run_dir import LOG
+from worldloom.starting import discard
 
 
 class _Tee:
-    """Stream that writes to another one and to a file, except for progress bars."""
+    """Stream that writes to another one and to a file, except for progress bars.
+
+    Where nobody reads the other one any more, as behind `| head`, the file goes on.
+    """
 
     def __init__(self, stream: Any, append: Callable[[str], None]) -> None:
         self.stream, self.append = stream, append
@@ -30,7 +34,19 @@ class _Tee:
         if not is_bar:
             self.append(text)
         self._in_bar = is_bar and text != "\n"
-        return self.stream.write(text)
+        try:
+            return self.stream.write(text)
+        except BrokenPipeError:
+            if not discard(self.stream):
+                raise
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except BrokenPipeError:
+            if not discard(self.stream):
+                raise
 
 
 @contextmanager
