@@ -3,7 +3,9 @@
 import sys
 
 import pytest
+import torch
 
+from worldloom import create_world_model
 from worldloom import eval as evaluation
 from worldloom.app.run_dir import CONFIG, FORMAT, find_run, read_config
 from worldloom.app.saved_config import require_trusted, resolve_saved
@@ -44,6 +46,8 @@ def test_without_arguments_it_tells_how_to_use_it(command):
     [
         (["episodes=3"], "no run was named; add checkpoint=<run folder>"),
         (["checkpoint=no/such/run"], "no/such/run contains no config.yaml; expected a folder"),
+        (["checkpoint=RUN", "video="], "video is empty; expected the name of a file"),
+        (["checkpoint=RUN", "device=gpu"], "device is 'gpu' (did you mean 'cuda'?); expected one"),
         (["checkpoint=RUN", "episode=3"], "unknown key 'episode' (did you mean 'episodes'?)"),
         (["checkpoint=RUN", "zzz"], "cannot read 'zzz'; expected arguments such as"),
         (["checkpoint=RUN", "episodes=0"], "episodes is 0; expected at least 1"),
@@ -63,6 +67,27 @@ def test_a_mistake_ends_in_one_line(command, run, arguments, message):
     assert code == 1 and out == ""
     (line,) = err.splitlines()
     assert line.startswith("error: ") and message.replace("RUN", str(run)) in line
+
+
+@pytest.mark.parametrize("name", ["saved", "model"])
+def test_a_saved_model_is_no_run(command, tmp_path, name):
+    model = create_world_model("tdmpc2:1m", obs_shape=(4,), action_dim=2, discrete=True)
+    model.save_pretrained(tmp_path / name)
+    code, _, err = command(f"checkpoint={tmp_path / name}")
+    assert code == 1 and f"{tmp_path / name} is a saved model without a run; expected" in err
+    assert f"create_world_model('{tmp_path / name}')" in err
+    assert "such as runs/cartpole/" in command(f"checkpoint={tmp_path / 'other'}")[2]
+
+
+def test_the_device_of_the_model_is_chosen(command, run, monkeypatch):
+    monkeypatch.setattr("worldloom.devices.require_device", torch.device)
+    made = []
+    monkeypatch.setattr(
+        "worldloom.app.saved_run.load_actor", lambda *args: made.append(args[3]) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        command(f"checkpoint={run}", "device=cuda:1")
+    assert made == [torch.device("cuda:1")]
 
 
 # ---- what a file may name ------------------------------------------------------------------------

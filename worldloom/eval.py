@@ -11,7 +11,7 @@ from worldloom.envs.film import open_film
 from worldloom.training.config import EvaluationConfig
 
 USAGE = """usage: worldloom eval checkpoint=<run folder> [episodes=…] [seed=…]
-       [num_envs=…] [deterministic=true] [video=….mp4] [env.KEY=VALUE …] [env=…]
+       [num_envs=…] [deterministic=true] [video=….mp4] [device=cuda] [env.KEY=VALUE …] [env=…]
        [model._target_=my_pkg.MyModel]
 
 Scores the run's saved model in its own environment, which its config.yaml describes, or in another
@@ -27,18 +27,22 @@ def evaluate_command(overrides: Overrides) -> None:
     from worldloom.app.build import prepare_process
     from worldloom.app.saved_run import SavedRun, add_render_mode
     from worldloom.app.task import Evaluator, open_saved_run
+    from worldloom.devices import require_device
 
     if (checkpoint := overrides.value("checkpoint")) is None:
         raise ValueError(f"no run was named; add checkpoint={hint_run(overrides.args)}")
     path, video = Path(checkpoint).expanduser(), overrides.value("video")
-    args, config_overrides = split_settings(overrides.without("checkpoint", "video"))
+    if video == "":
+        raise ValueError("video is empty; expected the name of a file, such as video=episodes.mp4")
+    device = require_device(overrides.value("device") or "cpu")
+    args, config_overrides = split_settings(overrides.without("checkpoint", "video", "device"))
     config, section = open_saved_run(path, config_overrides)
     settings = vars(parse_settings(args, EvaluationConfig, **config.get("evaluation", {})))
     prepare_process(settings["seed"], config["threads"])
     if video is not None:
         section = add_render_mode(section, "rgb_array")
         os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame would look for a screen
-    run, episodes = SavedRun(path, config, section), settings["episodes"]
+    run, episodes = SavedRun(path, config, section, device), settings["episodes"]
     with nullcontext() if video is None else open_film(Path(video).expanduser()) as film:
         scores = Evaluator(run.task, run.actor, settings)(episodes, film=film)
     choice = "policy mode" if settings["deterministic"] else "sampled actions"

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 CONFIG, SCORES, LOCK, LOG = "config.yaml", "scores.yaml", ".lock", "worldloom.log"
 # Version of the configuration, the checkpoints and the scores of a run; config.yaml records it.
 FORMAT = 2
+EXAMPLE = "runs/cartpole/2026-01-01_00-00-00"
 WRITTEN = "expected a file written by python -m worldloom.run; restore it from a copy"
 
 
@@ -28,7 +30,10 @@ def find_run(path: Path) -> Path:
     """Return the folder of a run from its own path or from that of a file or folder in it."""
     if path.suffix == ".ckpt":
         return path.parent.parent
-    return path.parent if path.name in ("checkpoints", CONFIG, "model") else path
+    inside = path.name in ("checkpoints", CONFIG) or (
+        path.name == "model" and ((path.parent / CONFIG).exists() or not path.exists())
+    )
+    return path.parent if inside else path
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -40,14 +45,19 @@ def read_config(run: Path) -> dict[str, Any]:
     """
     file = run / CONFIG
     if not file.is_file():
-        near = sorted(path.parent for path in run.parent.glob(f"*/{CONFIG}"))
-        example = near[-1] if near else "runs/cartpole/2026-01-01_00-00-00"
+        near = sorted(run.parent.glob(f"*/{CONFIG}"), reverse=True)
+        example = next((file.parent for file in near if _describes_run(file)), EXAMPLE)
         raise ValueError(
             f"{run} contains no {CONFIG}; expected a folder written by python -m worldloom.run, "
             f"such as {example}"
         )
     reject_links(run)
     saved = read_yaml(file, WRITTEN, interpolations=True)
+    if (run / "model.safetensors").is_file() and "env" not in (saved or ()):
+        raise ValueError(
+            f"{run} is a saved model without a run; expected a folder written by python -m "
+            f"worldloom.run; load the model with worldloom.create_world_model({str(run)!r})"
+        )
     wanted = {"env": Mapping, "model": Mapping, "planner": Mapping, "threads": int | None}
     for key, kind in wanted.items():
         if not isinstance(saved, dict) or key not in saved or not isinstance(saved[key], kind):
@@ -56,6 +66,13 @@ def read_config(run: Path) -> dict[str, Any]:
     fix = "use it with the version that wrote it, or train again"
     check_format(file, saved.pop("format", None), FORMAT, fix)
     return saved
+
+
+def _describes_run(config: Path) -> bool:
+    """Return whether a config.yaml is that of a run, and not that of a saved model."""
+    with contextlib.suppress(OSError):
+        return re.search(rb"^env:", config.read_bytes(), re.MULTILINE) is not None
+    return False
 
 
 def write_config(run: Path, config: Mapping[str, Any]) -> None:
