@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lightning import Trainer
 from lightning.pytorch.loggers import Logger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from worldloom.training.logger_guard import guard_logger
+from worldloom.training.logger_guard import guard_logger, guard_loggers
 from worldloom.training.loggers import MetricsCSV, TensorBoard
 from worldloom.training.metrics import COUNTERS
 
@@ -227,3 +228,30 @@ def test_the_state_of_a_logger_is_saved_while_it_is_left_alone_after_an_error(ca
         logger.log_metrics({"x": 1.0}, 0)
     assert caplog.text.count("logger.mine failed (ConnectionError: no answer)") == 1
     assert logger.state_dict() == {"written": 7}
+
+
+class Kept(Logger):
+    """Keeps what it receives."""
+
+    name = version = "kept"
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_hyperparams(self, params, *args, **kwargs):
+        self.log_metrics({"hp_metric": -1}, 0)  # as Lightning's TensorBoardLogger
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((dict(metrics), step))
+
+
+def test_what_is_logged_before_training_is_passed_on_unchanged(caplog):
+    logger = Kept()
+    guard_loggers(
+        Trainer(logger=logger, accelerator="cpu", enable_checkpointing=False), {"k": logger}
+    )
+    logger.log_hyperparams({"seed": 0})
+    logger.log_metrics({"mine": 1.0, "epoch": 0})
+    assert logger.rows == [({"hp_metric": -1}, 0), ({"mine": 1.0, "epoch": 0}, None)]
+    assert "failed" not in caplog.text

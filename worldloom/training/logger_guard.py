@@ -79,7 +79,9 @@ class Guard:
 
 
 def guard_logger(
-    logger: Logger, key: str, complete: Callable[[Mapping[str, Any], int | None], tuple[Any, int]]
+    logger: Logger,
+    key: str,
+    complete: Callable[[Mapping[str, Any], int | None], tuple[Mapping[str, Any], int | None]],
 ) -> None:
     """Guard a logger, in place; it keeps its class, as a subclass with guarded methods.
 
@@ -131,8 +133,15 @@ def finishing_wandb() -> Iterator[None]:
 def guard_loggers(trainer: Trainer, loggers: Mapping[str, Logger]) -> None:
     """Guard all loggers of a trainer; `loggers` has them by their names in the configuration."""
 
-    def complete(metrics: Mapping[str, Any], step: int | None) -> tuple[dict[str, Any], int]:
-        """Replace Lightning's x-axis, updates, by the run's, and its epochs by the counters."""
+    def complete(
+        metrics: Mapping[str, Any], step: int | None
+    ) -> tuple[Mapping[str, Any], int | None]:
+        """Replace Lightning's x-axis, updates, by the run's, and its epochs by the counters.
+
+        Before training there are neither; Lightning's TensorBoardLogger logs hp_metric then.
+        """
+        if trainer.datamodule is None:  # type: ignore[attr-defined]
+            return metrics, step
         if step is None or abs(step - trainer.global_step) <= 1:
             step = current_step(trainer)
         row = {f"counters/{name}": value for name, value in counters(trainer).items()}
