@@ -293,7 +293,7 @@ def test_early_stopping_finishes_the_run_within_an_interval(commands, package, t
 
 def test_a_callback_of_ones_own_may_finish_the_run(commands, package, tmp_path):
     done = commands.good([*TINY, *callback("Stops"), "hydra.run.dir=r"], tmp_path, path=package)
-    assert "stopped early: a callback set trainer.should_stop" in done["out"]
+    assert "a callback set trainer.should_stop; yours: callbacks.stops\n" in done["out"]
     assert rows(tmp_path / "r")[-1]["updates"] == "12" and (tmp_path / "r/scores.yaml").exists()
 
 

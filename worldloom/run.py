@@ -134,20 +134,26 @@ def fit(run: "Run") -> bool:
     finally:
         data.close()
     if not data.complete:
-        print(describe_early_stop(run.trainer.callbacks), flush=True)
+        print(describe_early_stop(run), flush=True)
     return True
 
 
-def describe_early_stop(callbacks: list[Any]) -> str:
+def describe_early_stop(run: "Run") -> str:
     """Return why a callback ended a run before its last step."""
     from lightning.pytorch.callbacks import EarlyStopping
 
     messages = [
         callback.stopping_reason_message.removesuffix(" Signaling Trainer to stop.")
-        for callback in callbacks
+        for callback in run.trainer.callbacks
         if isinstance(callback, EarlyStopping) and callback.stopping_reason_message
     ]
-    return f"stopped early: {' '.join(messages) or 'a callback set trainer.should_stop'}"
+    yours = [
+        f"callbacks.{key}"
+        for key, part in run.config.plain["callbacks"].items()
+        if part and not part["_target_"].startswith("worldloom.")
+    ]
+    named = f"; yours: {', '.join(yours)}" if yours else ""
+    return f"stopped early: {' '.join(messages) or f'a callback set trainer.should_stop{named}'}"
 
 
 def _describe_saved(trainer: Any, module: Any, data: Any, between: bool) -> str:
