@@ -40,6 +40,14 @@ class Line(nn.Module):
         return {"loss": self.weight * 0 + self.updates}
 
 
+class Overflows(Line):
+    """A statistic that is infinite in update 4."""
+
+    def compute_loss(self, batch):
+        scalars = super().compute_loss(batch)
+        return {**scalars, "ratio": torch.tensor(1.0 if self.updates != 4 else float("inf"))}
+
+
 class Breaks(Line):
     def __init__(self, error):
         super().__init__()
@@ -147,6 +155,14 @@ def fit(data, *callbacks, model=None, log_every=5):
 
 
 # ---- metrics -------------------------------------------------------------------------------------
+
+
+def test_a_statistic_that_is_not_finite_is_reported_once(caplog):
+    notes = fit(offline(20), MetricsWriter(), model=Overflows(), log_every=2)
+    assert [step for step, ratio in notes.of("stats/ratio") if ratio == float("inf")] == [4]
+    assert caplog.text.count("in the metrics up to update 4, stats/ratio is inf; training") == 1
+    fit(offline(20), MetricsWriter(), log_every=2)
+    assert caplog.text.count("in the metrics") == 1
 
 
 def test_metrics_are_means_over_log_every_updates_at_the_env_step_of_the_last():

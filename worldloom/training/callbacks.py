@@ -1,6 +1,7 @@
 """Callbacks of training: metrics, evaluation and pictures of the imagination."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ class MetricsWriter(Callback):
         self._timer: Timer | None = None
         self._loggers: list[Any] = []
         self._saved: dict[str, Any] = {}
+        self._warned = False  # of a value that is not finite
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the loggers that have a state."""
@@ -106,7 +108,17 @@ class MetricsWriter(Callback):
         new_steps, new_updates = self._last[1] - steps, self._last[2] - updates
         groups = trainer.optimizers[0].param_groups
         metrics = {"stats/learning_rate": max(float(group["lr"]) for group in groups)}
-        metrics |= {group_metric(k): v for k, v in module.metrics.flush().items()}
+        means = {group_metric(name): mean for name, mean in module.metrics.flush().items()}
+        bad = [f"{name} is {mean}" for name, mean in means.items() if not math.isfinite(mean)]
+        if bad and not self._warned:
+            self._warned = True
+            messages.warning(
+                "in the metrics up to update %d, %s; training goes on, since the loss and the "
+                "gradients are finite; later ones are not reported",
+                module.updates,
+                ", ".join(bad),
+            )
+        metrics |= means
         metrics["fps/env"] = new_steps / seconds
         metrics["fps/train"] = new_updates * data.batch_size * data.sequence_length / seconds
         metrics["replay/size"] = len(data.buffer)
