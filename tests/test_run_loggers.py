@@ -95,6 +95,12 @@ class Stops(Callback):
         trainer.should_stop = pl_module.updates == 12
 
 
+def make_timer():
+    from lightning.pytorch.callbacks import Timer
+
+    return Timer("00:00:00:01")
+
+
 class Counts(Callback):
     """Has a state, which must survive a resume."""
 

@@ -50,6 +50,7 @@ def in_a_process(*arguments, **env):
 
 # ---- mistakes that end before anything is built --------------------------------------------------
 
+CALLBACK = "+callbacks.x._target_=lightning.pytorch.callbacks"
 MISTAKES = {
     # misspelt keys
     "training.batchsize=3": "'training.batchsize' (did you mean 'training.batch_size'?)",
@@ -101,6 +102,16 @@ MISTAKES = {
     "+trainer.fast_dev_run=true": "trainer.fast_dev_run is true … small training.total_steps",
     "+trainer.barebones=true": "trainer.barebones is true … logger.NAME=null",
     "trainer.val_check_interval=50": "trainer.val_check_interval is 50 … use evaluation.every",
+    # callbacks that do not act in a run, or silently change it
+    f"{CALLBACK}.Timer": "callbacks.x is Timer, which ends a run as finished; leave it out and use "
+    "+trainer.max_time=DD:HH:MM:SS",
+    f"{CALLBACK}.GradientAccumulationScheduler": "callbacks.x is GradientAccumulationScheduler, "
+    "which makes fewer updates than the run counts … use training.batch_size",
+    f"{CALLBACK}.StochasticWeightAveraging": "would never act … use evaluation.keep_best=true",
+    f"{CALLBACK}.RichProgressBar": "use callbacks.progress",
+    f"{CALLBACK}.TQDMProgressBar": "use callbacks.progress",
+    f"{CALLBACK}.BatchSizeFinder": "cannot be undone … training.batch_size",
+    f"{CALLBACK}.LearningRateFinder": "cannot be undone … training.learning_rate",
     "+trainer.logger=false": "trainer.logger is false … the logger section",
     # choices of groups
     "model=dreamerv3_size13m": "model 'dreamerv3_size13m' (did you mean 'dreamerv3_size1m'?)",

@@ -17,6 +17,7 @@ from worldloom.app.resume import require_changeable
 from worldloom.app.run_dir import SCORES, clear_start, read_config, write_config
 from worldloom.app.saved_config import ResolvedConfig
 from worldloom.app.task import Evaluator, Task
+from worldloom.app.unsupported import require_supported
 from worldloom.datasets import Dataset, open_dataset
 from worldloom.factory import transfer
 
@@ -131,6 +132,8 @@ def build_trainer(config: ResolvedConfig, folder: Path, evaluation: Any, resumes
         {key: instantiate(f"{group}.{key}", part) for key, part in parts.items() if part}
         for group, parts in ((name, config.plain[name]) for name in ("logger", "callbacks"))
     )
+    for key, callback in callbacks.items():  # validation does not know what a function returns
+        require_supported(f"callbacks.{key}", type(callback))
     require_evaluations(callbacks, bool(evaluation.every))
     place_checkpoints(callbacks, folder)
     if resumes:

@@ -14,6 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from worldloom.app.hints import hint_key
+from worldloom.app.unsupported import TRAINER, require_supported
 from worldloom.errors import require, suggest
 from worldloom.presets import (
     aliases,
@@ -51,21 +52,6 @@ RENAMED = {
 }
 # Packages that loggers, and classes derived from them, need.
 PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
-# Trainer arguments that runs do not support -> (accepted values, what to use instead).
-TRAINER: dict[str, tuple[tuple[Any, ...], str]] = {
-    "accumulate_grad_batches": ((1,), "training.batch_size: every batch is one update"),
-    "max_epochs": ((-1, None), "training.total_steps: a run has one epoch"),
-    "min_epochs": ((None,), "training.total_steps: a run has one epoch"),
-    "min_steps": ((None, 0), "training.total_steps"),
-    "limit_train_batches": ((None,), "training.total_steps"),
-    "overfit_batches": ((0,), "data=offline with a few episodes"),
-    "fast_dev_run": ((False,), "a small training.total_steps: it would skip loggers and callbacks"),
-    "barebones": ((False,), "logger.NAME=null and '~callbacks.NAME'"),
-    "val_check_interval": ((1_000_000_000,), "evaluation.every"),
-    "check_val_every_n_epoch": ((None, 1), "evaluation.every"),
-    "logger": ((), "the logger section: logger=NAME or +logger.NAME._target_=…"),
-    "callbacks": ((), "the callbacks section: +callbacks.NAME._target_=…"),
-}
 # What an annotation may allow, and its name in messages.
 KINDS: dict[Any, str] = {
     bool: "true or false",
@@ -275,6 +261,7 @@ def _check_call(name: str, part: Any, method: str = "") -> None:
             "derived from lightning.pytorch's "
             f"{'Callback' if method == 'on_fit_start' else 'Logger'}"
         )
+    require_supported(name, target)
     arguments = {key: value for key, value in part.items() if not key.startswith("_")}
     check_arguments(name, arguments, target)
     for base, package in PACKAGES.items():

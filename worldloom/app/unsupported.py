@@ -1,0 +1,59 @@
+"""What runs do not support of Lightning's trainer and callbacks, and what to use instead."""
+
+from typing import Any
+
+# Trainer arguments -> (accepted values, what to use instead).
+TRAINER: dict[str, tuple[tuple[Any, ...], str]] = {
+    "accumulate_grad_batches": ((1,), "training.batch_size: every batch is one update"),
+    "max_epochs": ((-1, None), "training.total_steps: a run has one epoch"),
+    "min_epochs": ((None,), "training.total_steps: a run has one epoch"),
+    "min_steps": ((None, 0), "training.total_steps"),
+    "limit_train_batches": ((None,), "training.total_steps"),
+    "overfit_batches": ((0,), "data=offline with a few episodes"),
+    "fast_dev_run": ((False,), "a small training.total_steps: it would skip loggers and callbacks"),
+    "barebones": ((False,), "logger.NAME=null and '~callbacks.NAME'"),
+    "val_check_interval": ((1_000_000_000,), "evaluation.every"),
+    "check_val_every_n_epoch": ((None, 1), "evaluation.every"),
+    "logger": ((), "the logger section: logger=NAME or +logger.NAME._target_=…"),
+    "callbacks": ((), "the callbacks section: +callbacks.NAME._target_=…"),
+}
+# Classes of lightning.pytorch.callbacks, also as base classes -> (reason, what to use instead).
+CALLBACKS = {
+    "GradientAccumulationScheduler": (
+        "makes fewer updates than the run counts",
+        "training.batch_size: every batch is one update",
+    ),
+    "StochasticWeightAveraging": (
+        "would never act: it averages over epochs, and a run has one",
+        "evaluation.keep_best=true, which keeps the best model",
+    ),
+    "TQDMProgressBar": ("does not know the length of a run", "callbacks.progress, the default"),
+    "RichProgressBar": ("does not know the length of a run", "callbacks.progress, the default"),
+    "BatchSizeFinder": (
+        "trains and collects in trials, which cannot be undone",
+        "training.batch_size; python -m worldloom.bench compares sizes",
+    ),
+    "LearningRateFinder": (
+        "trains and collects in trials, which cannot be undone",
+        "a few short runs: --multirun training.learning_rate=1e-4,3e-4",
+    ),
+    "Timer": (
+        "ends a run as finished",
+        "+trainer.max_time=DD:HH:MM:SS, after which the run can be resumed",
+    ),
+}
+
+
+def require_supported(name: str, cls: Any) -> None:
+    """Raise ValueError for a callback that does not act in runs, or silently changes them.
+
+    name: its key in the configuration. cls: its class, or a function that builds the callback,
+        which is accepted.
+    """
+    for base in getattr(cls, "__mro__", ()):
+        if base.__module__.startswith("lightning.") and base.__name__ in CALLBACKS:
+            reason, instead = CALLBACKS[base.__name__]
+            kind = "" if base is cls else f", a {base.__name__}"
+            raise ValueError(
+                f"{name} is {cls.__name__}{kind}, which {reason}; leave it out and use {instead}"
+            )
