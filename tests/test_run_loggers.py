@@ -200,13 +200,13 @@ def test_a_run_with_a_broken_logger_is_finished_and_says_so_once(many):
     assert OmegaConf.load(folder / "scores.yaml")["final/return"] > 0
     assert printed.count("logger.broken failed") == 1
     assert "(ConnectionError: the server is gone)" in printed
+    assert printed.count(" failed (") == 1  # none of the others, which are Lightning's
 
 
 def test_every_logger_receives_every_row(many):
     cwd, folder, _ = many
     received = [note for note in notes(cwd) if "metrics" in note]
     table = rows(folder)
-    assert printed.count(" failed (") == 1  # none of the others, which are Lightning's
     assert [note["step"] for note in received] == [int(row["step"]) for row in table]
     for note, row in zip(received, table, strict=True):
         plain = {k.removeprefix("counters/"): v for k, v in note["metrics"].items()}
@@ -308,8 +308,8 @@ def test_a_callback_of_ones_own_may_finish_the_run(commands, package, tmp_path):
     [
         ("eval/retrun", [], "expected eval/return, eval/return_std, eval/length, eval/success"),
         ("eval/return", ["evaluation.every=0"], "set evaluation.every=<environment steps>"),
-        ("loss/lost", [], "monitors loss/lost, which is not logged; expected one of env_steps, "),
-        ("my/own", [], "EarlyStopping monitors my/own, which is not logged; expected one of "),
+        ("loss/lost", [], "monitor is loss/lost, which was not logged; expected one of env_steps"),
+        ("my/own", [], "callbacks.earlystopping.monitor is my/own, which was not logged; expected"),
     ],
 )
 def test_an_unknown_monitor_is_named(commands, tmp_path, monitor, words, message):
@@ -317,6 +317,39 @@ def test_an_unknown_monitor_is_named(commands, tmp_path, monitor, words, message
     done = commands.run(words, tmp_path)
     assert done["code"] == 1
     assert message in done["err"] and done["err"].count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "fix", [["callbacks.earlystopping.monitor=loss/loss"], ["~callbacks.earlystopping"]]
+)
+def test_an_unknown_monitor_can_be_changed_on_resume(commands, tmp_path, fix):
+    words = [*TINY, *callback(STOPPING, monitor="my/own"), "evaluation.every=200"]
+    failed = commands.run([*words, "checkpoint.every=5updates", "hydra.run.dir=r"], tmp_path)
+    assert failed["code"] == 1 and fix[0].replace("loss/loss", "NAME") in failed["err"]
+    printed = failed["out"].splitlines()[-1].split()[3:]
+    if fix[0].startswith("~"):
+        printed = [word for word in printed if "earlystopping" not in word]
+    done = commands.good([*printed, *fix], tmp_path)
+    assert "\nfinal return" in done["out"]
+
+
+@pytest.mark.parametrize("every", [0, 1000])
+def test_an_unknown_monitor_is_named_after_a_run_without_a_row_of_metrics(
+    commands, tmp_path, every
+):
+    """The training is done then, so the run is finished."""
+    words = [*SHORTER, *callback(STOPPING, monitor="loss/lss"), "training.log_every=100"]
+    done = commands.good([*words, f"evaluation.every={every}", "hydra.run.dir=r"], tmp_path)
+    printed = done["out"] + done["err"]
+    assert printed.count("earlystopping.monitor is loss/lss, which was not logged") == 1
+    assert "loss/loss, " in printed and (tmp_path / "r/scores.yaml").exists()
+
+
+def test_what_a_function_builds_is_checked_as_well(commands, package, tmp_path):
+    words = [*SHORTER, *callback("make_timer"), "hydra.run.dir=r"]
+    done = commands.run(words, tmp_path, path=package)
+    assert done["code"] == 1
+    assert "callbacks.make_timer is Timer, which ends a run as finished; leave" in done["err"]
 
 
 def test_without_evaluations_rows_of_metrics_are_checked(commands, tmp_path):

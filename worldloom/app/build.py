@@ -144,7 +144,7 @@ def build_trainer(config: ResolvedConfig, folder: Path, evaluation: Any, resumes
         "trainer",
         {k: v for k, v in config.plain["trainer"].items() if k not in ("max_time", "max_steps")},
         logger=list(loggers.values()),
-        callbacks=[evaluation, *callbacks.values(), Monitors(evaluation)],
+        callbacks=[evaluation, *callbacks.values(), Monitors(evaluation, callbacks)],
         enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks.values()),
     )
     # A checkpoint includes what the other callbacks did, although Lightning moves its own last.
