@@ -135,7 +135,7 @@ def kill_and_resume(server, name, kills, seed, cwd, expected):
             words = [f"resume={folder}"]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", ["dreamerv3, vectors"])  # all: the slow test below
 def test_five_kills_change_nothing(server, straight, tmp_path, name):
     kill_and_resume(server, name, 5, name, tmp_path, straight(name))
 
@@ -314,6 +314,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_once_and_costs_nothing(server, tmp_path, small_disk):
     words = [*RUNS["dreamerv3, vectors"], "training.total_steps=280", "data.capacity=5000"]
     server.good([*words, f"hydra.run.dir={tmp_path / 'straight'}"], tmp_path)

@@ -18,6 +18,7 @@ PRINTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRINTED)
 def test_an_example_runs_as_written(name, tmp_path):
     """From another folder, with worldloom from this checkout."""
