@@ -10,6 +10,7 @@ import torch
 
 from worldloom import run
 from worldloom.app import forecast
+from worldloom.app.task import Task
 from worldloom.factory import create_world_model
 
 TINY = [
@@ -86,7 +87,7 @@ def test_a_model_that_cannot_be_measured_is_trained(train, monkeypatch, broken):
 
 def test_smaller_presets_are_named():
     obs, actions = SimpleNamespace(shape=(3,)), SimpleNamespace(action_dim=2, discrete=False)
-    task = SimpleNamespace(obs=obs, actions=actions)
+    task = Task(obs, actions, None)
     with torch.device("meta"):
         model = create_world_model("dreamerv3:size12m", (3,), 2, device="meta")
     named = forecast.Forecast(task)._advise(model)

@@ -62,8 +62,7 @@ class Forecast(Callback):
         copied: Any = copy.deepcopy(model) if actor is None else actor.model.to(device)
         plugin: Any = trainer.precision_plugin
         rows = data.sequence_length + data.buffer.context_rows
-        spaces = (self.task.obs.shape, self.task.actions.action_dim, self.task.actions.discrete)
-        random = RandomData.for_model(copied, *spaces, data.batch_size, rows)
+        random = RandomData.for_model(copied, *self.task.spaces, data.batch_size, rows)
         fields = getattr(copied, "replay_fields", None) or {}
         batch = random.batch(ends=False) | random.replay_inputs(fields, data.batch_size, rows)
         batch = plugin.convert_input(batch)
@@ -86,13 +85,12 @@ class Forecast(Callback):
 
     def _advise(self, model: Any) -> str:
         """Return the overrides that select smaller models of the same family, the largest first."""
-        spaces = (self.task.obs.shape, self.task.actions.action_dim, self.task.actions.discrete)
         smaller = []
         for name in preset_names():
             preset = load_preset(name)
             if isinstance(model, import_target(preset["_target_"])):
                 with torch.device("meta"):
-                    size = _size(build_model(preset, *spaces))
+                    size = _size(build_model(preset, *self.task.spaces))
                 if size < 0.8 * _size(model):
                     smaller.append((size, f"model={file_name(name)}"))
         names = [name for _, name in sorted(smaller, reverse=True)]

@@ -34,16 +34,15 @@ class _Tee:
         if not is_bar:
             self.append(text)
         self._in_bar = is_bar and text != "\n"
-        try:
-            return self.stream.write(text)
-        except BrokenPipeError:
-            if not discard(self.stream):
-                raise
-            return len(text)
+        self._pass_on(self.stream.write, text)
+        return len(text)
 
     def flush(self) -> None:
+        self._pass_on(self.stream.flush)
+
+    def _pass_on(self, do: Callable[..., object], *args: str) -> None:
         try:
-            self.stream.flush()
+            do(*args)
         except BrokenPipeError:
             if not discard(self.stream):
                 raise

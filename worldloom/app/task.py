@@ -72,6 +72,11 @@ class Task:
         """Build a task from a dataset; its longest episode serves as the time limit."""
         return cls(dataset.obs, dataset.actions, max(dataset.lengths))
 
+    @property
+    def spaces(self) -> tuple[Any, Any, Any]:
+        """Return obs_shape, action_dim and discrete, as models take them."""
+        return self.obs.shape, self.actions.action_dim, self.actions.discrete
+
     def vector_env(self, **changes: int) -> Any:
         """Make the environments of a run, with changes of num_envs or workers."""
         assert self.make_env is not None
@@ -84,8 +89,7 @@ class Task:
         """
         known = {"episode_length": self.episode_length, "episodic": "auto"}
         filled = {k: v for k, v in known.items() if k in config and config[k] is None}
-        spaces = (self.obs.shape, self.actions.action_dim, self.actions.discrete)
-        model = build_model({**config, **filled}, *spaces)
+        model = build_model({**config, **filled}, *self.spaces)
         if lacking := find_missing_methods(model):
             raise ValueError(
                 f"{config['_target_']} has no {', '.join(lacking)}; expected the methods of "
