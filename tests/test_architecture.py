@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # the file or inside a function. An entry is a module, a subpackage, or a command in a subpackage.
 LAYERS = [
     {"errors", "starting", "trees", "files", "timing", "memory"},
-    {"protocol", "devices"},
+    {"protocol", "devices", "ranks"},
     {"random_batches"},
     {"nn"},
     {"records"},

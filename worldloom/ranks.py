@@ -1,0 +1,104 @@
+"""The processes that train one model together (ranks), and what they tell each other.
+
+W processes with B / W rows each compute the same update as one process with B rows if every
+statistic in a loss is that of all rows. `gather_rows` and `sum_counts` are what a model needs for
+that, also a model of your own. In one process both return their argument, so a model calls them
+always.
+"""
+
+import datetime
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Return the number of processes that train together, W; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@torch.no_grad()
+def gather_rows(x: Tensor) -> Tensor:
+    """Return the rows [B, ...] of all processes, [W * B, ...], in the order of the ranks.
+
+    For statistics such as percentiles: the result has no gradient. All processes have to call it in
+    the same order and with the same shape; mark missing values with NaN.
+    """
+    if (size := world_size()) == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(size)]
+    dist.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def sum_counts(count: Tensor) -> Tensor:
+    """Return the sums over all processes of counts of any shape, without gradient.
+
+    For means over a varying number of rows. DDP averages the gradients of the processes, so the
+    mean of x over the rows with mask 1 is, for any split of the rows::
+
+        world_size() * (x * mask).sum() / sum_counts(mask.sum()).clamp(min=1)
+    """
+    if world_size() == 1:
+        return count
+    total = count.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def seed_of_rank(seed: int, *key: int) -> int:
+    """Return the seed of this process: `seed` in one process, else one for each rank.
+
+    key: more numbers that distinguish seeds.
+    """
+    if world_size() == 1:
+        return seed
+    sequence = np.random.SeedSequence(seed, spawn_key=(dist.get_rank(), *key))
+    return int(sequence.generate_state(1)[0])
+
+
+class Ranks:
+    """Exchange of numbers and plain data between the processes; in one process, of nothing.
+
+    Every method is called by all processes, in the same order. A thread that exchanges needs its
+    own instance. Instances are created in the same order as well, once torch.distributed is
+    initialised.
+
+    rank, size: of this process, from 0; the number of processes.
+    timeout: after which a process that waits for another one raises RuntimeError.
+    """
+
+    timeout: ClassVar = datetime.timedelta(seconds=300)
+
+    def __init__(self) -> None:
+        self.size = world_size()
+        self.rank = dist.get_rank() if self.size > 1 else 0
+        # gloo, whatever the gradients use: it waits for no GPU.
+        self._group: Any = None
+        if self.size > 1:
+            self._group = dist.new_group(backend="gloo", timeout=self.timeout)
+
+    def share(self, *numbers: int) -> np.ndarray:
+        """Return the numbers of all processes, [W, n] int64."""
+        if self.size == 1:
+            return np.array([numbers], np.int64)
+        mine = torch.tensor(numbers, dtype=torch.int64)
+        parts = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(parts, mine, group=self._group)
+        return torch.stack(parts).numpy()
+
+    def gather(self, item: Any) -> list[Any]:
+        """Return the plain data of all processes, in the order of the ranks."""
+        if self.size == 1:
+            return [item]
+        items: list[Any] = [None] * self.size
+        dist.all_gather_object(items, item, group=self._group)
+        return items
+
+    def decide(self, number: int) -> int:
+        """Return the number of the first process."""
+        return number if self.size == 1 else int(self.share(number)[0, 0])
