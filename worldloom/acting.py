@@ -3,7 +3,7 @@
 Axes in shapes: N environments, A = width of an action.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from worldloom.envs.spaces import Obs as NumpyObs
 from worldloom.envs.vector import RowStream
 from worldloom.errors import require_positive
 from worldloom.protocol import LatentState, Obs, WorldModel
+from worldloom.ranks import Ranks
 
 Planner = Callable[[LatentState, Tensor | None, Tensor, bool], tuple[Tensor, Tensor | None]]
 
@@ -142,18 +143,18 @@ def make_act(actor: Actor, deterministic: bool) -> Act:
 
 
 def play(
-    act: Act, rows: RowStream, episodes: int
+    act: Act, rows: RowStream, episodes: Sequence[int]
 ) -> Iterator[tuple[np.ndarray, list[tuple[int, dict[str, float]]]]]:
-    """Step the environments until they have run `episodes` episodes; `rows` must be reset.
+    """Step the environments until each has run its number of episodes; `rows` must be reset.
 
-    The number of episodes of each environment is fixed in advance, because counting the first ones
-    to end would favour short episodes. After every step this yields the actions [N, A] and (index
+    The numbers are fixed in advance, because counting the first episodes to end would favour short
+    ones; `share_episodes` returns them. After every step this yields the actions [N, A] and (index
     of the environment, summary) of each of those episodes that ended; `rows` then contains the
     result of the step. Where all episodes have ended, the actions, which are then ignored, are
     zeros, and `act` is not called: in a single environment it is called once per step.
     """
     ignored = np.zeros((rows.num_envs, rows.action_spec.width), np.float32)
-    left = [len(range(i, episodes, rows.num_envs)) for i in range(rows.num_envs)]
+    left = list(episodes)
     while any(left):
         actions = ignored if rows.is_last.all() else act(rows)
         ended = [(i, episode) for i, episode in rows.step(actions) if left[i]]
@@ -162,29 +163,62 @@ def play(
         yield actions, ended
 
 
+def share_episodes(episodes: int, num_envs: int) -> list[int]:
+    """Return how many of `episodes` each environment runs."""
+    return [len(range(i, episodes, num_envs)) for i in range(num_envs)]
+
+
 def evaluate(
     actor: Actor,
-    env: VectorEnv,
+    env: VectorEnv | None,
     obs_spec: ObsSpec,
     action_spec: ActionSpec,
-    episodes: int,
+    episodes: int | Sequence[int],
     seed: int,
     deterministic: bool = True,
+    ranks: Ranks | None = None,
 ) -> list[dict[str, float]]:
     """Run exactly `episodes` episodes and return {"return", "length", "success"} of each.
 
     "success" is included if the environment's info contains it in the last step of an episode. The
     same seed gives the same episodes; torch's random state is restored afterwards.
+
+    env: None if this rank runs no episodes.
+    episodes: of all environments together, or of each one.
+    ranks: the others, which evaluate at the same time and step by step; all return the episodes of
+        all.
     """
-    require_positive(episodes=episodes)
-    rows = RowStream(env, obs_spec, action_spec)
-    done: list[list[dict[str, float]]] = [[] for _ in range(rows.num_envs)]
+    ranks = ranks or Ranks()
+    if isinstance(episodes, int):
+        require_positive(episodes=episodes)
+        episodes = share_episodes(episodes, 0 if env is None else env.num_envs)
+    done: list[list[dict[str, float]]] = [[] for _ in episodes]
     with use_seed(seed, actor.device):
-        rows.reset(seed)
-        for _, ended in play(make_act(actor, deterministic), rows, episodes):
+        steps: Iterator[Any] = iter(())
+        if env is not None:
+            rows = RowStream(env, obs_spec, action_spec)
+            rows.reset(seed)
+            steps = play(make_act(actor, deterministic), rows, episodes)
+        for _, ended in in_step(steps, ranks):
             for index, episode in ended:
                 done[index].append(episode)
-    return [episode for episodes_of_env in done for episode in episodes_of_env]
+    everywhere = ranks.gather([episode for episodes_of_env in done for episode in episodes_of_env])
+    return [episode for found in everywhere for episode in found]
+
+
+def in_step(items: Iterator[Any], ranks: Ranks) -> Iterator[Any]:
+    """Iterate, one item at a time, while any rank has items left.
+
+    No rank then waits for long, so one that does not answer is noticed.
+    """
+    if ranks.size == 1:
+        yield from items
+        return
+    item = next(items, None)
+    while ranks.share(item is not None).any():
+        if item is not None:
+            yield item
+            item = next(items, None)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldloom.acting import Act, make_act, play, use_seed
+from worldloom.acting import Act, make_act, play, share_episodes, use_seed
 from worldloom.app.command_line import parse_settings, run_command, split_settings
 from worldloom.app.compose import Overrides, compose_env
 from worldloom.app.run_dir import reject_links
@@ -117,7 +117,7 @@ def record(act: Act, rows: RowStream, episodes: int) -> Iterator[list[Episode]]:
     """Run a number of episodes; after every step of the environments, yield those that ended."""
     open_ones = [_Open(_row(rows.obs, i)) for i in range(rows.num_envs)]
     spec = rows.action_spec
-    for actions, ended in play(act, rows, episodes):
+    for actions, ended in play(act, rows, share_episodes(episodes, rows.num_envs)):
         done = spec.encode(spec.decode(actions))  # as the environments clip and round them
         for i in range(rows.num_envs):
             obs = _row(rows.obs, i)

@@ -20,6 +20,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Return the number of this process among them, from 0."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
 @torch.no_grad()
 def gather_rows(x: Tensor) -> Tensor:
     """Return the rows [B, ...] of all processes, [W * B, ...], in the order of the ranks.
@@ -57,28 +62,38 @@ def seed_of_rank(seed: int, *key: int) -> int:
     """
     if world_size() == 1:
         return seed
-    sequence = np.random.SeedSequence(seed, spawn_key=(dist.get_rank(), *key))
+    sequence = np.random.SeedSequence(seed, spawn_key=(rank(), *key))
     return int(sequence.generate_state(1)[0])
 
 
-class Ranks:
-    """Exchange of numbers and plain data between the processes; in one process, of nothing.
+class RankError(RuntimeError):
+    """Another process has failed; the message names it."""
 
-    Every method is called by all processes, in the same order. A thread that exchanges needs its
-    own instance. Instances are created in the same order as well, once torch.distributed is
-    initialised.
+
+class Ranks:
+    """Exchange of numbers and plain data between the processes, for decisions taken together.
+
+    A process is alone until `connect` is called. All processes call all methods in the same order.
+    A thread that exchanges needs an instance of its own.
 
     rank, size: of this process, from 0; the number of processes.
+    stopping: whether all processes have agreed to stop, each in a complete state.
     timeout: after which a process that waits for another one raises RuntimeError.
     """
 
     timeout: ClassVar = datetime.timedelta(seconds=300)
 
     def __init__(self) -> None:
-        self.size = world_size()
-        self.rank = dist.get_rank() if self.size > 1 else 0
-        # gloo, whatever the gradients use: it waits for no GPU.
+        self.rank, self.size = 0, 1
+        self.stopping = False
         self._group: Any = None
+
+    def connect(self) -> None:
+        """Connect to the other processes, if there are any, once torch.distributed is initialised.
+
+        The exchange uses gloo, whatever the gradients use, so that it waits for no GPU.
+        """
+        self.rank, self.size = rank(), world_size()
         if self.size > 1:
             self._group = dist.new_group(backend="gloo", timeout=self.timeout)
 

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from worldloom import create_world_model, timing
+from worldloom.ranks import Ranks
 from worldloom.saving import read_saved
 from worldloom.timing import Timer, phase
 from worldloom.training import (
@@ -63,6 +64,7 @@ class FakeCollector:
     """Collects rows of noise from two environments; an episode ends every 5 ticks in env 0."""
 
     num_envs = 2
+    ranks = Ranks()
 
     def __init__(self, buffer):
         self.buffer, self.ticks = buffer, 0
@@ -72,7 +74,7 @@ class FakeCollector:
     def env_steps(self):
         return 2 * self.ticks
 
-    def step(self):
+    def step(self, stop=False):
         first = torch.full((2,), self.ticks == 0)
         none = torch.zeros(2, dtype=torch.bool)
         obs, zeros = torch.randn(2, 2), torch.zeros(2)
@@ -237,7 +239,7 @@ def test_the_time_of_every_phase_is_logged_per_update(monkeypatch):
 
     data = online()
     step = data.collector.step
-    data.collector.step = lambda: (step(), setattr(clock, "now", clock.now + 4.0))
+    data.collector.step = lambda stop=False: (step(), setattr(clock, "now", clock.now + 4.0))
     notes = fit(data, Tick(), MetricsWriter(), model=Slow())
     steps = (28, 48, 60)
     expected = {"loss": 250, "imagine": 500, "optimizer": 2000, "other": 1000, "backward": 0}

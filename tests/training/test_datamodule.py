@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from worldloom.protocol import ReplayField
+from worldloom.ranks import Ranks
 from worldloom.training import ReplayBuffer, ReplayDataModule
 
 LATENTS = {"deter": ReplayField((1,))}
@@ -21,13 +22,14 @@ class FakeCollector:
 
     episodes = 0
     finished = ()
+    ranks = Ranks()
 
     def __init__(self, buffer: ReplayBuffer, seed: int = 0, length: int = 9) -> None:
         self.buffer, self.num_envs, self.length = buffer, buffer.num_envs, length
         self.env_steps = self.ticks = 0
         self.generator = torch.Generator().manual_seed(seed)
 
-    def step(self) -> None:
+    def step(self, stop: bool = False) -> bool:
         envs, step = self.num_envs, self.ticks % (self.length + 1)
         obs = torch.tensor([[env, self.ticks // 10, step, self.ticks] for env in range(envs)])
         actions = torch.rand(envs, 2, generator=self.generator)
@@ -36,6 +38,7 @@ class FakeCollector:
         self.buffer.add(obs.float(), actions, actions[:, 0], *flag, latents)
         self.ticks += 1
         self.env_steps += envs * (step > 0)
+        return stop
 
     def close(self) -> None:
         self.closed = True
@@ -178,7 +181,7 @@ class Waiting(FakeCollector):
         self.held.set()
         self.threads = set()
 
-    def step(self):
+    def step(self, stop=False):
         assert self.held.wait(10), "collected while the replay was in use"
         self.threads.add(threading.current_thread())
         super().step()
@@ -216,7 +219,7 @@ def test_overlapped_collecting_keeps_the_ratio_and_the_total():
 
 def test_a_mistake_of_the_collector_shows_in_the_trainer():
     class Broken(FakeCollector):
-        def step(self):
+        def step(self, stop=False):
             if self.env_steps > 30:
                 raise RuntimeError("the robot fell off the table")
             super().step()

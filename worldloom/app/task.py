@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from worldloom.acting import Actor, evaluate
+from worldloom.acting import Actor, evaluate, share_episodes
 from worldloom.app.compose import Overrides, compose_env, key_of
 from worldloom.app.run_dir import CONFIG, find_run, read_config
 from worldloom.app.saved_config import require_trusted, resolve_saved
@@ -27,6 +27,7 @@ from worldloom.envs.vector import episode_length, frames_per_step, make_vector_e
 from worldloom.envs.workers import choose_workers
 from worldloom.factory import build_model, create_world_model, import_target
 from worldloom.protocol import REQUIRED, find_missing_methods
+from worldloom.ranks import Ranks
 from worldloom.saving import get_config
 
 
@@ -219,10 +220,16 @@ def load_actor(path: Path, config: Mapping[str, Any], task: Task, device: Any = 
 
 
 class Evaluator:
-    """Scores an actor in its own environments."""
+    """Scores an actor in its own environments.
 
-    def __init__(self, task: Task, actor: Actor, settings: Mapping[str, Any]) -> None:
+    ranks: the other processes of a run, which share the episodes and return the same scores.
+    """
+
+    def __init__(
+        self, task: Task, actor: Actor, settings: Mapping[str, Any], ranks: Ranks | None = None
+    ) -> None:
         self.task, self.actor, self.settings = task, actor, settings
+        self.ranks = ranks or Ranks()
 
     def score_unfinished(self) -> dict[str, float]:
         """Score an unfinished run, with other seeds than the final evaluation."""
@@ -235,26 +242,32 @@ class Evaluator:
 
         film: records the episodes of the first environment.
         """
-        env = self.task.vector_env(num_envs=min(self.settings["num_envs"], episodes))
+        # Environment i has the same seed and episodes, whichever rank runs it.
+        count, size = min(self.settings["num_envs"], episodes), self.ranks.size
+        shares = share_episodes(episodes, min(max(count, size), episodes))
+        first, end = (rank * len(shares) // size for rank in (self.ranks.rank, self.ranks.rank + 1))
+        env = self.task.vector_env(num_envs=end - first) if end > first else None
         model: Any = self.actor.model
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
-            if film is not None:
-                film.record(env, len(range(0, episodes, env.num_envs)))
+            if film is not None and env is not None:
+                film.record(env, shares[first])
             results = evaluate(
                 self.actor,
                 env,
                 self.task.obs,
                 self.task.actions,
-                episodes,
-                self.settings["seed"] if seed is None else seed,
+                shares[first:end],
+                (self.settings["seed"] if seed is None else seed) + first,
                 self.settings["deterministic"],
+                self.ranks,
             )
         finally:
             for module, mode in modes:
                 module.training = mode
-            env.close()
+            if env is not None:
+                env.close()
         names = sorted({name for result in results for name in result})
         scores = {
             n: float(np.mean([result[n] for result in results if n in result])) for n in names

@@ -108,7 +108,8 @@ class MetricsWriter(Callback):
         new_steps, new_updates = self._last[1] - steps, self._last[2] - updates
         groups = trainer.optimizers[0].param_groups
         metrics = {"stats/learning_rate": max(float(group["lr"]) for group in groups)}
-        means = {group_metric(name): mean for name, mean in module.metrics.flush().items()}
+        found = module.metrics.flush(data.ranks)
+        means = {group_metric(name): mean for name, mean in found.items()}
         bad = [f"{name} is {mean}" for name, mean in means.items() if not math.isfinite(mean)]
         if bad and not self._warned:
             self._warned = True
@@ -121,7 +122,7 @@ class MetricsWriter(Callback):
         metrics |= means
         metrics["fps/env"] = new_steps / seconds
         metrics["fps/train"] = new_updates * data.batch_size * data.sequence_length / seconds
-        metrics["replay/size"] = len(data.buffer)
+        metrics["replay/size"] = int(data.ranks.share(len(data.buffer)).sum())
         metrics["replay/ratio"] = data.replay_ratio
         if self._timer is not None:
             metrics |= _timings(self._timer.flush(), new_updates)
@@ -149,6 +150,11 @@ class Evaluation(Callback):
         # disk is full.
         self._weights: dict[str, Any] | None = None
         self._changed = False  # whether a resumed run evaluates at other steps than before
+        self._writes = True  # whether this process saves and prints: only the first rank does
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find out whether this process saves and prints."""
+        self._writes = trainer.is_global_zero
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After a resume, restore the best model; the folder may have a later one."""
@@ -175,7 +181,7 @@ class Evaluation(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return the best score, the best model and the step of the next evaluation."""
         weights = self._weights
-        if weights is None and self.folder is not None and self.best is not None:
+        if weights is None and self._writes and self.folder is not None and self.best is not None:
             weights = read_saved(self.folder)[1]
         state = {"every": self.every, "next": self._next, "evaluated": self.evaluated}
         return {**state, "highest": self._highest, "best": self.best, "weights": weights}
@@ -199,7 +205,7 @@ class Evaluation(Callback):
             step, scores = current_step(trainer), self.evaluate()
         self.evaluated = module.updates
         log_metrics(trainer, {f"eval/{name}": score for name, score in scores.items()}, step)
-        if trainer.is_global_zero:
+        if self._writes:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             unit = "update" if data.collector is None else "env step"
             print_line(f"evaluation at {unit} {step:,}: {describe_scores(scores, self._highest)}")
@@ -208,16 +214,20 @@ class Evaluation(Callback):
         # Of equal scores the later model is kept, which was trained longer.
         if self.folder and (self.best is None or scores["return"] >= self.best["return"]):
             self.best = {"step": step, "return": scores["return"]}
-            try:
-                save_model(module.model, self.folder)
-                self._weights = None
-            except OSError as error:
-                messages.warning("the best model cannot be saved now, and will be later: %s", error)
-                self._weights = copy_to_cpu(module.model.state_dict())
+            if self._writes:
+                self._save(module, self.folder)
+
+    def _save(self, module: WorldModelModule, folder: Path) -> None:
+        try:
+            save_model(module.model, folder)
+            self._weights = None
+        except OSError as error:
+            messages.warning("the best model cannot be saved now, and will be later: %s", error)
+            self._weights = copy_to_cpu(module.model.state_dict())
 
     def _save_best(self, module: LightningModule) -> None:
         assert isinstance(module, WorldModelModule)
-        if self._weights is not None and self.folder is not None:
+        if self._weights is not None and self._writes and self.folder is not None:
             save_model(module.model, self.folder, self._weights)
             self._weights = None
 
@@ -285,14 +295,15 @@ class OpenLoop(Callback):
 
     def _draw(self, trainer: Trainer, pl_module: WorldModelModule) -> None:
         self._drawn = pl_module.updates
-        with phase("pictures"):
-            self._log_pictures(trainer, pl_module)
-
-    def _log_pictures(self, trainer: Trainer, pl_module: WorldModelModule) -> None:
-        from worldloom.training.pictures import open_loop
-
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         data.update_replay()
+        if trainer.is_global_zero:
+            with phase("pictures"):
+                self._log_pictures(trainer, pl_module, data)
+
+    def _log_pictures(self, trainer: Trainer, pl_module: WorldModelModule, data: Any) -> None:
+        from worldloom.training.pictures import open_loop
+
         sequence: Any = data.buffer.newest(self.length, pl_module.device)
         gpus = [pl_module.device] if pl_module.device.type == "cuda" else []
         with torch.random.fork_rng(devices=gpus):  # pictures must not affect training

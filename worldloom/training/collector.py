@@ -14,6 +14,7 @@ from worldloom.acting import Actor, Memory
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.vector import RowStream
 from worldloom.protocol import LatentState
+from worldloom.ranks import RankError, Ranks
 from worldloom.trees import map_tree
 
 if TYPE_CHECKING:
@@ -25,10 +26,14 @@ class Collector:
 
     random_steps: number of environment steps with random actions at the start.
     frames_per_step: simulator frames per environment step (action repeat).
+
+    The following are those of all ranks together, and the same in each of them.
+
     env_steps: steps of all environments together; resets do not count.
     episodes: number of finished episodes. returns: those of the last 20.
     finished: {"return", "length", "success" if the environment's info has it} and the counters of
         the episodes that are not logged yet; the logging callback empties the list.
+    ranks: the other processes, which step at the same time.
     """
 
     def __init__(
@@ -51,12 +56,51 @@ class Collector:
         self.episodes = 0
         self.returns: list[float] = []
         self.finished: list[dict[str, float]] = []
+        self.ranks = Ranks()
+        self._restarts_elsewhere = 0  # of environment processes, in the other ranks
         self._rng = np.random.default_rng(seed)
         self._memory: Memory | None = None
         self._running = False
 
-    def step(self) -> None:
-        """Add the current rows to the buffer, then step all environments once."""
+    def step(self, stop: bool = False) -> bool:
+        """Add the current rows to the buffer, then step all environments once.
+
+        If an environment fails in one rank, all stop: that rank raises the error.
+
+        stop: whether this rank asks to stop. Returns whether any rank does.
+
+        Raises:
+            RankError: another rank failed.
+        """
+        steps, failed = 0, None
+        ended: list[dict[str, float]] = []
+        try:
+            steps, ended = self._step()
+        except Exception as error:
+            if self.ranks.size == 1:
+                raise
+            failed = error
+        counts = (steps, len(ended), self.rows.restarts, stop, failed is not None)
+        shared = self.ranks.share(*counts)
+        steps, new, restarts, stops, failures = shared.sum(0).tolist()
+        self.env_steps += steps
+        self._restarts_elsewhere = restarts - self.rows.restarts
+        if new:
+            ended = [episode for episodes in self.ranks.gather(ended) for episode in episodes]
+        for episode in ended:
+            self.episodes += 1
+            # A new list, because the thread that shows the progress may be reading this one.
+            self.returns = [*self.returns, episode["return"]][-20:]
+            self.finished.append({**episode, **self.counters()})
+        if failures:
+            self.ranks.stopping = True
+            first = int(shared[:, -1].argmax())
+            text = self.ranks.gather(f"{type(failed).__name__}: {failed}")[first]
+            raise failed or RankError(f"rank {first} failed: {text}")
+        return bool(stops)
+
+    def _step(self) -> tuple[int, list[dict[str, float]]]:
+        """Step this rank's environments; return the number of steps and the episodes that ended."""
         if not self._running:
             self.rows.reset(seed=int(self._rng.integers(2**31)))
             self._memory, self._running = None, True
@@ -78,17 +122,12 @@ class Collector:
         ended = rows.step(actions)
         self._running = True
         # A first row results from a reset, which is not a step.
-        self.env_steps += int(np.count_nonzero(~rows.is_first))
-        for _, episode in ended:
-            self.episodes += 1
-            # A new list, because the thread that shows the progress may be reading this one.
-            self.returns = [*self.returns, episode["return"]][-20:]
-            self.finished.append({**episode, **self.counters()})
+        return int(np.count_nonzero(~rows.is_first)), [episode for _, episode in ended]
 
     @property
     def restarts(self) -> int:
         """Return how many environment processes were replaced so far."""
-        return self.rows.restarts
+        return self.rows.restarts + self._restarts_elsewhere
 
     def counters(self) -> dict[str, int]:
         """Return env_steps, frames (simulator steps), episodes and restarts so far."""

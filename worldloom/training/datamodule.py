@@ -9,8 +9,11 @@ import torch
 
 from worldloom.errors import require_positive
 from worldloom.protocol import Batch
+from worldloom.ranks import Ranks, seed_of_rank
 from worldloom.replay.buffer import ReplayBuffer, to_device
 from worldloom.timing import phase
+from worldloom.training.interruption import Interrupted
+from worldloom.training.randomness import seed_generators
 
 if TYPE_CHECKING:
     from worldloom.training.collector import Collector
@@ -55,6 +58,9 @@ class ReplayDataModule(lightning.LightningDataModule):
     sequence_length: rows that are trained on; if the replay stores fields of which a batch has
         only row 0, one more row is sampled in front of them as context.
     across_episodes: whether a sequence may continue into the next episode.
+    batch_size, prefill and total_steps are those of all ranks together: each rank samples its share
+    of a batch from the rows that it has collected.
+
     sync_acting_copy: None to collect between updates, which makes a run reproducible bit for bit.
         With a function, a thread collects for the next batch while the trainer works on the current
         one. The function is called first, to copy the weights to the collector's copy of the model.
@@ -86,13 +92,16 @@ class ReplayDataModule(lightning.LightningDataModule):
         self.total_steps = total_steps
         self.across_episodes = across_episodes
         self.sync_acting_copy = sync_acting_copy
-        # Called after every update and before every environment step; may raise to stop there.
+        # Called after every update and before every environment step; may raise Interrupted to stop
+        # there. What one rank raises stops all ranks, at the same place.
         self.check_interruption: Callable[[], None] = lambda: None
+        self.ranks = Ranks()
         # Called before a state is created: the replay writes only one state at a time.
         self.wait_for_writer: Callable[[], None] = lambda: None
         overlaps = collector is not None and sync_acting_copy is not None
         self._pool = ThreadPoolExecutor(1, "collector") if overlaps else None
         self._ahead: Future[None] | None = None
+        self._steps_before = 0  # environment steps at the start of `_ahead`
         self.updates = 0
         self.replayed_steps = 0
         # Environment steps and replayed steps from which the train ratio counts: after prefill.
@@ -117,9 +126,39 @@ class ReplayDataModule(lightning.LightningDataModule):
                 "training.sequence_length"
             )
 
+    def setup(self, stage: str) -> None:
+        """Connect to the other ranks, and seed this one's random numbers.
+
+        The weights, which exist already, are the same in all ranks.
+
+        Raises:
+            ValueError: batch_size is not divisible by the number of ranks.
+        """
+        self.ranks.connect()
+        if self.collector is not None:
+            self.collector.ranks.connect()
+        if self.ranks.size > 1:
+            if self.batch_size % self.ranks.size:
+                raise ValueError(
+                    f"training.batch_size is {self.batch_size}, which {self.ranks.size} processes "
+                    "cannot share equally; expected a multiple of their number"
+                )
+            seed_generators(seed_of_rank(torch.initial_seed() % 2**63))
+
+    @property
+    def stopping(self) -> bool:
+        """Return whether all ranks have agreed to stop, each in a complete state."""
+        return self.ranks.stopping or (self.collector is not None and self.collector.ranks.stopping)
+
     @property
     def env_steps(self) -> int:
-        """Count the transitions collected so far; 0 in an offline run."""
+        """Count the transitions collected so far; 0 in an offline run.
+
+        Those that a thread is collecting now are not included, so that all ranks have the same
+        number.
+        """
+        if self._ahead is not None:
+            return self._steps_before
         return 0 if self.collector is None else self.collector.env_steps
 
     @property
@@ -265,17 +304,42 @@ class ReplayDataModule(lightning.LightningDataModule):
 
     def _collect(self) -> None:
         """Collect until the next batch is due or all environment steps are done."""
-        while not self._batch_is_due() and self.env_steps < self.total_steps:
+        assert self.collector is not None
+        while not self._batch_is_due() and self.collector.env_steps < self.total_steps:
             self._step()
 
     def _step(self) -> None:
         """Collect a step of each environment; record the updates so far with finished episodes."""
         assert self.collector is not None
-        self.check_interruption()
+        request = self._find_request()
         before = len(self.collector.finished)
-        self.collector.step()
+        stop = self.collector.step(request is not None)
         for episode in self.collector.finished[before:]:
             episode["updates"] = self.updates
+        if stop:
+            self._stop_together(self.collector.ranks, request)
+
+    def _check(self) -> None:
+        """Stop after an update if any rank asks for it."""
+        request = self._find_request()
+        if self.ranks.share(request is not None).any():
+            self._stop_together(self.ranks, request)
+
+    def _find_request(self) -> BaseException | None:
+        """Return what asks this rank to stop; raise it if this is the only one."""
+        try:
+            self.check_interruption()
+        except Interrupted as request:
+            if self.ranks.size == 1:
+                raise
+            return request
+        return None
+
+    @staticmethod
+    def _stop_together(ranks: Ranks, request: BaseException | None) -> None:
+        """Raise the first rank's request to stop in all ranks."""
+        ranks.stopping = True
+        raise next(found for found in ranks.gather(request) if found is not None)
 
     @property
     def _rows(self) -> int:
@@ -285,20 +349,24 @@ class ReplayDataModule(lightning.LightningDataModule):
     @property
     def _start(self) -> int:
         """Return the environment steps after which prefill is done and every stream is sampled."""
-        return max(self.prefill, self._rows * self.buffer.num_envs)
+        return max(self.prefill, self._rows * self.buffer.num_envs * self.ranks.size)
 
     def _fill(self) -> None:
         """Collect until prefill is done and a sequence can be sampled."""
-        within = {"across_episodes": self.across_episodes}
         while self.env_steps < self.prefill or (
             # If all episodes are too short, stop here: sampling raises an error that explains it.
-            self.env_steps < 2 * self._start and not self.buffer.can_sample(self._rows, **within)
+            self.env_steps < 2 * self._start and not self._can_sample()
         ):
             self._step()
 
+    def _can_sample(self) -> bool:
+        """Return whether every rank has a sequence to sample."""
+        can = self.buffer.can_sample(self._rows, across_episodes=self.across_episodes)
+        return bool(self.ranks.share(can).all())
+
     def _batch_is_due(self) -> bool:
-        assert self._origin is not None
-        allowed = (self.env_steps - self._origin[0]) * self.train_ratio
+        assert self._origin is not None and self.collector is not None
+        allowed = (self.collector.env_steps - self._origin[0]) * self.train_ratio
         after = self.replayed_steps - self._origin[1] + self.batch_size * self.sequence_length
         return after <= allowed
 
@@ -306,17 +374,18 @@ class ReplayDataModule(lightning.LightningDataModule):
         """Yield one batch; after the trainer has used it, update the replay."""
         with phase("sample"):
             batch = self.buffer.sample(
-                self.batch_size, self._rows, across_episodes=self.across_episodes
+                self.batch_size // self.ranks.size, self._rows, across_episodes=self.across_episodes
             )
         self.updates += 1
         self.replayed_steps += self.batch_size * self.sequence_length
         if self._pool is not None and self.sync_acting_copy is not None:
             with phase("collect"):
                 self.sync_acting_copy()
+            self._steps_before = self.env_steps
             self._ahead = self._pool.submit(self._collect)
         yield batch
         self.update_replay()
-        self.check_interruption()
+        self._check()
 
     def _stop(self) -> None:
         """Tell Lightning that the data has ended for the whole run, not only for this epoch."""

@@ -28,6 +28,10 @@ class Interrupted(BaseException):
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.number, self.between = number, between
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Describe a copy: one rank's interruption is raised in all ranks."""
+        return type(self), (self.number, self.between)
+
     @property
     def exit_code(self) -> int:
         """Return the exit code that shells report for a process ended by this signal."""
@@ -39,7 +43,11 @@ class Paused(Interrupted):
 
     def __init__(self, reason: str) -> None:
         BaseException.__init__(self, f"stopped by {reason}")
-        self.between = True
+        self.reason, self.between = reason, True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Describe a copy."""
+        return type(self), (self.reason,)
 
 
 class Limits:

@@ -7,6 +7,8 @@ import torch
 from lightning import Trainer
 from torch import Tensor
 
+from worldloom.ranks import Ranks
+
 # Logged with every metric: metrics.csv has them right after "step", other loggers as "counters/…".
 COUNTERS = ("env_steps", "frames", "updates", "episodes", "restarts", "seconds")
 
@@ -87,11 +89,19 @@ class RunningMeans:
         # Not in place, so that a returned state does not change; a loaded one is on the CPU.
         self._sums[names] = sums.to(values.device) + values, count + 1
 
-    def flush(self) -> dict[str, float]:
-        """Return the means since the last flush; waits for the device."""
+    def flush(self, ranks: Ranks | None = None) -> dict[str, float]:
+        """Return the means since the last flush; waits for the device.
+
+        ranks: the others, which flush at the same time; all return the means over all of them.
+        """
+        mine = [
+            (name, value, count)
+            for names, (sums, count) in self._sums.items()
+            for name, value in zip(names, sums.tolist(), strict=True)
+        ]
         totals: dict[str, tuple[float, int]] = {}
-        for names, (sums, count) in self._sums.items():
-            for name, value in zip(names, sums.tolist(), strict=True):
+        for found in [mine] if ranks is None else ranks.gather(mine):
+            for name, value, count in found:
                 total, counted = totals.get(name, (0.0, 0))
                 totals[name] = total + value, counted + count
         means = {name: total / count for name, (total, count) in totals.items()}

@@ -90,6 +90,8 @@ class WorldModelModule(LightningModule):
         """
         with phase("check"):
             self.guard.begin(batch)
+            if self.guard.rejects_input(self.updates + 1, str(self.trainer.precision), self._share):
+                return torch.zeros((), requires_grad=True)  # no gradient reaches the model
         try:
             with phase("loss"):
                 result = self.model.compute_loss(batch)  # type: ignore[operator]
@@ -124,14 +126,19 @@ class WorldModelModule(LightningModule):
             # Parameters of the optimiser; collecting those of the model would walk its modules.
             groups = self.trainer.optimizers[0].param_groups
             grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-            precision, agree = self.trainer.precision, self.trainer.strategy.reduce_boolean_decision
-            if self.guard.accepts(self._losses, grads, self.updates + 1, str(precision), agree):
+            precision = str(self.trainer.precision)
+            if self.guard.accepts(self._losses, grads, self.updates + 1, precision, self._share):
                 self.metrics.add(self._losses)
                 if (self.updates + 1) % self.log_every == 0:
                     self.metrics.once["grad_norm"] = torch.nn.utils.get_total_norm(grads).detach()
                 if self._replay is not None:
                     self.trainer.datamodule.store_fields(*self._replay)  # type: ignore[attr-defined]
             self._replay = None
+
+    def _share(self, number: int) -> list[int]:
+        """Return the numbers of all ranks."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return [number] if data is None else data.ranks.share(number)[:, 0].tolist()
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Set an attribute, bypassing nn.Module.__setattr__ for Lightning's `_current_fx_name`.

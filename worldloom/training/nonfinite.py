@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from worldloom.errors import list_names
+from worldloom.ranks import rank, world_size
 from worldloom.records import REGISTERED
 from worldloom.saving import get_config
 from worldloom.training.checkpoint_files import copy_to_cpu, write_checkpoint
@@ -26,6 +27,11 @@ log = logging.getLogger(__name__)
 FILE = "nonfinite.ckpt"
 MODES = ("stop", "skip")
 MOST_IN_A_ROW = 100  # stop the run after this many consecutive skipped updates
+
+
+def one_rank(number: int) -> list[int]:
+    """Return the numbers of all ranks where there is only one."""
+    return [number]
 
 
 @dataclass
@@ -74,7 +80,7 @@ class NonFiniteGuard:
                 "or skip (skip such updates and count them)"
             )
         self.model, self.mode, self.run = model, mode, dict(run or {})
-        self.file = None if folder is None else Path(folder) / "checkpoints" / FILE
+        self.folder = folder
         self.skipped = self.in_a_row = 0
         self.rejected = False
         self.anomaly: str | None = None  # message of torch's anomaly mode (trainer=debug)
@@ -88,6 +94,28 @@ class NonFiniteGuard:
         buffers = {name: x.detach().clone() for name, x in self._buffers().items()}
         self._snapshot = StepSnapshot(batch, buffers, random_state())
         self.anomaly, self.rejected = None, False
+
+    @property
+    def file(self) -> Path | None:
+        """Return where a rejected batch of this rank is saved."""
+        name = FILE.replace(".", f"-rank{rank()}.") if rank() else FILE
+        return None if self.folder is None else Path(self.folder) / "checkpoints" / name
+
+    def rejects_input(
+        self, update: int, precision: str, share: Callable[[int], list[int]] = one_rank
+    ) -> bool:
+        """Return whether a batch of several ranks is rejected before its loss is computed.
+
+        One rank cannot leave the loss, in which the others wait for it.
+        """
+        if world_size() == 1:
+            return False
+        bad = self._bad_fields()
+        shared = share(bool(bad))
+        self.rejected = any(shared)
+        if self.rejected:
+            self._reject("the batch is not finite" if bad else "", {}, update, precision, shared)
+        return self.rejected
 
     def handle_error(self, error: Exception, update: int, precision: str = "32-true") -> None:
         """Reject a batch whose loss raised an error that NaN or infinity in its inputs explain.
@@ -103,7 +131,8 @@ class NonFiniteGuard:
         self.rejected = True
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         try:
-            self._reject(f"the loss at update {update} failed: {reason}", {}, update, precision)
+            found = f"the loss at update {update} failed: {reason}"
+            self._reject(found, {}, update, precision, [1] * world_size())
         except FloatingPointError as stop:
             raise stop from error
 
@@ -113,22 +142,25 @@ class NonFiniteGuard:
         grads: list[Tensor],
         update: int,
         precision: str = "32-true",
-        agree: Callable[[bool], bool] = bool,
+        share: Callable[[int], list[int]] = one_rank,
     ) -> bool:
         """Return whether a batch may change the model; if not, undo its effects.
 
         losses: scalars of the batch. grads: all its gradients. Loss and gradients are reduced to
             one flag on the device, so this waits for the device only once.
-        agree: combines the decisions of several processes into one.
+        share: returns the numbers of all ranks, given that of this one.
 
         Raises:
             FloatingPointError: the batch was rejected and the run has to stop.
         """
         finite = (torch.isfinite(losses["loss"]) & all_finite(grads, losses["loss"].device)).item()
         found = "" if finite and not self.anomaly else self._explain(losses, f"at update {update}")
-        self.rejected = not agree(not found)
+        # A NaN in the loss of one rank reaches the gradients of all; that rank is to blame.
+        in_loss = bool(found) and not torch.isfinite(losses["loss"]).item()
+        shared = share(bool(found) + in_loss)
+        self.rejected = any(shared)
         if self.rejected:
-            self._reject(found, losses, update, precision)
+            self._reject(found, losses, update, precision, shared)
         elif self._spoiled:  # by an earlier batch of the same update
             self.model.zero_grad(set_to_none=True)
         return not self.rejected
@@ -167,16 +199,31 @@ class NonFiniteGuard:
             return f"gradients are not finite {where}, {len(bad)} of {count}: {list_names(bad)}"
         return f"a gradient is not finite {where}: {self.anomaly}" if self.anomaly else ""
 
-    def _reject(self, found: str, losses: dict[str, Tensor], update: int, precision: str) -> None:
+    def _reject(
+        self,
+        found: str,
+        losses: dict[str, Tensor],
+        update: int,
+        precision: str,
+        blame: list[int],
+    ) -> None:
+        """Undo a batch; report and save it.
+
+        found: what is not finite in this rank. blame: of each rank; the highest one is the cause.
+        """
         assert self._snapshot is not None
+        guilty = blame.index(max(blame))
+        if blame[rank()] < max(blame):
+            found = ""
         self._snapshot.restore(self.model)
         self._spoiled = True
         hopeless = self.in_a_row + 1 >= MOST_IN_A_ROW
         if self.mode == "skip" and not hopeless and self._reported:
             return
         command = self._save(found, losses, update, precision) if found else ""
-        what = found or f"NaN or infinity in another process at update {update}"
-        message = f"{what}; {self._advice()}{command}"
+        message = f"{found}; {self._advice()}{command}"
+        if not found:
+            message = f"NaN or infinity in rank {guilty} at update {update}; see its message"
         if self.mode == "stop":
             raise FloatingPointError(message)
         if hopeless:

@@ -8,6 +8,13 @@ import numpy as np
 import torch
 
 
+def seed_generators(seed: int) -> None:
+    """Seed torch, NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
 def random_state() -> dict[str, Any]:
     """Return the random states of torch, NumPy and Python as tensors and plain data."""
     name, key, *rest = np.random.get_state()
