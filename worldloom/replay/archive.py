@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldloom.replay.block_files import Block, BlockFiles, fields_name, parse_block, rows_name
+from worldloom.replay.block_files import Block, BlockFiles
 from worldloom.replay.row_format import Arrays, to_numpy
 from worldloom.replay.snapshot import Snapshot
 from worldloom.replay.store import RowStore
@@ -99,7 +99,7 @@ class Archive:
             for block in self._blocks():
                 if block in store.lost:
                     continue
-                if not frozen and (name := rows_name(block)) in used:
+                if not frozen and (name := self.files.rows_name(block)) in used:
                     snapshot.files[name] = used[name]
                 if block in self._current:
                     snapshot.files[self._current[block]] = used[self._current[block]]
@@ -160,7 +160,7 @@ class Archive:
         with self._writing:
             oldest = (self.store.oldest // self.store.block_rows).tolist()
             for name in list(self.files.used):
-                env, number = block = parse_block(name)
+                env, number = block = self.files.parse_block(name)
                 if number < oldest[env]:
                     self.files.release(name)
                     self._current.pop(block, None)
@@ -177,11 +177,13 @@ class Archive:
         self._reset()
         store, files = self.store, state["files"]
         store.lost = {(env, number) for env, number in state["lost"]}
-        current = {parse_block(name): name for name in files if "fields" in name}
+        current = {self.files.parse_block(name): name for name in files if "fields" in name}
         lost_rows, lost_fields = [], []
         for block in self._blocks():
             known = block in store.lost or self.digest is not None
-            if not known and not self._load(block, rows_name(block), files, store.immutable):
+            if not known and not self._load(
+                block, self.files.rows_name(block), files, store.immutable
+            ):
                 lost_rows.append(block)
                 store.lost.add(block)
             if block in store.lost:
@@ -261,7 +263,7 @@ class Archive:
 
     def _write_rows(self, block: Block) -> bool:
         """Write the immutable fields of a block, then free its memory; return False on failure."""
-        store, name = self.store, rows_name(block)
+        store, name = self.store, self.files.rows_name(block)
         try:
             if name not in self.files.used:
                 self.files.write(name, store.get(store.immutable, block, store.row_numbers(block)))
@@ -303,7 +305,7 @@ class Archive:
             with self._changed:
                 block, arrays = snapshot.take()
                 self._changed.notify_all()
-            name = written[block] = fields_name(block, snapshot.generation)
+            name = written[block] = self.files.fields_name(block, snapshot.generation)
             snapshot.files[name] = self.files.write(name, arrays)
             # At once: many pages waiting for the disk would delay the next writes of any thread.
             self.files.sync([name])
@@ -366,7 +368,9 @@ class Archive:
                 result,
                 self.files.path,
                 what,
-                ", ".join(rows_name(block).removesuffix("-rows.bin") for block in blocks),
+                ", ".join(
+                    self.files.rows_name(block).removesuffix("-rows.bin") for block in blocks
+                ),
             )
 
 

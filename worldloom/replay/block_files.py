@@ -5,10 +5,14 @@ example to `0-000004-rows.bin`. Its rewritable fields are written to a new file,
 `0-000004-fields-7.bin`, by each checkpoint before which one of them has changed. A file never
 changes after it was given its name. It contains one array [C, *shape] per field and nothing else,
 so the position of a row follows from the fields and from C.
+
+The replays of several processes share one folder. Files are named by the number that a stream has
+among those of all processes, so they stay what they are if another process continues a stream.
 """
 
 import os
 import re
+import sys
 import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -34,35 +38,41 @@ def choose_block_rows(fields: Fields, rewritable: Iterable[str], rows: int) -> i
     return max(1, min(rows // 4, max(MIN_BLOCK_ROWS, BLOCK_BYTES // largest)))
 
 
-def rows_name(block: Block) -> str:
-    """Return the name of the file with the immutable fields of a block."""
-    return f"{block[0]}-{block[1]:06d}-rows.bin"
-
-
-def fields_name(block: Block, generation: int) -> str:
-    """Return the name of the file with the rewritable fields of a block in one checkpoint."""
-    return f"{block[0]}-{block[1]:06d}-fields-{generation}.bin"
-
-
-def parse_block(name: str) -> Block:
-    """Return the block that a file belongs to."""
-    env, number = name.split("-")[:2]
-    return int(env), int(number)
+def parse_name(name: str) -> Block:
+    """Return the block that a file belongs to, with the number of the stream in its name."""
+    stream, number = name.lstrip(".").split("-")[:2]
+    return int(stream), int(number)
 
 
 class BlockFiles:
-    """The folder with the block files of one replay.
+    """The block files of one replay, in a folder that other processes may use as well.
 
+    streams: the numbers in the names of this replay's files. They may include more than it has
+        streams, so that somebody deletes the files of streams that no longer exist.
     used: {name: CRC-32} of the files that the replay refers to. `keep` does not delete them.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, streams: range = range(sys.maxsize)) -> None:
+        self.path, self.streams = path, streams
         self.used: dict[str, int] = {}
         self._unsynced: set[str] = set()
         path.mkdir(parents=True, exist_ok=True)
         for leftover in path.glob(".*.bin.*.tmp"):  # of a killed run
-            leftover.unlink(missing_ok=True)
+            if parse_name(leftover.name)[0] in streams:
+                leftover.unlink(missing_ok=True)
+
+    def rows_name(self, block: Block) -> str:
+        """Return the name of the file with the immutable fields of a block."""
+        return f"{self.streams.start + block[0]}-{block[1]:06d}-rows.bin"
+
+    def fields_name(self, block: Block, generation: int) -> str:
+        """Return the name of the file with the rewritable fields of a block in one checkpoint."""
+        return f"{self.streams.start + block[0]}-{block[1]:06d}-fields-{generation}.bin"
+
+    def parse_block(self, name: str) -> Block:
+        """Return the block of this replay that a file belongs to."""
+        stream, number = parse_name(name)
+        return stream - self.streams.start, number
 
     def write(self, name: str, arrays: Arrays) -> int:
         """Write the arrays of a block, add the file to `used` and return its CRC-32.
@@ -145,10 +155,11 @@ class BlockFiles:
         (self.path / name).unlink(missing_ok=True)
 
     def keep(self, names: Container[str]) -> None:
-        """Delete all block files except for these and for those in `used`."""
+        """Delete all block files of this replay except for these and for those in `used`."""
         found = list(self._list())  # before reading `used`: see `write`
         for name in found:
-            if name not in names and name not in self.used:
+            own = parse_name(name)[0] in self.streams
+            if own and name not in names and name not in self.used:
                 self.remove(name)
 
     def find_damaged(self, files: Mapping[str, int]) -> list[str]:

@@ -6,8 +6,8 @@ Each stream is a ring of rows. Rows are numbered from the first one ever written
 its number until it is overwritten; row r is stored in slot r % (length of the ring).
 """
 
-import warnings
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,8 +30,10 @@ from worldloom.replay.row_format import (
     has_terminated,
     row_bytes,
     to_numpy,
+    warn_of_lost_step,
 )
 from worldloom.replay.sampler import BatchReader, Sampler
+from worldloom.replay.shares import Share, join_states, load_episodes
 from worldloom.replay.store import RowStore, bytes_needed, check_storage
 from worldloom.trees import map_tree
 
@@ -53,6 +55,8 @@ class ReplayBuffer:
     expected: upper limit of the rows that will ever be added; a smaller replay is then made. A
         state may be loaded into a replay that expects more.
     shrink: if memory or disk are too small for the capacity, use the largest one that fits.
+    share: number of this replay, from 0, and how many replays of as many streams share the folder:
+        those of the processes that train together.
 
     Raises:
         ValueError: an argument is wrong, or memory or disk are too small for the capacity.
@@ -73,6 +77,7 @@ class ReplayBuffer:
         folder: Path | None = None,
         expected: int | None = None,
         shrink: bool = False,
+        share: Share = (0, 1),
     ) -> None:
         require_positive(action_dim=action_dim, num_envs=num_envs)
         check_storage(storage, folder)
@@ -80,9 +85,12 @@ class ReplayBuffer:
         self._schema = RowSchema(obs_shape, action_dim, fields, obs_dtypes, num_envs)
         self.num_envs = num_envs
         self.online_queue = online_queue
+        self._share = share
         # Rows to sample in front of those that are trained on, as context.
         self.context_rows = context_rows(fields)
-        files = None if folder is None else BlockFiles(Path(folder))
+        first, last = share[0] * num_envs, share[0] == share[1] - 1
+        streams = range(first, sys.maxsize if last else first + num_envs)
+        files = None if folder is None else BlockFiles(Path(folder), streams)
         mapped = storage == "memmap"
         schema, names = self._schema.fields, list(self._schema.model_names.values())
         in_memory, on_disk = bytes_needed(schema, names, files is not None, mapped)
@@ -99,6 +107,7 @@ class ReplayBuffer:
         self._archive = None if files is None else Archive(self._store, files)
         self._writer = self._archive or self._store
         self._frozen = False
+        self._episodes: list[int] = []  # rows of each episode of the dataset
         self._sampler = Sampler(self._store, seed)
         self._reader = BatchReader(self._store, self._schema)
         self._warned = False
@@ -178,7 +187,7 @@ class ReplayBuffer:
         where = f"step {{}} of the episode for env {env}"
         values, rows, final = self._schema.convert_episode(obs, actions, rewards, terminated, where)
         if not final:
-            self._warn_of_lost_step(rows)
+            self._warned = self._warned or warn_of_lost_step(rows)
         first = int(self._store.written[env])
         values["episode"] = np.full(rows, first)
         # Only the newest rows of an episode longer than the ring: no slot is written twice.
@@ -237,7 +246,7 @@ class ReplayBuffer:
             set.
         """
         require_positive(batch_size=batch_size, seq_len=seq_len)
-        self._require_length(seq_len)
+        self._sampler.require_length(seq_len)
         if self.online_queue and not across_episodes:
             raise ValueError(
                 "the online queue samples stretches of a stream that cross episodes; set "
@@ -258,12 +267,15 @@ class ReplayBuffer:
             Batch, to_device(self._reader.read(np.zeros(1, np.int64), start, length), device)
         )
 
-    def freeze(self) -> None:
+    def freeze(self, episodes: Sequence[int] = ()) -> None:
         """Accept no more rows, because they come from a dataset that every start reads again.
 
         With a folder, states then contain a checksum instead of the rows.
+
+        episodes: rows of each episode, in all replays that share the folder. Needed to load the
+            states of another number of replays; `assign_episodes` has to be used in both.
         """
-        self._frozen = True
+        self._frozen, self._episodes = True, list(episodes)
         if self._archive is not None:
             self._archive.freeze()
 
@@ -319,12 +331,23 @@ class ReplayBuffer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; sampling continues with the same draws.
 
+        Of another number of replays, give {"shares": their states, "rng": a random state}.
+
         A warning names damaged files. Their rows are lost: no sequence that contains one of them
         is sampled.
 
         Raises:
             ValueError: the state belongs to a replay with other settings or other data.
         """
+        if "shares" in state:
+            rng, shares = state["rng"], state["shares"]
+            state = join_states(shares, self._share, self.num_envs) | {"rng": rng}
+            if self._archive is not None and self._frozen:
+                check_layout(self._layout() | {"capacity": ""}, state["layout"] | {"capacity": ""})
+                check_kind(shares[0], True, True)
+                load_episodes(self._archive, shares, self._episodes, self._share)
+                self._sampler.rng.bit_generator.state = rng
+                return
         if self._archive is not None and self._frozen:
             self._archive.check_dataset(state)
         check_layout(self._layout(), state["layout"])
@@ -369,29 +392,6 @@ class ReplayBuffer:
     def _require_open(self) -> None:
         if self._frozen:
             raise RuntimeError("this replay was frozen; add all rows before freeze()")
-
-    def _require_length(self, length: int) -> None:
-        longest = self._sampler.longest()
-        if longest == 0:
-            raise ValueError("replay is empty; add episodes, or collect first (training.prefill)")
-        if longest < length:
-            setting = "data.capacity" if self.rows < length else "training.prefill"
-            raise ValueError(
-                f"replay holds {longest} steps{' per env' * (self.num_envs > 1)} but a sequence "
-                f"needs {length}; raise {setting} to at least {length * self.num_envs} or lower "
-                f"training.sequence_length"
-            )
-
-    def _warn_of_lost_step(self, steps: int) -> None:
-        """Warn once that episodes lack their final observation."""
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"an episode has as many observations as actions ({steps}), so its last reward and "
-                f"whether it terminated are not stored; give {steps + 1} observations, including "
-                f"the one that the last step returned",
-                stacklevel=3,
-            )
 
 
 def to_device(batch: Any, device: str | torch.device) -> Any:

@@ -5,6 +5,7 @@ rows: [E] for one row of every stream, [N + 1] for the rows of an episode.
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -223,6 +224,17 @@ def has_terminated(steps: int, dones: Any, terminations: Any, truncations: Any) 
                 f"split them there and call add_episode once per episode"
             )
     return any(bool(flag[-1]) for name, flag in flags.items() if name != "truncations")
+
+
+def warn_of_lost_step(steps: int) -> bool:
+    """Warn that an episode lacks its final observation; return True."""
+    warnings.warn(
+        f"an episode has as many observations as actions ({steps}), so its last reward and "
+        f"whether it terminated are not stored; give {steps + 1} observations, including "
+        f"the one that the last step returned",
+        stacklevel=3,
+    )
+    return True
 
 
 def check_action_range(actions: np.ndarray) -> None:

@@ -35,6 +35,19 @@ class Sampler:
         _, first, end = self._store.stretches()
         return int((end - first).max())
 
+    def require_length(self, length: int) -> None:
+        """Raise ValueError if no sequence of that length is stored."""
+        longest, streams = self.longest(), self._store.num_envs
+        if longest == 0:
+            raise ValueError("replay is empty; add episodes, or collect first (training.prefill)")
+        if longest < length:
+            setting = "data.capacity" if self._store.rows < length else "training.prefill"
+            raise ValueError(
+                f"replay holds {longest} steps{' per env' * (streams > 1)} but a sequence "
+                f"needs {length}; raise {setting} to at least {length * streams} or lower "
+                f"training.sequence_length"
+            )
+
     def num_episodes(self) -> int:
         """Count the episodes of which at least one row is stored."""
         parts: list[list[np.ndarray]] = [[] for _ in range(self._store.num_envs)]

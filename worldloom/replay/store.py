@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldloom.replay.block_files import Block, BlockFiles, read_fully, rows_name, write_fully
+from worldloom.replay.block_files import Block, BlockFiles, read_fully, write_fully
 from worldloom.replay.row_format import Arrays, Fields, row_bytes
 
 GENERATIONS = 3  # rewritable fields on disk: of the last two checkpoints and of the next one
@@ -291,7 +291,7 @@ class RowStore:
         elif name in self._offsets:
             assert self._files is not None
             offset = self._offsets[name] + first * row_bytes(*self.fields[name])
-            self._files.read_part(rows_name(block), offset, out)
+            self._files.read_part(self._files.rows_name(block), offset, out)
         else:
             assert self._scratch is not None
             self._scratch.read(name, block, first, out)
