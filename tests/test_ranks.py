@@ -17,6 +17,7 @@ def exchange(rank):
     count = torch.tensor(rank + 1)
     total = sum_counts(count)
     ranks = Ranks()
+    ranks.connect()
     return {
         "size": world_size(),
         "gathered": gathered,
@@ -54,6 +55,7 @@ def test_one_process_exchanges_nothing():
     assert sum_counts(count) is count
     assert seed_of_rank(3) == seed_of_rank(3, 1) == 3
     ranks = Ranks()
+    ranks.connect()
     assert (ranks.rank, ranks.size) == (0, 1)
     assert np.array_equal(ranks.share(1, 2), [[1, 2]])
     assert ranks.gather("x") == ["x"]

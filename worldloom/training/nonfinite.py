@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from worldloom.errors import list_names
-from worldloom.ranks import rank, world_size
+from worldloom.ranks import RankError, rank, world_size
 from worldloom.records import REGISTERED
 from worldloom.saving import get_config
 from worldloom.training.checkpoint_files import copy_to_cpu, write_checkpoint
@@ -101,38 +101,23 @@ class NonFiniteGuard:
         name = FILE.replace(".", f"-rank{rank()}.") if rank() else FILE
         return None if self.folder is None else Path(self.folder) / "checkpoints" / name
 
-    def rejects_input(
-        self, update: int, precision: str, share: Callable[[int], list[int]] = one_rank
-    ) -> bool:
-        """Return whether a batch of several ranks is rejected before its loss is computed.
-
-        One rank cannot leave the loss, in which the others wait for it.
-        """
-        if world_size() == 1:
-            return False
-        bad = self._bad_fields()
-        shared = share(bool(bad))
-        self.rejected = any(shared)
-        if self.rejected:
-            self._reject("the batch is not finite" if bad else "", {}, update, precision, shared)
-        return self.rejected
-
     def handle_error(self, error: Exception, update: int, precision: str = "32-true") -> None:
         """Reject a batch whose loss raised an error that NaN or infinity in its inputs explain.
 
-        Models may check their inputs themselves; torch's distributions do.
+        Models may check their inputs themselves; torch's distributions do. In several ranks the
+        error is raised: the others already wait for this one's gradients.
 
         Raises:
             FloatingPointError: the run has to stop.
             Exception: the error itself, if all inputs and weights are finite.
         """
-        if not (self._bad_fields() or self._bad_weights()):
+        if world_size() > 1 or not (self._bad_fields() or self._bad_weights()):
             raise error
         self.rejected = True
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         try:
             found = f"the loss at update {update} failed: {reason}"
-            self._reject(found, {}, update, precision, [1] * world_size())
+            self._reject(found, {}, update, precision, one_rank(1))
         except FloatingPointError as stop:
             raise stop from error
 
@@ -152,6 +137,7 @@ class NonFiniteGuard:
 
         Raises:
             FloatingPointError: the batch was rejected and the run has to stop.
+            RankError: that of another rank was.
         """
         finite = (torch.isfinite(losses["loss"]) & all_finite(grads, losses["loss"].device)).item()
         found = "" if finite and not self.anomaly else self._explain(losses, f"at update {update}")
@@ -222,12 +208,14 @@ class NonFiniteGuard:
             return
         command = self._save(found, losses, update, precision) if found else ""
         message = f"{found}; {self._advice()}{command}"
+        kind: type[Exception] = FloatingPointError
         if not found:
+            kind = RankError
             message = f"NaN or infinity in rank {guilty} at update {update}; see its message"
         if self.mode == "stop":
-            raise FloatingPointError(message)
+            raise kind(message)
         if hopeless:
-            raise FloatingPointError(
+            raise kind(
                 f"{MOST_IN_A_ROW} updates in a row were skipped, so the model no longer learns; "
                 f"the last one: {message}"
             )
