@@ -79,9 +79,8 @@ class Progress(Callback):
         return f"{unit} {self._position(data):,}/{data.total_steps:,} | {self._status(data)}"
 
     def _status(self, data: Any) -> str:
-        if data.collector is None:
-            parts = [f"replay {len(data.buffer):,} rows"]
-        else:
+        parts = []
+        if data.collector is not None:
             returns = data.collector.returns
             mean = f"{sum(returns) / len(returns):.4g}" if returns else "none yet"
             parts = [f"updates {data.updates:,}", f"return (last {len(returns) or 20}) {mean}"]
