@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from worldloom import collect as collecting
 from worldloom import create_world_model
-from worldloom.app.build import fill_buffer
 from worldloom.app.compose import Overrides, compose_env
+from worldloom.app.filling import fill_buffer
 from worldloom.app.run_dir import FORMAT
 from worldloom.collect import CollectConfig, collect
 from worldloom.datasets import open_dataset

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from worldloom.acting import Actor
+from worldloom.app.filling import fill_buffer, rows_of_share
 from worldloom.app.resume import require_changeable
 from worldloom.app.run_dir import SCORES, clear_start, read_config, write_config
 from worldloom.app.saved_config import ResolvedConfig
@@ -20,6 +20,7 @@ from worldloom.app.task import Evaluator, Task
 from worldloom.app.unsupported import require_supported
 from worldloom.datasets import Dataset, open_dataset
 from worldloom.factory import transfer
+from worldloom.ranks import Ranks, rank, world_size
 
 
 @dataclass
@@ -53,7 +54,7 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
     """
     from worldloom.app.forecast import Forecast
     from worldloom.training.callbacks import Evaluation
-    from worldloom.training.checkpoint_files import find_usable, has_checkpoint
+    from worldloom.training.checkpoint_files import has_checkpoint
     from worldloom.training.interruption import Limits
     from worldloom.training.module import WorldModelModule
     from worldloom.training.precision import require_precision
@@ -62,29 +63,24 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
     require_precision(plain["trainer"].get("precision"))
     limits = Limits(*(plain["trainer"].get(name) for name in ("max_time", "max_steps")))
     prepare_process(plain["seed"], plain["threads"])
-    resumes = resume and has_checkpoint(folder / "checkpoints")
+    ranks = Ranks()
+    ranks.connect()
+    resumes = bool(ranks.decide(resume and has_checkpoint(folder / "checkpoints")))
     if resume:
         changes = require_changeable(read_config(folder), config.saved)
         print(f"resuming {folder}", *changes, sep="\n  ", flush=True)
     if resume and not resumes:
         print("it was stopped before its first checkpoint, so it starts again", flush=True)
-    if not resumes and is_first_process():
+    if not resumes and rank() == 0:
         clear_start(folder)
+    ranks.share(0)  # nobody writes to the folder before
     task, dataset = open_task(plain)
     model: Any = task.build_model(plain["model"])
     if plain["init_from"] is not None and not resumes:
         print(transfer(model, plain["init_from"]).report(), flush=True)
     actor = task.build_actor(model, plain["planner"])
     data = build_data(plain, task, actor, dataset)
-    saved = find_usable(folder / "checkpoints", data.damaged) if resumes else None
-    if saved is not None:
-        require_shapes(model, saved[1], folder)
-        if saved[1]["updates"] >= limits.max_steps > -1:
-            raise ValueError(
-                f"trainer.max_steps is {limits.max_steps}, but the run already has "
-                f"{saved[1]['updates']} updates; raise it, or remove the limit: "
-                "trainer.max_steps=-1"
-            )
+    checkpoint = find_checkpoint(folder, data, model, limits, ranks) if resumes else None
     module = WorldModelModule(
         model,
         instantiate("optimizer", plain["optimizer"]),
@@ -103,9 +99,27 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
     trainer.callbacks.insert(0, Forecast(task))
     return Run(
         *(config, folder, task, model, data, module, trainer, evaluator, evaluation, limits),
-        None if saved is None else saved[0],
+        checkpoint,
         "env step" if dataset is None else "update",
     )
+
+
+def find_checkpoint(folder: Path, data: Any, model: Any, limits: Any, ranks: Ranks) -> Path:
+    """Return the checkpoint from which all ranks continue a run.
+
+    Raises:
+        ValueError: none is intact, the model has other shapes, or the limit is reached already.
+    """
+    from worldloom.training.checkpoint_files import find_usable
+
+    path, saved = find_usable(folder / "checkpoints", data.damaged, ranks)
+    require_shapes(model, saved, folder)
+    if saved["updates"] >= limits.max_steps > -1:
+        raise ValueError(
+            f"trainer.max_steps is {limits.max_steps}, but the run already has "
+            f"{saved['updates']} updates; raise it, or remove the limit: trainer.max_steps=-1"
+        )
+    return path
 
 
 def build_trainer(config: ResolvedConfig, folder: Path, evaluation: Any, resumes: bool) -> Any:
@@ -115,8 +129,7 @@ def build_trainer(config: ResolvedConfig, folder: Path, evaluation: Any, resumes
     in the checkpoint was restored.
 
     Raises:
-        ValueError: a logger or callback cannot be built or monitors a metric that does not exist,
-            or a run in several processes is resumed.
+        ValueError: a logger or callback cannot be built or monitors a metric that does not exist.
     """
     from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
 
@@ -150,11 +163,10 @@ def build_trainer(config: ResolvedConfig, folder: Path, evaluation: Any, resumes
     # A checkpoint includes what the other callbacks did, although Lightning moves its own last.
     trainer.callbacks.sort(key=lambda c: isinstance(c, Checkpoint) + 2 * isinstance(c, Checkpoints))
     guard_loggers(trainer, loggers)
-    if resumes and trainer.world_size > 1:
+    if resumes and trainer.world_size != world_size():  # Lightning would start processes
         raise ValueError(
-            f"a run in {trainer.world_size} processes cannot be resumed yet: its checkpoint has "
-            "the replay of the first process only; resume it in one (trainer.devices=1), or begin "
-            f"a new run from its weights: init_from={folder}"
+            f"a run in {trainer.world_size} processes cannot be resumed yet; resume it in one "
+            f"(trainer.devices=1), or begin a new run from its weights: init_from={folder}"
         )
     return trainer
 
@@ -221,7 +233,9 @@ def build_data(
         capacity = dataset.steps + len(dataset)
     # An episode of one step has two rows.
     most = 2 * (training["total_steps"] + task.running.get("num_envs", 1))
-    first = is_first_process()  # the only process that saves
+    share = rank(), world_size()
+    if dataset is not None:
+        most = rows_of_share(dataset, world_size())
     buffer = ReplayBuffer(
         capacity,
         task.obs.shape,
@@ -230,9 +244,10 @@ def build_data(
         fields=getattr(actor.model, "replay_fields", None),
         online_queue=dataset is None and data["online_queue"],
         seed=plain["seed"],
-        storage=data["storage"] if first else "ram",
-        folder=Path(plain["folder"]) / "checkpoints" / "replay" if first else None,
-        expected=most if dataset is None else None,
+        storage=data["storage"],
+        folder=Path(plain["folder"]) / "checkpoints" / "replay",
+        expected=most if dataset is None or world_size() > 1 else None,
+        share=share,
     )
     names = ("batch_size", "sequence_length", "total_steps")
     options = {k: training[k] for k in names} | {"across_episodes": data["across_episodes"]}
@@ -240,14 +255,13 @@ def build_data(
     if dataset is None:
         _require_room(buffer, capacity, rows)
         return _build_online_data(plain, task, actor, buffer, options)
-    filled = fill_buffer(buffer, dataset)
+    filled = fill_buffer(buffer, dataset, capacity, share)
     if not buffer.can_sample(rows, across_episodes=data["across_episodes"]):
         raise ValueError(
             f"a sequence needs {rows} rows, but {dataset.path} has {len(buffer)} and its longest "
             f"episode {max(dataset.lengths) + 1}; lower training.sequence_length"
         )
     print(filled, flush=True)
-    buffer.freeze()
     return ReplayDataModule(buffer, **options)
 
 
@@ -303,42 +317,6 @@ def make_acting_copy(actor: Actor) -> tuple[Actor, Callable[[], None]]:
         copied.to(actor.device).load_state_dict(trained.state_dict())
 
     return acting_copy, sync
-
-
-def fill_buffer(buffer: Any, dataset: Dataset) -> str:
-    """Add the episodes of a dataset to a replay, the first ones that fit; return a summary.
-
-    Arrays that the model stores with every row start as zeros, as at the start of an episode, and
-    training replaces them.
-
-    Raises:
-        ValueError: the first episode does not fit into the replay.
-    """
-    returns: list[float] = []
-    for episode in dataset:
-        steps = len(episode.rewards)
-        if len(buffer) + steps + 1 > buffer.capacity:
-            break
-        ends = np.arange(steps) == steps - 1
-        buffer.add_episode(
-            episode.obs,
-            episode.actions,
-            episode.rewards,
-            terminations=ends & episode.terminated,
-            truncations=ends & episode.truncated,
-        )
-        returns.append(float(episode.rewards.sum(dtype=np.float64)))
-    if not returns:
-        raise ValueError(
-            f"the first episode of {dataset.path} has {dataset.lengths[0]} steps, but the replay "
-            f"holds {buffer.capacity}; raise data.capacity"
-        )
-    kept = f"the first {len(returns):,} of " if len(returns) < len(dataset) else ""
-    why = " (data.capacity has no room for more)" if kept else ""
-    return (
-        f"data: {kept}{len(dataset):,} episodes{why} of {dataset.path}, {len(buffer):,} rows, "
-        f"return {np.mean(returns):.1f} ± {np.std(returns):.1f}"
-    )
 
 
 def require_shapes(model: Any, checkpoint: dict[str, Any], folder: Path) -> None:

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 # The configuration; the final scores, which only a finished run has; the lock of the writing run;
 # what the run printed.
 CONFIG, SCORES, LOCK, LOG = "config.yaml", "scores.yaml", ".lock", "worldloom.log"
+# Folders next to the checkpoints, of replay files and of parts; worthless without a checkpoint.
+UNFINISHED = ("replay", "parts")
 # Version of the configuration, the checkpoints and the scores of a run; config.yaml records it.
 FORMAT = 2
 EXAMPLE = "runs/cartpole/2026-01-01_00-00-00"
@@ -156,7 +158,7 @@ def clear_start(folder: Path) -> None:
     """
     checkpoints = folder / "checkpoints"
     left = [path for path in checkpoints.glob("*") if path.suffix != ".tmp"]
-    if others := [path.name for path in left if path.name != "replay"]:
+    if others := [path.name for path in left if path.name not in UNFINISHED]:
         raise ValueError(
             f"{checkpoints} contains {', '.join(others)}, but neither last.ckpt nor previous.ckpt, "
             "so this run cannot continue; begin a new one, from its model if it has one: "
@@ -176,7 +178,7 @@ def remove_start(folder: Path, is_new: bool) -> None:
     is_new: as `claim_folder` yields it; only the configuration is deleted from another folder.
     """
     files = [path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir()]
-    if any(f.parts[0] == "checkpoints" and f.parts[1] != "replay" for f in files):
+    if any(f.parts[0] == "checkpoints" and f.parts[1] not in UNFINISHED for f in files):
         return
     (folder / CONFIG).unlink(missing_ok=True)
     known = {LOG, CONFIG, LOCK, "metrics.csv", "checkpoints"}

@@ -2,25 +2,30 @@
 
 A run has two of them: `last.ckpt` and the one before, `previous.ckpt`. Both are zip files written
 by torch.save, in which every record has a CRC-32, and both list the replay files that they need.
+In a run of several processes they contain the state of the first one and list the files with the
+parts of the others. A part is written under a new name before the checkpoint that lists it.
 """
 
+import contextlib
 import errno
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from worldloom.files import atomic_write
+from worldloom.ranks import Ranks
 from worldloom.trees import map_tree
 
 log = logging.getLogger(__name__)
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 DATA = "ReplayDataModule"  # key under which Lightning stores the data module's state
+PARTS = "parts"  # key of the names of the parts, in the order of the ranks, and their folder
 
 
 class DamagedCheckpoint(ValueError):
@@ -70,12 +75,39 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         DamagedCheckpoint: the file is truncated or changed, or contains anything other than tensors
             and plain data.
     """
+    return _read(path, lambda checkpoint: (checkpoint["state_dict"], checkpoint[DATA]["updates"]))
+
+
+def read_part(checkpoint: Path, name: str) -> dict[str, Any]:
+    """Return a part of a checkpoint: the data module's state and "random", of one process.
+
+    Raises:
+        DamagedCheckpoint: the part is missing or damaged.
+    """
+    path = checkpoint.parent / PARTS / name
+    try:
+        return _read(path, lambda part: (part[DATA]["updates"], part["random"]))
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path}, a part of {checkpoint}, is missing") from None
+
+
+def keep_parts(folder: Path, names: Container[str]) -> None:
+    """Delete all files of parts in a folder with checkpoints, except for these."""
+    for path in (folder / PARTS).glob("*"):
+        if path.name not in names:
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # it does not exist, or is not empty
+        (folder / PARTS).rmdir()
+
+
+def _read(path: Path, check: Callable[[Any], Any]) -> dict[str, Any]:
+    """Return tensors and plain data after verifying checksums and, with `check`, the content."""
     try:
         with zipfile.ZipFile(path) as file:
             if record := file.testzip():
                 raise DamagedCheckpoint(f"{path} is damaged: the checksum of {record} differs")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["state_dict"], checkpoint[DATA]["updates"]
+        check(checkpoint)
     except (FileNotFoundError, DamagedCheckpoint):
         raise
     except Exception as error:
@@ -90,31 +122,32 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def find_usable(
-    folder: Path, damaged: Callable[[dict[str, Any]], list[str]]
+    folder: Path, damaged: Callable[[dict[str, Any]], list[str]], ranks: Ranks | None = None
 ) -> tuple[Path, dict[str, Any]]:
-    """Return the newest checkpoint of a folder that is intact, including its replay files.
+    """Return the newest checkpoint of a folder that is intact, including parts and replay files.
 
     A damaged last.ckpt is renamed, with a warning, and replaced by the previous one. If both
     checkpoints are intact but both need damaged replay files, the last one is returned: the replay
     continues without those rows.
 
     damaged: returns the damaged files that a state of the data module needs.
+    ranks: the processes that resume the run. They share the work and get the same checkpoint.
 
     Raises:
         ValueError: there is no intact checkpoint.
     """
+    ranks = ranks or Ranks()
     last, previous = folder / LAST, folder / PREVIOUS
     found: dict[Path, dict[str, Any]] = {}
     intact: Path | None = None
     for path in (last, previous):
-        try:
-            found[path] = read_checkpoint(path)
-        except FileNotFoundError:
+        checkpoint, problems, bad = _verify(path, damaged, ranks)
+        if problems:
+            for problem in filter(None, problems):
+                log.warning("%s", problem)
             continue
-        except DamagedCheckpoint as error:
-            log.warning("%s", error)
-            continue
-        if not (bad := damaged(found[path][DATA])):
+        found[path] = checkpoint
+        if not bad:
             intact = path
             break
         log.warning("%s needs damaged files of the replay: %s", path, ", ".join(bad))
@@ -126,10 +159,36 @@ def find_usable(
     chosen = intact or next(iter(found))
     if chosen == previous:
         log.warning("continuing from the previous checkpoint: %s", previous)
-        if last.exists():
-            os.replace(last, last.with_suffix(".damaged"))
-        os.replace(previous, last)
+        if ranks.rank == 0:
+            if last.exists():
+                os.replace(last, last.with_suffix(".damaged"))
+            os.replace(previous, last)
+        ranks.share(0)  # nobody reads it before
     return last, found[chosen]
+
+
+def _verify(
+    path: Path, damaged: Callable[[dict[str, Any]], list[str]], ranks: Ranks
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Return a checkpoint, why it cannot be used, and its damaged replay files.
+
+    Each rank verifies some of the parts; all return the same. A missing file is the problem "".
+    """
+    checkpoint: dict[str, Any] = {}
+    problems: list[str] = []
+    bad: list[str] = []
+    try:
+        checkpoint = read_checkpoint(path)
+        names = [None, *checkpoint.get(PARTS, ())]
+        for name in names[ranks.rank :: ranks.size]:
+            bad += damaged((checkpoint if name is None else read_part(path, name))[DATA])
+    except FileNotFoundError:
+        problems = [""]
+    except DamagedCheckpoint as error:
+        problems = [str(error)]
+    reports = ranks.gather((problems, bad))
+    problems, bad = ([x for report in reports for x in report[nth]] for nth in range(2))
+    return checkpoint, list(dict.fromkeys(problems)), bad
 
 
 class _Sink:

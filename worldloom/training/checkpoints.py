@@ -1,112 +1,34 @@
-"""Saving a run: when checkpoints are due, and how they are written while training continues."""
+"""Saving a run: when checkpoints are due."""
 
 import copy
 import logging
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from worldloom.records import to_plain
 from worldloom.timing import phase
-from worldloom.training.checkpoint_files import (
-    DATA,
-    LAST,
-    PREVIOUS,
-    copy_to_cpu,
-    find_objects,
-    read_checkpoint,
-    write_checkpoint,
-)
+from worldloom.training.checkpoint_files import LAST, find_objects
+from worldloom.training.checkpoint_io import ThreadedCheckpointIO
 from worldloom.training.config import parse_interval
 from worldloom.training.interruption import Interrupted
 from worldloom.training.module import WorldModelModule
 from worldloom.training.randomness import random_state, set_random_state
-
-if TYPE_CHECKING:
-    from worldloom.training.datamodule import ReplayDataModule
 
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 60.0  # after a checkpoint that could not be written
 
 
-class ThreadedCheckpointIO(CheckpointIO):
-    """Write checkpoints in a thread while training continues.
-
-    A checkpoint is copied when it is requested, so later updates do not change it.
-    """
-
-    def __init__(self, data: "ReplayDataModule") -> None:
-        self.data = data
-        self._pool = ThreadPoolExecutor(1, "checkpoints")
-        self._writing: Future[None] | None = None
-        self._states: list[dict[str, Any]] = []  # of the data, in last.ckpt and previous.ckpt
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
-        """Start to write a checkpoint; `wait` waits for the end.
-
-        Files of Lightning's ModelCheckpoint are complete on return, since loggers may upload them.
-        """
-        self.wait()
-        self._writing = self._pool.submit(self._write, copy_to_cpu(checkpoint), Path(path))
-        if Path(path).name != LAST:
-            wait([self._writing])
-
-    def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Return the tensors and plain data of a checkpoint; no code in the file is executed."""
-        checkpoint = read_checkpoint(Path(path))
-        self._states = [checkpoint[DATA]]
-        return checkpoint
-
-    def teardown(self) -> None:
-        """Stop the thread."""
-        self._pool.shutdown()
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Delete a checkpoint."""
-        Path(path).unlink(missing_ok=True)
-
-    @property
-    def busy(self) -> bool:
-        """Return whether a checkpoint is still being written."""
-        return self._writing is not None and not self._writing.done()
-
-    def wait(self) -> bool:
-        """Wait for the checkpoint that is being written; return whether there was one.
-
-        Raises:
-            OSError: the checkpoint could not be written, for example because the disk is full.
-        """
-        if self._writing is None:
-            return False
-        writing, self._writing = self._writing, None
-        writing.result()
-        return True
-
-    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
-        is_last = path.name == LAST
-        state = checkpoint[DATA] if is_last else checkpoint.pop(DATA)
-        self.data.finish(state)
-        write_checkpoint(path, checkpoint, path.with_name(PREVIOUS) if is_last else None)
-        if is_last:
-            self._states = [*self._states[-1:], state]
-            self.data.keep(self._states)
-
-
 class Checkpoints(Callback):
     """Save the run at its start, at regular intervals, at its end and when it is interrupted.
 
     Must be the last callback, so that a checkpoint includes what the other callbacks did after an
-    update. Random states are saved as well and restored right before the first update.
+    update. Random states are saved as well and restored right before the first update. In several
+    processes the first one decides when to save, and all save together.
 
     folder: folder of the checkpoints.
     every: interval between two checkpoints, such as "10 minutes" or "500 updates".
@@ -123,7 +45,10 @@ class Checkpoints(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the trainer write and read checkpoints through `ThreadedCheckpointIO`."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        trainer.strategy.checkpoint_io = ThreadedCheckpointIO(data)
+        io: Any = ThreadedCheckpointIO(data, self.state_key)
+        trainer.strategy.checkpoint_io = io
+        if io.ranks.size > 1:  # Lightning's own calls it in the first process only
+            trainer.strategy.save_checkpoint = io.save_checkpoint  # type: ignore[method-assign]
         data.wait_for_writer = lambda: self._wait(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -140,11 +65,12 @@ class Checkpoints(Callback):
         """Save if a checkpoint is due."""
         assert isinstance(pl_module, WorldModelModule)
         io: Any = trainer.strategy.checkpoint_io
-        if not io.busy:
+        if io.advance():
             self._wait(trainer)  # reports an error
-        if time.monotonic() > self._due or (
+        due = time.monotonic() > self._due or (
             self.updates and pl_module.updates % self.updates == 0 and not self._failed
-        ):
+        )
+        if io.ranks.decide(bool(due)):
             self.save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -154,7 +80,15 @@ class Checkpoints(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Save the state before an interruption, unless an update is incomplete or not finite."""
+        """Save the state before an interruption, unless an update is incomplete or not finite.
+
+        Several processes save only if all of them have agreed to stop.
+        """
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if data.ranks.size > 1:
+            if trainer.training and data.stopping:
+                self.save(trainer, wait=True)
+            return
         good = not isinstance(exception, FloatingPointError)
         if isinstance(exception, Interrupted):
             good = exception.between

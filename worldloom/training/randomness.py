@@ -28,7 +28,13 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Restore what `random_state` returned; GPU states only if the number of GPUs is the same."""
+    """Restore what `random_state` returned; GPU states only if the number of GPUs is the same.
+
+    {"seed": number} seeds all generators instead.
+    """
+    if "seed" in state:
+        seed_generators(state["seed"])
+        return
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
