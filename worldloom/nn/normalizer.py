@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from worldloom.ranks import gather_rows
+
 
 class Normalizer(nn.Module):
     """Exponential moving averages of an offset and a scale.
@@ -40,10 +42,13 @@ class Normalizer(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Update the averages with new values of any shape."""
+        """Update the averages with new values of any shape, those of all ranks together.
+
+        All ranks have to call this, with the same shape.
+        """
         if self.impl == "none":
             return
-        x = x.detach().flatten().to(self.first.dtype)
+        x = gather_rows(x.detach().flatten().to(self.first.dtype))
         if self.impl == "perc":
             levels = x.new_tensor([self.perclo, self.perchi]) / 100
             first, second = x.quantile(levels).unbind()

@@ -3,6 +3,7 @@
 Axes: B rows, H transitions, A = width of an action. Time comes first: [H, B, ...].
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from worldloom.models.spaces import ActSpaces, check_rows
 from worldloom.protocol import Batch
+from worldloom.ranks import sum_counts, world_size
 
 
 @dataclass
@@ -23,6 +25,7 @@ class Transitions:
     acts: [B] float, 0 where the row starts in a terminal state, in which no action is taken; None
         if no row does. (As in the official code, the policy loss includes terminal states that a
         transition leads to.)
+    all_ranks: whether means are those over the rows of all ranks, which then all compute them.
     """
 
     obs: dict[str, Tensor]
@@ -32,12 +35,21 @@ class Transitions:
     alive: Tensor
     task: Tensor | None
     acts: Tensor | None = None
+    all_ranks: bool = False
 
     @property
     def states_alive(self) -> Tensor:
         """States [H + 1, B] in the policy loss: the first, and those reached within the episode."""
         first = torch.ones_like(self.alive[0]) if self.acts is None else self.acts
         return torch.cat([first.unsqueeze(0), self.alive])
+
+    @functools.cached_property
+    def counts(self) -> Tensor:
+        """Numbers of rows [H + 1] in `states_alive`; with `all_ranks` the mean over the ranks."""
+        count = self.states_alive.sum(1)
+        if self.all_ranks and (size := world_size()) > 1:
+            return sum_counts(count) / size
+        return count
 
     @classmethod
     def from_batch(
@@ -47,6 +59,7 @@ class Transitions:
         spaces: ActSpaces,
         task: Tensor | None,
         dtype: torch.dtype,
+        all_ranks: bool = False,
     ) -> "Transitions":
         """Check a batch [B, T, ...] and return its T - 1 transitions.
 
@@ -67,12 +80,17 @@ class Transitions:
             (~leaves).cumprod(1).t().to(dtype),
             task,
             (~batch["is_terminal"][:, 0]).to(dtype),
+            all_ranks,
         )
 
 
-def mean_over(x: Tensor, alive: Tensor) -> Tensor:
-    """Return the means [T] of x [T, B] over the rows with alive [T, B]; 0 if there are none."""
-    return (x * alive).sum(1) / alive.sum(1).clamp(min=1)
+def mean_over(x: Tensor, alive: Tensor, count: Tensor) -> Tensor:
+    """Return the means [T] of x [T, B] over the rows with alive [T, B]; 0 if there are none.
+
+    count: number of these rows, [T], as in `Transitions.counts`. DDP averages over the ranks what
+        each of them returns, so that the means are those over all rows.
+    """
+    return (x * alive).sum(1) / count.clamp(min=1 / world_size())
 
 
 def discounted_mean(per_step: Tensor, rho: float) -> Tensor:
@@ -81,10 +99,13 @@ def discounted_mean(per_step: Tensor, rho: float) -> Tensor:
     return (per_step * powers).mean()
 
 
-def termination_loss(logits: Tensor, terminated: Tensor, alive: Tensor) -> Tensor:
-    """Return the mean binary cross entropy of logits [H, B], not weighted by rho^t."""
+def termination_loss(logits: Tensor, terminated: Tensor, alive: Tensor, count: Tensor) -> Tensor:
+    """Return the mean binary cross entropy of logits [H, B], not weighted by rho^t.
+
+    count: number of rows alive at each step, [H], as in `mean_over`.
+    """
     each = F.binary_cross_entropy_with_logits(logits, terminated, reduction="none")
-    return (each * alive).sum() / alive.sum().clamp(min=1)
+    return (each * alive).sum() / count.sum().clamp(min=1 / world_size())
 
 
 def termination_stats(prob: Tensor, terminated: Tensor, alive: Tensor) -> dict[str, Tensor]:

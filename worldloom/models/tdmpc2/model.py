@@ -34,6 +34,7 @@ from worldloom.models.tdmpc2.networks import Networks
 from worldloom.models.tdmpc2.planner import LatentMPPI
 from worldloom.nn.twohot import symlog_twohot_loss
 from worldloom.protocol import Batch, LatentState, Obs, Trajectory
+from worldloom.ranks import sum_counts
 from worldloom.timing import phase
 
 Losses = dict[str, Tensor]
@@ -205,7 +206,7 @@ class TDMPC2(ExtraLosses, Networks):
         if self.termination is None:
             _warn_of_terminations(data)
         elif self.training:
-            self.terminates |= data.terminated.any()
+            self.terminates |= sum_counts(data.terminated.sum()) > 0
         # World model and Q-functions (eq. 3).
         with phase("world_model"):
             terms, stats, rollout = self.compute_model_losses(data)
@@ -222,7 +223,7 @@ class TDMPC2(ExtraLosses, Networks):
         if self.decoder is not None:
             obs = {key: value.flatten(0, 1) for key, value in data.obs.items()}
             each = self.decoder.compute_loss(z.flatten(0, 1), obs).unflatten(0, z.shape[:2])
-            terms["reconstruction"] = mean_over(each, data.states_alive).mean()
+            terms["reconstruction"] = mean_over(each, data.states_alive, data.counts).mean()
             total = total + terms["reconstruction"]
         losses = {f"{name}_loss": term.detach() for name, term in terms.items()}
         # Terms that a subclass adds.
@@ -246,7 +247,8 @@ class TDMPC2(ExtraLosses, Networks):
             raise ValueError("the batch lacks 'obs'; compute_loss needs it")
         require_keys(batch)
         obs, task = self.split_task(batch["obs"], batch.get("task"), lead=2)
-        return Transitions.from_batch(batch, obs, self.act_spaces, task, self.scale.value.dtype)
+        dtype = self.scale.value.dtype
+        return Transitions.from_batch(batch, obs, self.act_spaces, task, dtype, self.training)
 
     def compute_model_losses(self, data: Transitions) -> tuple[Losses, Losses, Rollout]:
         """Return the unweighted losses of all but the policy (eq. 3), statistics and predictions.
@@ -273,15 +275,16 @@ class TDMPC2(ExtraLosses, Networks):
             "reward": rewards,
             "value": values,
         }
+        count = data.counts[1:]
         terms = {
-            name: discounted_mean(mean_over(error, data.alive), self.options.rho)
+            name: discounted_mean(mean_over(error, data.alive, count), self.options.rho)
             for name, error in errors.items()
         }
         # Terminations.
         stats: Losses = {}
         if self.termination is not None:
             logits = self.termination(*self.join(z[1:], data.task)).squeeze(-1)  # [H, B]
-            loss = termination_loss(logits, data.terminated, data.alive)
+            loss = termination_loss(logits, data.terminated, data.alive, count)
             terms["termination"] = loss * self.terminates.to(loss.dtype)
             last = (torch.sigmoid(logits[-1]), data.terminated[-1], data.alive[-1])
             stats = termination_stats(*last)
@@ -300,12 +303,12 @@ class TDMPC2(ExtraLosses, Networks):
             self.scale.update(q[0].masked_fill(alive[0] == 0, torch.nan))
         scale = self.scale.value.clone()  # the next update changes the buffer in place
         gain = self.options.entropy_coef * sample.scaled_entropy + q / scale
-        loss = discounted_mean(mean_over(-gain, alive), self.options.rho)
+        loss = discounted_mean(mean_over(-gain, alive, data.counts), self.options.rho)
         stats = {
             "policy_entropy": sample.entropy,
             "policy_scaled_entropy": sample.scaled_entropy,
         }
-        means = {name: mean_over(value, alive).mean() for name, value in stats.items()}
+        means = {name: mean_over(value, alive, data.counts).mean() for name, value in stats.items()}
         return loss, means | {"policy_scale": scale}
 
     def after_update(self) -> None:

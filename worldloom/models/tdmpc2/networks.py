@@ -24,6 +24,7 @@ from worldloom.models.tdmpc2.tasks import Tasks
 from worldloom.nn.simnorm import simnorm
 from worldloom.nn.twohot import symlog_twohot_mean
 from worldloom.protocol import Obs
+from worldloom.ranks import gather_rows
 from worldloom.saving import SavableModel
 
 
@@ -115,9 +116,12 @@ class Networks(SavableModel):
     def estimate_values(
         self, z: Tensor, action: Tensor, task: Tensor | None, target: bool = False
     ) -> Tensor:
-        """Return the values [2, ...] of actions by two Q-functions drawn at random."""
+        """Return the values [2, ...] of actions by two Q-functions drawn at random.
+
+        target: use the target Q-functions, as only losses do; all ranks use the same two.
+        """
         critic = self.target_critic if target else self.critic
-        logits = critic(*self.join(z, task, action), members=self._draw_heads())
+        logits = critic(*self.join(z, task, action), members=self._draw_heads(in_loss=target))
         return symlog_twohot_mean(logits, **self.value_range)
 
     def estimate_policy_value(self, z: Tensor, sample: PolicySample, task: Tensor | None) -> Tensor:
@@ -133,7 +137,7 @@ class Networks(SavableModel):
             classes = torch.eye(width, dtype=z.dtype, device=z.device)
             action = classes.view(width, *[1] * (z.ndim - 1), width)
         frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
-        kwargs = {"members": self._draw_heads(), "dropout": self.dropout}
+        kwargs = {"members": self._draw_heads(in_loss=True), "dropout": self.dropout}
         parts = self.join(z, task, action)
         logits = torch.func.functional_call(self.critic, frozen, parts, kwargs)
         q = symlog_twohot_mean(logits, **self.value_range).mean(0)
@@ -153,10 +157,16 @@ class Networks(SavableModel):
         """Dropout probability of the Q-functions: 0 outside training."""
         return self.options.dropout if self.training else 0.0
 
-    def _draw_heads(self) -> Tensor | None:
-        """Draw two Q-functions; None if there are only two."""
+    def _draw_heads(self, in_loss: bool) -> Tensor | None:
+        """Draw two Q-functions; None if there are only two.
+
+        in_loss: in training, use those that the first rank has drawn. Not in acting, for which
+            ranks do not wait for each other.
+        """
         heads = draws.draw_two_heads(self.critic.count, self.scale.value.device)
-        return None if self.critic.count == 2 else heads
+        if self.critic.count == 2:
+            return None
+        return gather_rows(heads)[:2] if in_loss and self.training else heads
 
     # Tasks ----
 

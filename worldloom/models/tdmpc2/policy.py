@@ -13,6 +13,7 @@ from worldloom.models.tdmpc2.layers import MLP
 from worldloom.nn import distributions
 from worldloom.nn.distributions import one_hot
 from worldloom.nn.layers import to_float32
+from worldloom.ranks import gather_rows
 
 # log(2 pi) / 2, rounded to single precision as in the official code.
 HALF_LOG_TAU = 0.9189385175704956
@@ -109,8 +110,11 @@ class RunningScale(nn.Module):
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Update the average with values [B]; NaN entries are ignored."""
-        values = to_float32(x.detach().to(self.value.dtype))
+        """Update the average with values [B] of all ranks; NaN entries are ignored.
+
+        All ranks have to call this, with the same number of rows.
+        """
+        values = gather_rows(to_float32(x.detach().to(self.value.dtype)))
         levels = make_constant((0.05, 0.95), values.dtype, values.device)
         low, high = values.nanquantile(levels).unbind()
         width = (high - low).nan_to_num(1.0).clamp(min=1.0)
