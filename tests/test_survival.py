@@ -195,14 +195,6 @@ def test_auto_is_the_same_command_again_and_again(server, straight, tmp_path):
     require_equal(folder, straight(name))
 
 
-def test_several_processes_are_refused_before_they_start(server, straight, tmp_path):
-    folder = straight("dreamerv3, vectors")
-    words = [f"resume={folder}", "training.total_steps=999", "trainer.devices=2"]
-    done = server.run([*words, "+trainer.strategy=ddp"], tmp_path)
-    assert done["code"] == 1 and "2 processes cannot be resumed yet" in done["err"]
-    assert (folder / "scores.yaml").exists()  # nothing was touched
-
-
 def test_a_run_can_be_extended_with_what_was_changed_written_down(server, tmp_path):
     name = "dreamerv3, vectors"
     folder = tmp_path / "run"

@@ -7,6 +7,7 @@ always.
 """
 
 import datetime
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -64,6 +65,13 @@ def seed_of_rank(seed: int, *key: int) -> int:
         return seed
     sequence = np.random.SeedSequence(seed, spawn_key=(rank(), *key))
     return int(sequence.generate_state(1)[0])
+
+
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Copy tensors of the first process to all others, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 class RankError(RuntimeError):

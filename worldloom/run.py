@@ -32,6 +32,7 @@ from worldloom.presets import config_dir
 
 if TYPE_CHECKING:
     from worldloom.app.build import Run
+    from worldloom.app.saved_config import ResolvedConfig
 
 register_defaults()
 
@@ -41,20 +42,21 @@ def train(cfg: DictConfig) -> dict[str, float]:
 
     All results are written to cfg.folder.
     """
-    from worldloom.app.build import build_run, is_first_process
+    from worldloom.app.build import build_run
+    from worldloom.app.launch import processes
     from worldloom.app.run_dir import CONFIG, claim_folder, remove_start
     from worldloom.app.run_log import record_output
     from worldloom.app.saved_config import format_command, resolve_config
 
     starting.end()
     config, resumes = resolve_config(cfg), cfg.resume is not None
-    if not is_first_process():  # the first process holds the folder for all
-        return finish(build_run(config, resumes))
     folder, run = Path(cfg.folder), None
+    # The first process holds the folder for all.
     with claim_folder(folder, resumes) as is_new, record_output(folder):
         try:
-            run = build_run(config, resumes)
-            return finish(run)
+            with processes.training(config, resumes):
+                run = build_run(config, resumes)
+                return finish(run)
         except Exception:
             if not resumes and (run is None or run.module.updates == 0):
                 remove_start(folder, is_new)
@@ -66,6 +68,14 @@ def train(cfg: DictConfig) -> dict[str, float]:
             resume = format_command("run", f"resume={cfg.folder}", config=config.plain)
             print(f"stopped by SIGINT; to continue:\n{resume}", flush=True)
             sys.exit(130)
+
+
+def train_with_others(config: "ResolvedConfig", resumes: bool) -> None:
+    """Train a run in a process that is not the first one."""
+    from worldloom.app.build import build_run
+
+    starting.end()
+    finish(build_run(config, resumes))
 
 
 def finish(run: "Run") -> dict[str, float]:
@@ -128,7 +138,7 @@ def fit(run: "Run") -> bool:
             return False
         sys.exit(stopped.exit_code)
     except Exception:
-        if has_checkpoint(folder / "checkpoints"):
+        if run.data.ranks.size == 1 and has_checkpoint(folder / "checkpoints"):
             print(f"to continue from the last checkpoint:\n{resume}", flush=True)
         raise
     finally:
@@ -173,13 +183,16 @@ def evaluate(run: "Run") -> dict[str, float]:
 
     from worldloom.app.run_dir import SCORES
     from worldloom.files import write_text
+    from worldloom.ranks import copy_from_first, rank
     from worldloom.saving import load_tensors, read_saved, save_model
     from worldloom.training.metrics import current_step, log_metrics
 
-    if run.evaluation.best is not None:
-        load_tensors(run.model, read_saved(run.folder / "model")[1], run.folder)
-    else:
-        save_model(run.model, run.folder / "model")
+    if rank() == 0:
+        if run.evaluation.best is not None:
+            load_tensors(run.model, read_saved(run.folder / "model")[1], run.folder)
+        else:
+            save_model(run.model, run.folder / "model")
+    copy_from_first(run.model.state_dict().values())
     episodes = run.config.plain["evaluation"]["episodes"]
     found = run.evaluator(episodes) if run.task.make_env is not None else {}
     scores = {f"final/{name}": score for name, score in found.items()}
@@ -190,7 +203,8 @@ def evaluate(run: "Run") -> dict[str, float]:
         if isinstance(logger, TensorBoardLogger):  # the interface of the others takes no scores
             logger.log_hyperparams(run.config.plain, scores, step)
         logger.finalize("success")
-    write_text(run.folder / SCORES, OmegaConf.to_yaml({"step": step, **scores}))
+    if rank() == 0:
+        write_text(run.folder / SCORES, OmegaConf.to_yaml({"step": step, **scores}))
     return scores
 
 
@@ -230,7 +244,21 @@ def _hydra_main(cfg: DictConfig) -> float | None:
 
 @starting.reading_head()
 def main() -> None:
-    """Run the command line."""
+    """Run the command line, or train with the process that runs it."""
+    if not starting.has_others():
+        run_command_line()
+        return
+    from worldloom.app.launch import processes
+
+    keep_freed_memory()
+    if processes.rank:
+        processes.work(train_with_others)
+    with processes.leading():
+        run_command_line()
+
+
+def run_command_line() -> None:
+    """Run the command that the arguments of the process describe."""
     given = tuple(sys.argv[1:])
     if {"-h", "--help"} & {*given}:
         if "all" not in given:

@@ -23,6 +23,19 @@ def is_command() -> bool:
     return module.split(".")[0] == "worldloom"
 
 
+def has_others() -> bool:
+    """Return whether torchrun, srun or another process has started this one as one of several.
+
+    On a machine after the first one, NODE_RANK and MASTER_ADDR tell it.
+    """
+    env = os.environ
+    if "RANK" in env:
+        return int(env.get("WORLD_SIZE", 1)) > 1
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        return env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    return "MASTER_ADDR" in env and int(env.get("NODE_RANK", 0)) > 0
+
+
 def begin() -> None:
     """End the process on Ctrl-C from now on."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -63,7 +76,8 @@ def discard(stream: Any) -> bool:
 
 
 def _stop(*_: Any) -> None:
-    os.write(2, b"stopped by SIGINT\n")
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"stopped by SIGINT\n")
     for cleanup in cleanups:
         cleanup()
     os._exit(130)

@@ -117,7 +117,7 @@ MISTAKES = {
     "model=dreamerv3_size13m": "model 'dreamerv3_size13m' (did you mean 'dreamerv3_size1m'?)",
     "model=dreamer-smal": "unknown model 'dreamer-smal' (did you mean 'dreamer-small'?); choices: ",
     "experiment=cartpol": "unknown experiment 'cartpol' (did you mean 'cartpole'?)",
-    "trainer=tpu": "unknown trainer 'tpu' (did you mean 'gpu'?); choices: cpu, debug, gpu",
+    "trainer=tpu": "unknown trainer 'tpu' (did you mean 'gpu'?); choices: cpu, ddp, debug, gpu",
     "planner=foo": "unknown planner 'foo'; choices: cem, mppi",
     "experiment=null": "a group takes the name of a choice, such as trainer=gpu; only the",
     "modle=dreamer": "unknown key 'modle' (did you mean 'model'?)",

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,11 +17,13 @@ from worldloom.app.filling import fill_buffer, rows_of_share
 from worldloom.app.resume import require_changeable
 from worldloom.app.run_dir import SCORES, clear_start, read_config, write_config
 from worldloom.app.saved_config import ResolvedConfig
+from worldloom.app.shares import take_share
 from worldloom.app.task import Evaluator, Task
 from worldloom.app.unsupported import require_supported
 from worldloom.datasets import Dataset, open_dataset
+from worldloom.envs.workers import count_cores
 from worldloom.factory import transfer
-from worldloom.ranks import Ranks, rank, world_size
+from worldloom.ranks import Ranks, rank, seed_of_rank, world_size
 
 
 @dataclass
@@ -59,7 +62,7 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
     from worldloom.training.module import WorldModelModule
     from worldloom.training.precision import require_precision
 
-    plain, folder = config.plain, Path(config.plain["folder"])
+    plain, folder = take_share(config.plain, world_size()), Path(config.plain["folder"])
     require_precision(plain["trainer"].get("precision"))
     limits = Limits(*(plain["trainer"].get(name) for name in ("max_time", "max_steps")))
     prepare_process(plain["seed"], plain["threads"])
@@ -85,11 +88,11 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
         model,
         instantiate("optimizer", plain["optimizer"]),
         log_every=plain["training"]["log_every"],
-        config=plain,
+        config=config.plain,
         nonfinite=plain["nonfinite"],
         folder=folder,
     )
-    evaluator = Evaluator(task, actor, plain["evaluation"])
+    evaluator = Evaluator(task, actor, plain["evaluation"], data.ranks)
     evaluation = Evaluation(
         evaluator.score_unfinished,
         plain["evaluation"]["every"] if task.make_env is not None else 0,
@@ -131,7 +134,9 @@ def build_trainer(config: ResolvedConfig, folder: Path, evaluation: Any, resumes
     Raises:
         ValueError: a logger or callback cannot be built or monitors a metric that does not exist.
     """
+    from lightning.fabric.plugins.environments import LightningEnvironment
     from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
+    from lightning.pytorch.loggers.logger import DummyLogger
 
     from worldloom.training.checkpoints import Checkpoints
     from worldloom.training.logger_guard import guard_loggers
@@ -143,31 +148,35 @@ def build_trainer(config: ResolvedConfig, folder: Path, evaluation: Any, resumes
 
     loggers, callbacks = (
         {key: instantiate(f"{group}.{key}", part) for key, part in parts.items() if part}
-        for group, parts in ((name, config.plain[name]) for name in ("logger", "callbacks"))
+        for group, parts in (
+            ("logger", config.plain["logger"] if rank() == 0 else {}),
+            ("callbacks", config.plain["callbacks"]),
+        )
     )
     for key, callback in callbacks.items():  # validation does not know what a function returns
         require_supported(f"callbacks.{key}", type(callback))
     require_evaluations(callbacks, bool(evaluation.every))
     place_checkpoints(callbacks, folder)
-    if resumes:
+    if rank() == 0 and resumes:
         callbacks["begin"] = LambdaCallback(on_train_start=begin)
-    else:
+    elif rank() == 0:
         begin()
+    options: dict[str, Any] = {}
+    if world_size() > 1:  # all processes are there: Lightning starts none
+        options["plugins"] = [LightningEnvironment()]
     trainer = instantiate(
         "trainer",
         {k: v for k, v in config.plain["trainer"].items() if k not in ("max_time", "max_steps")},
         logger=list(loggers.values()),
         callbacks=[evaluation, *callbacks.values(), Monitors(evaluation, callbacks)],
         enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks.values()),
+        **options,
     )
     # A checkpoint includes what the other callbacks did, although Lightning moves its own last.
     trainer.callbacks.sort(key=lambda c: isinstance(c, Checkpoint) + 2 * isinstance(c, Checkpoints))
     guard_loggers(trainer, loggers)
-    if resumes and trainer.world_size != world_size():  # Lightning would start processes
-        raise ValueError(
-            f"a run in {trainer.world_size} processes cannot be resumed yet; resume it in one "
-            f"(trainer.devices=1), or begin a new run from its weights: init_from={folder}"
-        )
+    if rank() > 0:  # LearningRateMonitor requires a logger
+        trainer.loggers = [DummyLogger()]
     return trainer
 
 
@@ -243,7 +252,7 @@ def build_data(
         num_envs=task.running["num_envs"] if dataset is None else 1,
         fields=getattr(actor.model, "replay_fields", None),
         online_queue=dataset is None and data["online_queue"],
-        seed=plain["seed"],
+        seed=seed_of_rank(plain["seed"]),
         storage=data["storage"],
         folder=Path(plain["folder"]) / "checkpoints" / "replay",
         expected=most if dataset is None or world_size() > 1 else None,
@@ -296,7 +305,7 @@ def _build_online_data(
         buffer,
         obs_spec=task.obs,
         action_spec=task.actions,
-        seed=plain["seed"],
+        seed=seed_of_rank(plain["seed"]),
         random_steps=max(training["random_steps"], seed_steps),
         frames_per_step=task.frames_per_step,
     )
@@ -333,21 +342,17 @@ def require_shapes(model: Any, checkpoint: dict[str, Any], folder: Path) -> None
         )
 
 
-def is_first_process() -> bool:
-    """Return whether this is the first, or the only, process of those that train together."""
-    from lightning.fabric.utilities.rank_zero import rank_zero_only
-
-    return not getattr(rank_zero_only, "rank", 0)
-
-
 def prepare_process(seed: int, threads: int | None) -> None:
     """Seed all random generators, set torch's CPU threads, and quieten Lightning.
 
+    threads: None for all cores; the processes of a machine share them.
     Each of Lightning's messages then appears once, through Hydra's log, without advertisements.
     """
     import lightning  # adds the handlers that would print every line twice
 
     lightning.seed_everything(seed, verbose=False)
+    if threads is None and (local := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
+        threads = min(torch.get_num_threads(), max(1, count_cores() // local))
     if threads:
         torch.set_num_threads(threads)
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):

@@ -55,6 +55,8 @@ class Overrides:
            `override /training@_global_.training` in conf/model/.
         4. model=FAMILY:SIZE, the name of a preset in Python, means the file FAMILY_SIZE.
         5. folder=PATH means hydra.run.dir=PATH, so that Hydra uses no other folder for the run.
+        6. trainer=ddp trainer.accelerator=cpu implies trainer.precision=32-true: a CPU is slow in
+           bfloat16.
 
         Raises:
             ValueError: folder=PATH is given for a sweep, or without a path.
@@ -76,7 +78,14 @@ class Overrides:
             if custom and "env" not in keys:
                 full.append("env=custom")
             full.append(_name_file(re.sub(r"^\+*folder=", "hydra.run.dir=", arg)))
-        return Overrides(tuple(full))
+        return Overrides(tuple(full)).with_precision()
+
+    def with_precision(self) -> "Overrides":
+        """Add float32 where trainer=ddp trains on CPUs, unless a precision is given."""
+        on_cpu = (self.value("trainer"), self.value("trainer.accelerator")) == ("ddp", "cpu")
+        if not on_cpu or self.value("trainer.precision") is not None:
+            return self
+        return Overrides((*self.args, "trainer.precision=32-true"))
 
 
 def _name_file(argument: str) -> str:

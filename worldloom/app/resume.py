@@ -45,7 +45,7 @@ def resume_arguments(overrides: Overrides, scratch: Path) -> tuple[str, ...] | N
     Raises:
         ValueError: there is no such run, or it cannot be changed in that way.
     """
-    source, rest = overrides.value("resume"), overrides.without("resume")
+    source, rest = overrides.value("resume"), overrides.without("resume").with_precision()
     if source in (None, "", "null"):
         return rest.with_implied().args
     if any(arg in ("-m", "--multirun") for arg in overrides):

@@ -27,7 +27,8 @@ from worldloom.presets import config_dir, read_choice
 RESERVED = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 # The only places where worldloom's own configurations have them.
 PLACES = re.compile(
-    rf"(?:(model|env|optimizer|planner|trainer)|(callbacks|logger)\.\w+)\.({'|'.join(RESERVED)})"
+    r"(?:(model|env|optimizer|planner|trainer)|(callbacks|logger)\.\w+|"
+    rf"(trainer)\.strategy(?:\.timeout)?)\.({'|'.join(RESERVED)})"
 )
 REFERENCE = re.compile(r"(?<!\\)\$\{[A-Za-z_][\w.]*\}")
 
@@ -137,7 +138,8 @@ def _is_foreign(key: str, value: Any) -> bool:
     place = PLACES.fullmatch(key)
     if place is None:
         return True
-    return value is not None and (place[3], value) not in shipped_values(place[1] or place[2])
+    shipped = shipped_values(place[1] or place[2] or place[3])
+    return value is not None and (place[4], value) not in shipped
 
 
 def _reserved(key: str) -> bool:

@@ -257,13 +257,19 @@ def _merge_infos(parts: Any, sizes: list[int]) -> dict[str, Any]:
     return infos
 
 
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    affinity: Any = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def choose_workers(env: gym.Env, num_envs: int) -> int:
     """Choose the number of workers for copies of `env`; 0 means to step them in this process.
 
     env: a copy that is not used afterwards; it is reset and stepped at random.
     """
-    affinity: Any = getattr(os, "sched_getaffinity", None)
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    # The processes of a run on this machine share its cores.
+    cores = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if num_envs == 1 or cores == 1:
         return 0
     seconds = measure_step(env)
