@@ -85,6 +85,8 @@ class Checkpoints(Callback):
         Several processes save only if all of them have agreed to stop.
         """
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(trainer.strategy.checkpoint_io, ThreadedCheckpointIO):
+            return  # before `setup`
         if data.ranks.size > 1:
             if trainer.training and data.stopping:
                 self.save(trainer, wait=True)
