@@ -51,6 +51,7 @@ def in_a_process(*arguments, **env):
 # ---- mistakes that end before anything is built --------------------------------------------------
 
 CALLBACK = "+callbacks.x._target_=lightning.pytorch.callbacks"
+STRATEGY = "+trainer.strategy._target_=lightning.pytorch.strategies"
 MISTAKES = {
     # misspelt keys
     "training.batchsize=3": "'training.batchsize' (did you mean 'training.batch_size'?)",
@@ -102,6 +103,14 @@ MISTAKES = {
     "+trainer.fast_dev_run=true": "trainer.fast_dev_run is true … small training.total_steps",
     "+trainer.barebones=true": "trainer.barebones is true … logger.NAME=null",
     "trainer.val_check_interval=50": "trainer.val_check_interval is 50 … use evaluation.every",
+    # strategies that divide the model, or start processes in another way
+    "+trainer.strategy=fsdp": "trainer.strategy is fsdp, which a run … use trainer=ddp",
+    "+trainer.strategy=deepspeed_stage_2": "strategy is deepspeed_stage_2 … use trainer=ddp",
+    "+trainer.strategy=ddp_spawn": "trainer.strategy is ddp_spawn … use trainer=ddp",
+    f"{STRATEGY}.ModelParallelStrategy": "strategies.ModelParallelStrategy … use trainer=ddp",
+    f"{STRATEGY}.DeepSpeedStrategy": "strategies.DeepSpeedStrategy … use trainer=ddp",
+    f"{STRATEGY}.DDPStrategy +trainer.strategy.start_method=spawn": "start_method is 'spawn'",
+    "+trainer.sync_batchnorm=true trainer=cpu": "trainer.sync_batchnorm is true … only on GPUs",
     # callbacks that do not act in a run, or silently change it
     f"{CALLBACK}.Timer": "callbacks.x is Timer, which ends a run as finished; leave it out and use "
     "+trainer.max_time=DD:HH:MM:SS",

@@ -1,5 +1,6 @@
 """What runs do not support of Lightning's trainer and callbacks, and what to use instead."""
 
+from collections.abc import Mapping
 from typing import Any
 
 # Trainer arguments -> (accepted values, what to use instead).
@@ -16,6 +17,16 @@ TRAINER: dict[str, tuple[tuple[Any, ...], str]] = {
     "check_val_every_n_epoch": ((None, 1), "evaluation.every"),
     "logger": ((), "the logger section: logger=NAME or +logger.NAME._target_=…"),
     "callbacks": ((), "the callbacks section: +callbacks.NAME._target_=…"),
+}
+# Names of strategies that runs support. Others divide the model, or start processes in other ways.
+STRATEGIES = (
+    *("auto", "single_device"),
+    *("ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false"),
+)
+# Base classes of strategies that runs support -> those of their subclasses that they do not.
+STRATEGY_CLASSES: dict[str, set[str]] = {
+    "DDPStrategy": {"DeepSpeedStrategy", "XLAStrategy"},
+    "SingleDeviceStrategy": set(),
 }
 # Classes of lightning.pytorch.callbacks, also as base classes -> (reason, what to use instead).
 CALLBACKS = {
@@ -57,3 +68,34 @@ def require_supported(name: str, cls: Any) -> None:
             raise ValueError(
                 f"{name} is {cls.__name__}{kind}, which {reason}; leave it out and use {instead}"
             )
+
+
+def require_strategy(trainer: Mapping[str, Any]) -> None:
+    """Raise ValueError for a strategy or an argument for several processes that fails in a run.
+
+    trainer: the section of the configuration; its strategy is a name, or a section.
+    """
+    from worldloom.factory import import_target
+
+    strategy = name = trainer.get("strategy") or "auto"
+    supported = strategy in STRATEGIES if isinstance(strategy, str) else True
+    if isinstance(strategy, Mapping):
+        if (method := strategy.get("start_method", "popen")) != "popen":
+            raise ValueError(
+                f"trainer.strategy.start_method is {method!r}; leave it out: a run starts its "
+                "processes with its own command line"
+            )
+        name = strategy.get("_target_", "lightning.pytorch.strategies.DDPStrategy")
+        bases = {base.__name__ for base in getattr(import_target(name), "__mro__", ())}
+        supported = any(base in bases and not bases & no for base, no in STRATEGY_CLASSES.items())
+    if not supported:
+        raise ValueError(
+            f"trainer.strategy is {name}, which a run does not support; use trainer=ddp. Each "
+            "process holds the whole model: 400M parameters with gradients and optimiser states "
+            "take 6.4 GB"
+        )
+    if trainer.get("sync_batchnorm") and trainer.get("accelerator") == "cpu":
+        raise ValueError(
+            "trainer.sync_batchnorm is true, but torch synchronises batch statistics only on GPUs; "
+            "leave it out: each process then normalises its own rows"
+        )

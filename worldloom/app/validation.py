@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from worldloom.app.hints import hint_key
-from worldloom.app.unsupported import TRAINER, require_supported
+from worldloom.app.unsupported import TRAINER, require_strategy, require_supported
 from worldloom.errors import require, suggest
 from worldloom.presets import (
     aliases,
@@ -293,6 +293,7 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
                 f"trainer.{key} is {format_value(trainer[key])}, which a run does not support; "
                 f"leave it out and use {instead}"
             )
+    require_strategy(trainer)
 
 
 def _check_devices(trainer: Mapping[str, Any]) -> None:
