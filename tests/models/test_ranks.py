@@ -32,6 +32,23 @@ class MaskedMean(nn.Module):
         return {"loss": world_size() * (error * mask).sum() / total}
 
 
+class Late(MaskedMean):
+    """A custom model with a head that its loss uses from the second update on."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(5, 1)
+        self.calls = 0
+
+    def compute_loss(self, batch):
+        self.calls += 1
+        losses = super().compute_loss(batch)
+        if self.calls > 1:
+            losses["loss"] = losses["loss"] + self.head(batch["obs"]).square().mean()
+        return losses
+
+
+CUSTOM = {"custom": MaskedMean, "late": Late}
 DREAMERV3 = dict(units=16, deter=32, hidden=8, stoch=4, classes=4, imag_length=4)
 TDMPC2 = dict(num_q=5, enc_dim=16, mlp_dim=16, latent_dim=16, num_bins=21, dropout=0.0)
 
@@ -39,8 +56,8 @@ TDMPC2 = dict(num_q=5, enc_dim=16, mlp_dim=16, latent_dim=16, num_bins=21, dropo
 def build(name, seed, **options):
     """Build a small model in float64 and its family's optimiser."""
     torch.manual_seed(seed)
-    if name == "custom":
-        return MaskedMean().double().train(), lambda p: torch.optim.SGD(p, 0.1)
+    if name in CUSTOM:
+        return CUSTOM[name]().double().train(), lambda p: torch.optim.SGD(p, 0.1)
     small = DREAMERV3 if name.startswith("dreamerv3") else TDMPC2 | {"episode_length": 100}
     spaces = dict(obs_shape=(5,), action_dim=3)
     warm = options.pop("warm", False)
@@ -108,7 +125,7 @@ class Recorder(lightning.Callback):
         )
 
 
-def train(rank, size, name, options, short):
+def train(rank, size, name, options, short, strategy="ddp"):
     """Make updates with Lightning's trainer on this rank's share of the rows."""
     warnings.simplefilter("ignore")
     model, optimizer = build(name, seed=rank, **options)  # DDP begins with the weights of rank 0
@@ -124,7 +141,7 @@ def train(rank, size, name, options, short):
     trainer = lightning.Trainer(
         accelerator="cpu",
         devices=size,
-        strategy="ddp" if size > 1 else "auto",
+        strategy=strategy if size > 1 else "auto",
         max_epochs=1,
         callbacks=[recorder],
         use_distributed_sampler=False,
@@ -143,7 +160,7 @@ def distance(found, expected):
 
 
 MEANSTD = {"valnorm": {"impl": "meanstd"}, "advnorm": {"impl": "meanstd"}}
-# Number of ranks, model, its options, and number of rows that are cut short.
+# Number of ranks, model, its options, number of rows that are cut short, and strategy.
 CASES = {
     "dreamerv3-cold": (2, "dreamerv3:size1m", {}, 3),
     "dreamerv3-warm": (2, "dreamerv3:size1m", {"warm": True, **MEANSTD}, 3),
@@ -153,6 +170,7 @@ CASES = {
     "tdmpc2-whole": (2, "tdmpc2:1m", {"decoder": True}, 0),
     "tdmpc2-four": (4, "tdmpc2:1m", {"episodic": "auto", "warm": True}, 7),
     "custom": (2, "custom", {}, 3),
+    "late": (2, "late", {}, 3, "ddp_find_unused_parameters_true"),
 }
 
 
@@ -168,6 +186,11 @@ def test_ranks_update_as_one_process_does(case):
         assert max(map(distance, found, gradients)) < TIGHT
         assert distance(weights, state) < TIGHT
     assert all(torch.equal(ranks[0][2][k], x[2][k]) for x in ranks for k in state)
+
+
+def test_a_parameter_without_gradient_is_named_before_weights_differ():
+    with pytest.raises(ValueError, match=r"depend on head\.weight, head\.bias, so"):
+        run_ranks(train, 2, 2, "late", {}, 3)
 
 
 def act_alone(rank):

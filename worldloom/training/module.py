@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from lightning import LightningModule
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from worldloom.errors import list_names
 from worldloom.protocol import split_result
 from worldloom.records import find_obstacle
 from worldloom.saving import get_config
@@ -61,6 +63,8 @@ class WorldModelModule(LightningModule):
         self._seconds: float = 0.0
         self._started: float | None = None
         self._replay: tuple[dict[str, Any], dict[str, Tensor]] | None = None
+        # Parameters without which DDP averages no gradients, by name.
+        self._averaged: dict[str, nn.Parameter] = {}
         if obstacle := find_obstacle(model):  # reported before training, not when it is saved
             log.warning("the trained model cannot be loaded by name: %s", obstacle)
         # Read by create_world_model("….ckpt"); plain data, so loading it executes no code.
@@ -76,6 +80,10 @@ class WorldModelModule(LightningModule):
     def on_train_start(self) -> None:
         """Start counting the seconds of training."""
         self._started = time.monotonic()
+        ddp: Any = self.trainer.strategy.model
+        if isinstance(ddp, DistributedDataParallel) and not ddp.find_unused_parameters:
+            parameters = self.model.named_parameters()
+            self._averaged = {name: p for name, p in parameters if p.requires_grad}
 
     def on_train_end(self) -> None:
         """Stop counting the seconds of training."""
@@ -117,9 +125,21 @@ class WorldModelModule(LightningModule):
             self.guard.anomaly = str(error)  # by trainer=debug; handled like a NaN gradient
 
     def on_after_backward(self) -> None:
-        """Check the loss and the gradients; if they are finite, record what the model returned."""
+        """Check the loss and the gradients; if they are finite, record what the model returned.
+
+        Raises:
+            ValueError: a parameter has no gradient, and several processes therefore have not
+                averaged the others.
+            FloatingPointError: the run has to stop.
+        """
         if self.guard.rejected:
             return
+        if missing := [name for name, p in self._averaged.items() if p.grad is None]:
+            raise ValueError(
+                f"the loss does not depend on {list_names(missing)}, so the gradients of the "
+                "processes were not averaged; freeze parameters that no loss uses "
+                "(requires_grad_(False)), or set trainer.strategy.find_unused_parameters=true"
+            )
         with phase("check"):
             # Parameters of the optimiser; collecting those of the model would walk its modules.
             groups = self.trainer.optimizers[0].param_groups
