@@ -29,6 +29,7 @@ from worldloom.app.run_dir import remove_empty
 from worldloom.app.validation import validate_config
 from worldloom.memory import keep_freed_memory
 from worldloom.presets import config_dir
+from worldloom.ranks import world_size
 
 if TYPE_CHECKING:
     from worldloom.app.build import Run
@@ -86,6 +87,7 @@ def finish(run: "Run") -> dict[str, float]:
     from worldloom.training.logger_guard import finishing_wandb
 
     print(
+        *([f"{world_size()} processes, each with:"] if world_size() > 1 else []),
         run.task.describe(run.model),
         run.data.buffer.resources,
         f"all results are in {run.folder}",
