@@ -38,3 +38,7 @@ def test_environments_start_without_torch():
         loaded_by("import worldloom.envs.suites.gymnasium", ["torch", "lightning", "hydra"])
         == set()
     )
+
+
+def test_help_and_wrong_arguments_are_answered_without_torch():
+    assert loaded_by("import worldloom.run", ["torch", "lightning"]) == set()

@@ -29,7 +29,6 @@ from worldloom.app.run_dir import remove_empty
 from worldloom.app.validation import validate_config
 from worldloom.memory import keep_freed_memory
 from worldloom.presets import config_dir
-from worldloom.ranks import world_size
 
 if TYPE_CHECKING:
     from worldloom.app.build import Run
@@ -84,6 +83,7 @@ def finish(run: "Run") -> dict[str, float]:
 
     They are empty if a limit stops the run before its end.
     """
+    from worldloom.ranks import world_size
     from worldloom.training.logger_guard import finishing_wandb
 
     print(
