@@ -70,6 +70,8 @@ def build(name, seed, **options):
             model.retnorm.corr.fill_(0.9)
         elif warm:
             model.scale.value.fill_(1.7)
+        if name.startswith("tdmpc2") and model.tasks is not None:
+            model.tasks.embedding.weight *= 10  # above the norm to which look-ups rescale rows
     if small is DREAMERV3:
         return model, lambda params: LaProp(params, warmup=0)
     return model, lambda params: Adam(params, max_norm=20.0)
@@ -87,6 +89,7 @@ def make_batch(seed, short):
         "obs": torch.randn(ROWS, STEPS, 5, **numbers),
         "actions": torch.rand(ROWS, STEPS, 3, **numbers) * 2 - 1,
         "rewards": 3 * torch.randn(ROWS, STEPS, **numbers),
+        "task": torch.arange(ROWS) // 3,
         **{f"is_{'terminal' if k == 'over' else k}": v for k, v in ends.items()},
     }
 
@@ -167,6 +170,7 @@ CASES = {
     "dreamerv3-four": (4, "dreamerv3:size1m", {"warm": True}, 3),
     "tdmpc2-cold": (2, "tdmpc2:1m", {"episodic": "auto"}, 3),
     "tdmpc2-warm": (2, "tdmpc2:1m", {"episodic": True, "warm": True}, 3),
+    "tdmpc2-tasks": (2, "tdmpc2:1m", {"action_dims": [3, 1, 2], "task_dim": 8}, 0),
     "tdmpc2-whole": (2, "tdmpc2:1m", {"decoder": True}, 0),
     "tdmpc2-four": (4, "tdmpc2:1m", {"episodic": "auto", "warm": True}, 7),
     "custom": (2, "custom", {}, 3),

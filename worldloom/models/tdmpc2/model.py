@@ -34,7 +34,7 @@ from worldloom.models.tdmpc2.networks import Networks
 from worldloom.models.tdmpc2.planner import LatentMPPI
 from worldloom.nn.twohot import symlog_twohot_loss
 from worldloom.protocol import Batch, LatentState, Obs, Trajectory
-from worldloom.ranks import sum_counts
+from worldloom.ranks import sum_counts, world_size
 from worldloom.timing import phase
 
 Losses = dict[str, Tensor]
@@ -201,6 +201,9 @@ class TDMPC2(ExtraLosses, Networks):
         overridden `compute_model_losses`, are weighted by `loss_scales[NAME]` (default 1) and
         returned as "NAME_loss".
         """
+        # Each rank reads other embeddings, in acting as well.
+        if self.training and self.tasks is not None and world_size() > 1:
+            self.tasks.rescale()
         # Time first; rows beyond the end of an episode are marked.
         data = self.read_transitions(batch)
         if self.termination is None:

@@ -37,6 +37,16 @@ class Tasks(nn.Module):
         self.register_buffer("masks", exists.float())  # [tasks, A]
         self.masks: Tensor
 
+    @torch.no_grad()
+    def rescale(self) -> None:
+        """Rescale all embeddings as a look-up rescales those that it reads.
+
+        Twice, because rounding may leave a norm just above one: all ranks end with the same
+        numbers, whichever rows each of them has read before.
+        """
+        for _ in range(2):
+            self.embedding(torch.arange(self.count, device=self.masks.device))
+
     def read_ids(self, task: Tensor | int | None, rows: int) -> Tensor:
         """Return task ids [rows] int64, from ids [rows] or [], or from one-hot [rows, tasks]."""
         if task is None:
