@@ -79,14 +79,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_part(checkpoint: Path, name: str) -> dict[str, Any]:
-    """Return a part of a checkpoint: the data module's state and "random", of one process.
+    """Return a part of a checkpoint: what differs between processes, of one of them.
 
     Raises:
         DamagedCheckpoint: the part is missing or damaged.
     """
     path = checkpoint.parent / PARTS / name
     try:
-        return _read(path, lambda part: (part[DATA]["updates"], part["random"]))
+        return _read(path, lambda part: (part[DATA]["updates"], part["callbacks"]))
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path}, a part of {checkpoint}, is missing") from None
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SAME = ("state_dict", "optimizer_states", "lr_schedulers")  # in all ranks, so not in parts
 POLL_SECONDS = 0.05  # between two exchanges of ranks that wait for a checkpoint
 
 
@@ -87,8 +88,7 @@ class ThreadedCheckpointIO(CheckpointIO):
         """
         self.wait()
         if self.ranks.rank > 0:
-            random = checkpoint["callbacks"].get(self._random_key, {}).get("random")
-            checkpoint = {DATA: checkpoint[DATA], "random": random}
+            checkpoint = {name: x for name, x in checkpoint.items() if name not in SAME}
         content = copy_to_cpu(checkpoint)
         state = content[DATA] if Path(path).name == LAST else content.pop(DATA)
         saving = self._saving = Saving(Path(path), content, state)
@@ -119,16 +119,14 @@ class ThreadedCheckpointIO(CheckpointIO):
         self._states, self._parts = [checkpoint[DATA]], [names]
         if size == ranks.size and ranks.rank == 0:
             return checkpoint
-        random = checkpoint["callbacks"].setdefault(self._random_key, {})
         if size == ranks.size:
-            part = read_part(Path(path), names[ranks.rank - 1])
-            checkpoint[DATA], random["random"] = part[DATA], part["random"]
-            self._states = [part[DATA]]
+            checkpoint |= read_part(Path(path), names[ranks.rank - 1])
+            self._states = [checkpoint[DATA]]
             return checkpoint
         parts = [checkpoint, *(read_part(Path(path), name) for name in names)]
         states = [part[DATA] for part in parts]
         checkpoint[DATA], seed = redistribute(states, ranks)
-        random["random"] = {"seed": seed}
+        checkpoint["callbacks"].setdefault(self._random_key, {})["random"] = {"seed": seed}
         files = {name: crc for state in states for name, crc in state["buffer"]["files"].items()}
         self._states = [{"buffer": {"files": files}}]
         log.info("the replay of %d processes is redistributed over %d", size, ranks.size)
