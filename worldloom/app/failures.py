@@ -1,5 +1,6 @@
 """What the processes of a run do when one of them fails: they find out which, say so, and end."""
 
+import math
 import os
 import platform
 import signal
@@ -101,14 +102,15 @@ class Peers:
         self.places = [(host, int(pid)) for host, _, pid in notes]
         threading.Thread(target=self._watch, daemon=True).start()
 
-    def part(self) -> None:
+    def part(self, seconds: float = math.inf) -> None:
         """Wait until all processes have come to the same end; only rank 0 waits for the others.
 
         It serves the store, so it must be the last.
         """
+        end = time.monotonic() + seconds
         self.store.set(f"done {self.rank}", "")
         self._over.set()
-        while self.rank == 0 and not self.failure:
+        while self.rank == 0 and not self.failure and time.monotonic() < end:
             if all(self.store.check([f"done {r}"]) for r in range(self.size)):
                 return
             self._look()
@@ -144,7 +146,7 @@ class Peers:
         first = _within(ANSWER, lambda: self.store.compare_set(f"error {text}", "", mine), mine)
         if first == mine:
             self._print(f"rank {self.rank}: {text}")
-        if not isinstance(error, USER_ERRORS) or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if not isinstance(error, USER_ERRORS):
             os.write(self.terminal, "".join(traceback.format_exception(error)).encode())
         self._record(f"rank {self.rank} failed")
 

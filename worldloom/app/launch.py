@@ -192,8 +192,8 @@ class Processes:
             )
             try:
                 yield
-            except SystemExit:
-                peers.part()
+            except SystemExit:  # stopped by a signal
+                peers.part(3 * GRACE)
                 raise
             peers.part()
         except (Exception, KeyboardInterrupt) as error:

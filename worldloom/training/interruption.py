@@ -93,11 +93,13 @@ class Limits:
 class Interruption:
     """Record the first signal; `check` raises it where the run can stop safely.
 
-    A second Ctrl-C stops immediately.
+    A second Ctrl-C stops immediately, unless it follows within a second: torchrun sends its
+    processes a SIGINT that the terminal has sent them already.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self._received = 0.0
 
     def check(self) -> None:
         """Raise Interrupted if a signal was received."""
@@ -116,10 +118,10 @@ class Interruption:
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.number is not None:
-            if number == signal.SIGINT:
+            if number == signal.SIGINT and time.monotonic() > self._received + 1:
                 raise Interrupted(number, between=False)
             return
-        self.number = number
+        self.number, self._received = number, time.monotonic()
         name = signal.Signals(number).name
         # Not print: the signal may have interrupted a print.
         os.write(2, f"\n{name}: finishing the update, then saving; Ctrl-C stops now\n".encode())
