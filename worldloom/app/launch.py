@@ -6,6 +6,7 @@ They are started by torchrun or srun, or else by this module: rank 0 starts thos
 Where a user starts one command on each of several machines, the first process starts the others.
 """
 
+import atexit
 import itertools
 import logging
 import os
@@ -122,6 +123,7 @@ class Processes:
             self._store, port = self._make_store(address, 0, True)
         elif self._store is None:
             self._store = self._connect()
+            atexit.register(self._finish, 0, job.nodes * job.local)
         number = next(self._jobs)
         try:
             if not self.outside and not self.children:

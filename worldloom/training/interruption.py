@@ -118,7 +118,8 @@ class Interruption:
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.number is not None:
-            if number == signal.SIGINT and time.monotonic() > self._received + 1:
+            repeated = number == self.number and time.monotonic() < self._received + 1
+            if number == signal.SIGINT and not repeated:
                 raise Interrupted(number, between=False)
             return
         self.number, self._received = number, time.monotonic()
