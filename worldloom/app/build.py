@@ -175,6 +175,9 @@ def build_trainer(config: ResolvedConfig, folder: Path, evaluation: Any, resumes
     # A checkpoint includes what the other callbacks did, although Lightning moves its own last.
     trainer.callbacks.sort(key=lambda c: isinstance(c, Checkpoint) + 2 * isinstance(c, Checkpoints))
     guard_loggers(trainer, loggers)
+    if world_size() > 1:
+        # Lightning's handler of SIGTERM exchanges tensors in the middle of any other exchange.
+        trainer._signal_connector.register_signal_handlers = lambda: None
     if rank() > 0:  # LearningRateMonitor requires a logger
         trainer.loggers = [DummyLogger()]
     return trainer
