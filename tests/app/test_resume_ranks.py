@@ -16,7 +16,10 @@ from tests.test_survival import DREAMER, plain, require_equal, require_whole
 from worldloom.training.checkpoint_files import PARTS, has_checkpoint, read_checkpoint, read_part
 
 pytestmark = pytest.mark.slow  # tests/training/test_checkpoint_ranks.py is fast
-DDP = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32-true"]
+DDP = [
+    *("trainer=ddp", "trainer.accelerator=cpu", "trainer.precision=32-true"),
+    "trainer.strategy.timeout.seconds=40",  # of a rank whose partner died before they met
+]
 RUN = [
     *(*DREAMER, "env=cartpole", "env.num_envs=4", "env.time_limit=30"),
     *("training.total_steps=120", "callbacks.open_loop=null", "callbacks.progress=null"),
@@ -49,23 +52,21 @@ def children(number):
 
 
 def kill(words, cwd, folder, victims, seconds):
-    """Kill ranks of a run some time after its newest checkpoint; return what it printed."""
+    """Kill ranks of a run, some time after its start and after its first checkpoint."""
     with start(words, cwd) as process:
-        while process.poll() is None and not has_checkpoint(folder / "checkpoints"):
+        begun, ranks = time.monotonic(), []
+        while process.poll() is None and not (
+            has_checkpoint(folder / "checkpoints") and time.monotonic() > begun + seconds
+        ):
+            ranks = ranks or children(process.pid)
             time.sleep(0.02)
-        while process.poll() is None and not (ranks := children(process.pid)):
-            time.sleep(0.02)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
         with suppress(ProcessLookupError):
             for victim in victims:
                 os.kill([process.pid, *ranks][victim], signal.SIGKILL)
-        said = process.communicate(timeout=120)[0]
+        process.communicate(timeout=120)
     end = time.monotonic() + 60
     while any(Path(f"/proc/{rank}").exists() for rank in ranks) and time.monotonic() < end:
         time.sleep(0.05)  # the other rank still ends
-    assert process.returncode != 0 or not victims, said
-    return said
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def kill_and_resume(folder, expected, kills, seed):
     words = [*RUN, *DDP, "trainer.devices=2", f"folder={folder}"]
     for _ in range(kills):
         victims = rng.choice([(0,), (1,), (0, 1)])
-        kill(words, folder.parent, folder, victims, rng.uniform(0.0, 3.0))
+        kill(words, folder.parent, folder, victims, rng.uniform(2.0, 16.0))
         require_whole(folder)
         words = [f"resume={folder}"]
     finish(words, folder.parent)
@@ -113,7 +114,7 @@ def test_ten_killed_ranks_change_nothing(straight, tmp_path):
 
 
 @pytest.mark.parametrize("sizes", [(2, 1), (1, 2)])
-def test_another_number_of_processes_finishes_the_run(straight, tmp_path, sizes):
+def test_another_number_of_processes_finishes_the_run(tmp_path, sizes):
     before, after = sizes
     folder = tmp_path / "run"
     words = [*RUN, *DDP, f"trainer.devices={before}", "+trainer.max_steps=10", f"folder={folder}"]
@@ -121,11 +122,11 @@ def test_another_number_of_processes_finishes_the_run(straight, tmp_path, sizes)
     change = [f"trainer.devices={after}", "trainer.max_steps=-1"]
     said = finish([f"resume={folder}", *change], tmp_path)
     assert said.count(f"the replay of {before} processes is redistributed over {after}") == 1
-    ours, theirs = (
-        read_checkpoint(run / "checkpoints" / "last.ckpt") for run in (folder, straight)
-    )
-    assert len(ours.get(PARTS, ())) == after - 1
-    for name in ("updates", "replayed_steps", "origin"):
-        assert ours["ReplayDataModule"][name] == theirs["ReplayDataModule"][name]
-    steps = [row["env_steps"] for row in metrics(folder) if row.get("env_steps")]
+    last = read_checkpoint(folder / "checkpoints" / "last.ckpt")
+    assert len(last.get(PARTS, ())) == after - 1
+    data = last["ReplayDataModule"]
+    steps, (first, _) = data["collector"]["env_steps"], data["origin"]
+    assert steps >= 120 and data["replayed_steps"] == 32 * data["updates"]
+    assert 0 <= 16 * (steps - first) - data["replayed_steps"] < 32
+    steps = [int(row["env_steps"]) for row in metrics(folder)]
     assert steps == sorted(steps)
