@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_run import metrics
 from tests.test_survival import DREAMER, plain, require_equal, require_whole
 from worldloom.training.checkpoint_files import PARTS, has_checkpoint, read_checkpoint, read_part
 
@@ -56,7 +55,7 @@ def kill(words, cwd, folder, victims, seconds):
     with start(words, cwd) as process:
         begun, ranks = time.monotonic(), []
         while process.poll() is None and not (
-            has_checkpoint(folder / "checkpoints") and time.monotonic() > begun + seconds
+            ranks and has_checkpoint(folder / "checkpoints") and time.monotonic() > begun + seconds
         ):
             ranks = ranks or children(process.pid)
             time.sleep(0.02)
@@ -128,5 +127,3 @@ def test_another_number_of_processes_finishes_the_run(tmp_path, sizes):
     steps, (first, _) = data["collector"]["env_steps"], data["origin"]
     assert steps >= 120 and data["replayed_steps"] == 32 * data["updates"]
     assert 0 <= 16 * (steps - first) - data["replayed_steps"] < 32
-    steps = [int(row["env_steps"]) for row in metrics(folder)]
-    assert steps == sorted(steps)
