@@ -61,6 +61,7 @@ class Processes:
         self.peers: Peers | None = None
         self.children: dict[int, subprocess.Popen[bytes]] = {}
         self._store: Any = None
+        self._served = ("", 0)  # address and port of the store
         self._broken = ""  # why the others have ended
         self._jobs = itertools.count()
 
@@ -181,14 +182,16 @@ class Processes:
             again = format_command("run", f"resume={plain['folder']}", config=plain)
             return f"to continue from the last checkpoint:\n{again}"
 
-        store = dist.PrefixStore(f"run {number}", self._store)
+        # A connection of its own: while one waits, other threads cannot use it.
+        notes = self._make_store(*self._served, False)[0]
+        store = dist.PrefixStore(f"run {number}", notes)
         peers = self.peers = Peers(store, self.rank, size, self.children, terminal, hint)
         before = dict(os.environ)
         os.environ.update(self._places(job, self.rank))
         Ranks.timeout = job.timeout
         try:
             peers.meet(job.timeout)
-            group = dist.PrefixStore("group", store)
+            group = dist.PrefixStore(f"group {number}", self._store)
             dist.init_process_group(
                 job.backend, store=group, rank=self.rank, world_size=size, timeout=job.timeout
             )
@@ -288,6 +291,7 @@ class Processes:
 
         store = dist.TCPStore(address, port, None, serves, CONNECT, wait_for_workers=False)
         attempt = self.env.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._served = address, store.port
         return dist.PrefixStore(f"worldloom {attempt}", store), str(store.port)
 
 
