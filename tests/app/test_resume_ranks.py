@@ -50,14 +50,20 @@ def children(number):
     return [int(child) for child in found.read_text().split()]
 
 
+def starts(folder):
+    """Return how often a run has begun to train."""
+    log = folder / "worldloom.log"
+    return log.read_text().count("updates to come") if log.exists() else 0
+
+
 def kill(words, cwd, folder, victims, seconds):
-    """Kill ranks of a run, some time after its start and after its first checkpoint."""
+    """Kill ranks of a run, some time after it has begun to train and has a checkpoint."""
+    before, begun, ranks = starts(folder), None, []
     with start(words, cwd) as process:
-        begun, ranks = time.monotonic(), []
-        while process.poll() is None and not (
-            ranks and has_checkpoint(folder / "checkpoints") and time.monotonic() > begun + seconds
-        ):
+        while process.poll() is None and (begun is None or time.monotonic() < begun + seconds):
             ranks = ranks or children(process.pid)
+            if begun is None and starts(folder) > before and has_checkpoint(folder / "checkpoints"):
+                begun = time.monotonic()
             time.sleep(0.02)
         with suppress(ProcessLookupError):
             for victim in victims:
@@ -97,7 +103,7 @@ def kill_and_resume(folder, expected, kills, seed):
     words = [*RUN, *DDP, "trainer.devices=2", f"folder={folder}"]
     for _ in range(kills):
         victims = rng.choice([(0,), (1,), (0, 1)])
-        kill(words, folder.parent, folder, victims, rng.uniform(2.0, 16.0))
+        kill(words, folder.parent, folder, victims, rng.uniform(0.0, 3.0))
         require_whole(folder)
         words = [f"resume={folder}"]
     finish(words, folder.parent)
