@@ -68,7 +68,10 @@ def require_accelerator(accelerator: str, devices: object) -> None:
     found = [name for name in usable_devices() if name.split(":")[0] in backends[accelerator]]
     if not found:
         reason = why_no_gpu() or f"this machine has {', '.join(usable_devices())}"
-        raise ValueError(f"trainer.accelerator is {accelerator}, but {reason}; use trainer=cpu")
+        raise ValueError(
+            f"trainer.accelerator is {accelerator}, but {reason}; use trainer=cpu, or for several "
+            "processes trainer.accelerator=cpu trainer.devices=2"
+        )
     indices = devices if isinstance(devices, list | tuple) else []
     count = int(devices) if isinstance(devices, int | str) and str(devices).isdigit() else 0
     if count > len(found) or any(int(index) >= len(found) for index in indices):

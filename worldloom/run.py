@@ -250,11 +250,13 @@ def main() -> None:
     if not starting.has_others():
         run_command_line()
         return
+    starting.end_with_parent()
     from worldloom.app.launch import processes
 
     keep_freed_memory()
     if processes.rank:
-        processes.work(train_with_others)
+        with print_errors():
+            processes.work(train_with_others)
     with processes.leading():
         run_command_line()
 

@@ -4,6 +4,7 @@ Imports take seconds, and some of them swallow KeyboardInterrupt, so Ctrl-C prin
 of the traceback of an import. Behind `| head`, a command ends silently.
 """
 
+import ctypes
 import os
 import select
 import signal
@@ -34,6 +35,15 @@ def has_others() -> bool:
     if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
         return env.get("SLURM_JOB_NAME") not in ("bash", "interactive")
     return "MASTER_ADDR" in env and int(env.get("NODE_RANK", 0)) > 0
+
+
+def end_with_parent() -> None:
+    """Ask Linux to send SIGTERM when the process of worldloom that has started this one ends."""
+    if (parent := os.environ.get("WORLDLOOM_PARENT")) is None or sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(parent):
+        os._exit(1)
 
 
 def begin() -> None:

@@ -360,7 +360,8 @@ def prepare_process(seed: int, threads: int | None) -> None:
         torch.set_num_threads(threads)
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers.clear()
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.distributed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # a failing logger is reported once
     threading.excepthook = _ignore_full_disk
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -62,6 +63,7 @@ class Peers:
     store: in which the processes leave notes for each other, empty at the start.
     children: the processes that this one has started, by rank.
     terminal: file descriptor for errors.
+    log: file to which errors are appended as well.
     hint: returns what to print after a failure: how to continue.
     failure: what happened first, as a sentence; None while all are well.
     """
@@ -73,10 +75,11 @@ class Peers:
         size: int,
         children: dict[int, "subprocess.Popen[bytes]"],
         terminal: int = 2,
+        log: Path | None = None,
         hint: Callable[[], str] = str,
     ) -> None:
         self.store, self.rank, self.size, self.children = store, rank, size, children
-        self.terminal, self.hint = terminal, hint
+        self.terminal, self.log, self.hint = terminal, log, hint
         self.failure: str | None = None
         self.places: list[tuple[str, int]] = []  # host and process id of each rank
         self._handled: BaseException | None = None
@@ -141,14 +144,29 @@ class Peers:
             return
         if isinstance(error, USER_ERRORS):
             text = explain_error(error)
-        # Where all ranks fail alike, as with an impossible setting, one of them prints it.
-        mine = str(self.rank).encode()
-        first = _within(ANSWER, lambda: self.store.compare_set(f"error {text}", "", mine), mine)
-        if first == mine:
-            self._print(f"rank {self.rank}: {text}")
+        # Where all ranks fail alike, as with an impossible setting, rank 0 prints it, at the end.
+        note = f"error {text}"
+        if self.rank == 0:
+            _within(ANSWER, lambda: self.store.set(note, ""), None)
+        if not (self.prints_last(error) or self._waits_for(note, error)):
+            where = f" (the traceback is in worldloom-rank{self.rank}.log)" if self.rank else ""
+            self._print(f"rank {self.rank}: {text}{where}")
         if not isinstance(error, USER_ERRORS):
             os.write(self.terminal, "".join(traceback.format_exception(error)).encode())
         self._record(f"rank {self.rank} failed")
+
+    def prints_last(self, error: BaseException) -> bool:
+        """Return whether an error is printed, in one line, when the run has ended."""
+        return self.rank == 0 and isinstance(error, USER_ERRORS) and not is_broken_exchange(error)
+
+    def _waits_for(self, note: str, error: BaseException) -> bool:
+        """Return whether rank 0 leaves a note that it has the same error, within a short time."""
+        end = time.monotonic() + ANSWER
+        while isinstance(error, USER_ERRORS) and time.monotonic() < end:
+            if _within(ANSWER, lambda: self.store.check([note]), False):
+                return True
+            time.sleep(POLL)
+        return False
 
     def _find_failure(self, error: BaseException) -> None:
         """Find out which rank has failed, and kill it if it hangs on this machine."""
@@ -183,7 +201,7 @@ class Peers:
     def _look(self) -> None:
         """Take note of children that have ended, and of failures of others."""
         for rank, child in self.children.items():
-            if child.poll() and not self.store.check([f"done {rank}"]):
+            if child.poll() is not None and not self.store.check([f"done {rank}"]):
                 if self.store.check(["failure"]):
                     break
                 self._record(f"rank {rank} {describe_exit(child.returncode)}")
@@ -218,8 +236,9 @@ class Peers:
 
     def _is_first_alive(self) -> bool:
         """Return whether this is the first process that can still print."""
-        failed = (self.failure or "").removeprefix("rank ").split(" ")[0].strip(",")
-        return all(str(r) == failed or self._is_dead(r) for r in range(self.rank))
+        lost, _, how = (self.failure or "").removeprefix("rank ").partition(" ")
+        lost = "" if how == "failed" else lost.strip(",")  # then it prints by itself
+        return all(str(r) == lost or self._is_dead(r) for r in range(self.rank))
 
     def _is_dead(self, rank: int) -> bool:
         """Return whether a process of this machine has ended."""
@@ -230,9 +249,12 @@ class Peers:
 
     def _print(self, *lines: str) -> None:
         sys.stdout.flush()
-        text = "".join(f"{line}\n" for line in lines if line)
+        text = "".join(f"{line}\n" for line in lines if line).encode(errors="replace")
         with suppress(OSError):
-            os.write(self.terminal, text.encode(errors="replace"))
+            os.write(self.terminal, text)
+        if self.log is not None:
+            with suppress(OSError), self.log.open("ab") as file:
+                file.write(text)
 
 
 def _exists(pid: int) -> bool:

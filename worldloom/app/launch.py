@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from worldloom.app.failures import GRACE, POLL, Peers
+from worldloom.app.run_dir import LOG
 from worldloom.app.saved_config import ResolvedConfig, format_command
 from worldloom.app.shares import require_divisible
 from worldloom.ranks import Ranks
@@ -185,7 +186,9 @@ class Processes:
         # A connection of its own: while one waits, other threads cannot use it.
         notes = self._make_store(*self._served, False)[0]
         store = dist.PrefixStore(f"run {number}", notes)
-        peers = self.peers = Peers(store, self.rank, size, self.children, terminal, hint)
+        log = Path(plain["folder"]) / LOG
+        peers = Peers(store, self.rank, size, self.children, terminal, log, hint)
+        self.peers = peers
         before = dict(os.environ)
         os.environ.update(self._places(job, self.rank))
         Ranks.timeout = job.timeout
@@ -203,7 +206,7 @@ class Processes:
             peers.part()
         except (Exception, KeyboardInterrupt) as error:
             sentence = peers.handle(error)
-            if isinstance(error, KeyboardInterrupt):
+            if isinstance(error, KeyboardInterrupt) or peers.prints_last(error):
                 raise
             raise ChildProcessError(sentence) from error
         finally:
@@ -234,6 +237,7 @@ class Processes:
         for rank in range(first + 1, first + job.local):
             env = {**os.environ, **self._places(job, rank)}
             env |= {"MASTER_ADDR": address, "MASTER_PORT": port}
+            env["WORLDLOOM_PARENT"] = str(os.getpid())
             for name in ("TORCHELASTIC_USE_AGENT_STORE", "HYDRA_FULL_ERROR"):
                 env.pop(name, None)
             self.children[rank] = subprocess.Popen(
@@ -323,18 +327,26 @@ def _plan(config: ResolvedConfig, resumes: bool, outside: bool) -> Job | None:
         return None
     import lightning
     from lightning.fabric.plugins.environments import LightningEnvironment
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     names = ("accelerator", "devices")
     chosen = {name: trainer[name] for name in names if name in trainer}
-    probe = lightning.Trainer(
-        **chosen, logger=False, enable_checkpointing=False, plugins=[LightningEnvironment()]
-    )
+    try:
+        probe = lightning.Trainer(
+            **chosen, logger=False, enable_checkpointing=False, plugins=[LightningEnvironment()]
+        )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ValueError(f"trainer.devices is {devices!r}: {error}") from None
     local = probe.num_devices
     if nodes * local == 1 and not outside:
         return None
     strategy = trainer.get("strategy")
     wait = strategy.get("timeout") if isinstance(strategy, dict) else None
+    if not isinstance(wait, dict | None):
+        raise ValueError(
+            f"trainer.strategy.timeout is {wait!r}; set trainer.strategy.timeout.seconds instead"
+        )
     on_gpu = probe.strategy.root_device.type == "cuda"
     return Job(
         *(config, resumes, nodes, local, "cpu:gloo,cuda:nccl" if on_gpu else "gloo"),

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 # The configuration; the final scores, which only a finished run has; the lock of the writing run;
 # what the run printed.
 CONFIG, SCORES, LOCK, LOG = "config.yaml", "scores.yaml", ".lock", "worldloom.log"
+LOGS = "worldloom*.log"  # of all processes
 # Folders next to the checkpoints, of replay files and of parts; worthless without a checkpoint.
 UNFINISHED = ("replay", "parts")
 # Version of the configuration, the checkpoints and the scores of a run; config.yaml records it.
@@ -134,7 +135,7 @@ def claim_folder(folder: Path, resumes: bool) -> Iterator[bool]:
                 f"{folder} already contains a run, which would be overwritten; continue it with "
                 f"resume={folder}, or choose another folder: hydra.run.dir=…"
             )
-        yield {path.name for path in folder.iterdir()} <= {LOG, LOCK}
+        yield all(path.name == LOCK or path.match(LOGS) for path in folder.iterdir())
     finally:
         lock.release()
 
@@ -181,8 +182,9 @@ def remove_start(folder: Path, is_new: bool) -> None:
     if any(f.parts[0] == "checkpoints" and f.parts[1] not in UNFINISHED for f in files):
         return
     (folder / CONFIG).unlink(missing_ok=True)
-    known = {LOG, CONFIG, LOCK, "metrics.csv", "checkpoints"}
-    if is_new and all(f.parts[0] in known or f.match("events.out.tfevents.*") for f in files):
+    known = {CONFIG, LOCK, "metrics.csv", "checkpoints"}
+    patterns = (LOGS, "events.out.tfevents.*")
+    if is_new and all(f.parts[0] in known or any(map(f.match, patterns)) for f in files):
         shutil.rmtree(folder)
 
 

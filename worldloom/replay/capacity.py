@@ -57,16 +57,22 @@ def fit_rows(
 ) -> int:
     """Return the rows per stream after checking that memory and disk are large enough for them.
 
+    The processes of a run on this machine share both.
+
     in_memory, on_disk: bytes per step; folder: of the files; own: bytes of this run's files in the
     folder, which count as free; shrink: if the rows do not fit, return the number that does.
 
     Raises:
         ValueError: memory or disk are too small, and `shrink` is false or no row fits.
     """
-    room = [(in_memory, available_memory(), "the machine has {:.1f} GB available")]
+    sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    each = f" for each of {sharers} processes" if sharers > 1 else ""
+    room = [
+        (in_memory, available_memory() // sharers, f"the machine has {{:.1f}} GB available{each}")
+    ]
     if folder is not None and on_disk:
-        free = f"the disk of {folder} has {{:.1f}} GB free"
-        room.append((on_disk, free_disk(folder) + own, free))
+        free = f"the disk of {folder} has {{:.1f}} GB free{each}"
+        room.append((on_disk, (free_disk(folder) + own) // sharers, free))
     fit, problem = rows, ""
     for size, free_bytes, where in room:
         if num_envs * rows * size > FILL * free_bytes:
