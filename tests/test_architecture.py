@@ -29,6 +29,7 @@ LAYERS = [
     {"training"},
     {"check"},
     {"app"},
+    {"results"},
     {
         *("run", "eval", "collect", "diagnose", "doctor", "bench"),
         *("bench.__main__", "check.__main__", "models.__main__"),
