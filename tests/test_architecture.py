@@ -30,6 +30,7 @@ LAYERS = [
     {"check"},
     {"app"},
     {"results"},
+    {"sweep"},
     {
         *("run", "eval", "collect", "diagnose", "doctor", "bench"),
         *("bench.__main__", "check.__main__", "models.__main__"),

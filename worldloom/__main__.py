@@ -12,6 +12,7 @@ from worldloom.errors import find_similar
 COMMANDS = {
     "run": "train a model, or continue a run (resume=...)",
     "eval": "score the model of a run in its environment",
+    "sweep": "show the state and the scores of many runs, with statistics over seeds",
     "collect": "record episodes to train on",
     "check": "check an environment before training on it",
     "bench": "time the updates of a model on this machine",
@@ -30,7 +31,7 @@ USAGE = "\n".join(
     ]
 )
 # Names of other programs' commands.
-OTHER_NAMES = {"train": "run", "resume": "run", "sweep": "run", "test": "eval", "list": "models"}
+OTHER_NAMES = {"train": "run", "resume": "run", "test": "eval", "list": "models"}
 
 
 @starting.reading_head()

@@ -1,0 +1,90 @@
+"""`worldloom sweep`: the numbers of its tables, in each format."""
+
+import csv
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+
+from worldloom.app.compose import Overrides
+from worldloom.sweep import sweep_command
+
+TINY = ("model=dreamerv3_tiny", "training.total_steps=400")
+TASKS = {"CartPole-v1": [10, 20, 30, 50], "Pendulum-v1": [-400, -300, -200, -100]}
+
+
+@pytest.fixture
+def sweep(tmp_path, make_run):
+    """Two tasks, four seeds each, one of which failed; scores are those of TASKS."""
+    for task, scores in TASKS.items():
+        for seed, score in enumerate(scores):
+            done = {"step": 400, "final/return": float(score)} if seed else None
+            rows = [(300, {"eval/return": float(score)})]
+            log = None if seed else "error: a|b\n"
+            name = f"{task}-seed{seed}"
+            make_run(name, *TINY, f"env.id={task}", seed=seed, rows=rows, scores=done, log=log)
+    return tmp_path
+
+
+def printed(capsys, *args):
+    sweep_command(Overrides(tuple(map(str, args))))
+    return capsys.readouterr().out
+
+
+def test_groups_are_statistics_over_seeds(sweep, capsys):
+    tables = json.loads(printed(capsys, sweep, "format=json"))
+    assert len(tables["jobs"]) == 8
+    first, second, both = tables["groups"]
+    assert (first["task"], first["runs"], first["finished"]) == ("CartPole-v1", 4, 3)
+    assert (first["mean"], first["iqm"]) == (27.5, 25.0)
+    assert first["std"] == pytest.approx((875 / 3) ** 0.5)
+    assert 10 <= first["low"] < 25 < first["high"] <= 50
+    assert second["mean"] == -250
+    # Normalised by task: 0, 1/4, 1/2, 1 and 0, 1/3, 2/3, 1; the middle half of all eight.
+    assert (both["task"], both["runs"], both["std"]) == ("all (normalised)", 8, None)
+    assert both["iqm"] == pytest.approx((1 / 4 + 1 / 3 + 1 / 2 + 2 / 3) / 4)
+    tables = json.loads(printed(capsys, sweep, "format=json", "range=[-500,500]"))
+    assert tables["groups"][2]["mean"] == pytest.approx((0.5275 + 0.25) / 2)
+
+
+def test_formats_have_the_same_numbers(sweep, capsys):
+    jobs = list(csv.DictReader(io.StringIO(printed(capsys, sweep, "format=csv"))))
+    assert jobs[0]["error"] == "a|b" and jobs[0]["state"] == "failed"
+    assert jobs[1]["job"] == "CartPole-v1 run seed=1" and float(jobs[1]["score"]) == 20
+    text = printed(capsys, sweep, "format=csv", "table=groups")
+    groups = list(csv.DictReader(io.StringIO(text)))
+    assert [float(row["mean"]) for row in groups[:2]] == [27.5, -250] and groups[2]["std"] == ""
+    lines = printed(capsys, sweep).splitlines()
+    assert lines[1].split()[3:8] == ["failed", "300/400", "10.00", "eval", "0:18:00"]
+    assert lines[1].endswith(f"a|b ({sweep}/CartPole-v1-seed0/worldloom.log)")
+    assert lines[10].split()[:5] == ["task", "group", "runs", "finished", "mean"]
+    table = printed(capsys, sweep, "format=markdown").split("\n\n")[0].splitlines()
+    assert {line.replace("\\|", "").count("|") for line in table} == {8} and table[1][:3] == "| -"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["format=xml"], "format is 'xml'; expected text, csv, markdown, json"),
+        (["range=[5,1]"], "range is "),
+        (["range=[a,b]"], "range is "),
+        (["metrics=return"], "unknown key 'metrics'"),
+    ],
+)
+def test_wrong_settings_are_named(sweep, args, message):
+    with pytest.raises(ValueError) as raised:
+        sweep_command(Overrides((str(sweep), *args)))
+    assert str(raised.value).startswith(message)
+    with pytest.raises(ValueError, match="no folder was named"):
+        sweep_command(Overrides(("format=csv",)))
+
+
+def test_it_starts_without_torch_and_matplotlib(sweep):
+    code = (
+        f"import sys; from worldloom import sweep; sys.argv = ['sweep', {str(sweep)!r}]\n"
+        "sweep.main(); print([n for n in ('torch', 'lightning', 'matplotlib') if n in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

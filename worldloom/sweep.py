@@ -1,0 +1,104 @@
+"""The command `worldloom sweep`: tables of runs and of their statistics over seeds.
+
+usage: worldloom sweep FOLDER... [format=text|csv|markdown|json] [table=jobs|groups]
+       [metric=return] [range=[0,1000]]
+
+Reads all runs in the folders, at any depth, also while they are trained. The first table has one
+row per run: what differs between the runs, state, steps, score, time and error. The score is
+final/return, before the end of a run the last eval/return, or else the mean of the last 20
+episode/return. The second table has one row per task and group of runs that differ in the seed:
+mean, standard deviation, interquartile mean (iqm) and its 95 % stratified bootstrap interval. With
+several tasks it also has normalised scores of all tasks, where 0 and 1 are range=[...], or the
+lowest and highest score of each task.
+
+table=jobs or table=groups prints one of them; format=csv prints the jobs unless table=groups is
+given. metric=success uses final/success and so on.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from worldloom.app.command_line import parse_settings, run_command
+from worldloom.app.compose import Overrides
+from worldloom.errors import require
+from worldloom.results.labels import label_jobs
+from worldloom.results.runs import Job, read_jobs
+from worldloom.results.tables import (
+    tabulate_groups,
+    tabulate_jobs,
+    write_csv,
+    write_json,
+    write_table,
+)
+
+FORMATS = ("text", "csv", "markdown", "json")
+
+
+@dataclass
+class SweepConfig:
+    """What to print; the usage describes the settings."""
+
+    format: str = "text"
+    table: str | None = None
+    metric: str = "return"
+    range: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for an unknown choice."""
+        require(self.format in FORMATS, "format", self.format, ", ".join(FORMATS))
+        require(self.table in (None, "jobs", "groups"), "table", self.table, "jobs or groups")
+        require_range(self.range)
+
+
+def require_range(ends: list[float] | None) -> None:
+    """Raise ValueError unless the ends of a range of scores are two increasing numbers."""
+    numbers = ends is None or all(isinstance(end, int | float) for end in ends)
+    holds = ends is None or (numbers and len(ends) == 2 and ends[0] < ends[1])
+    require(holds, "range", ends, "the lowest and the highest score, such as range=[0,1000]")
+
+
+def split_folders(overrides: Overrides) -> tuple[list[Path], list[str]]:
+    """Separate the folders on a command line from its KEY=VALUE settings.
+
+    Raises:
+        ValueError: there is no folder.
+    """
+    settings = [arg for arg in overrides if re.match(r"[A-Za-z_]\w*=", arg)]
+    folders = [Path(arg).expanduser() for arg in overrides if arg not in settings]
+    if not folders:
+        raise ValueError("no folder was named; add a run, or a folder of runs such as runs")
+    return folders, settings
+
+
+def open_jobs(folders: list[Path], metric: str) -> list[Job]:
+    """Return all runs in the folders, with the names that tell them apart."""
+    jobs = read_jobs(folders, metric)
+    label_jobs(jobs)
+    return jobs
+
+
+def sweep_command(overrides: Overrides) -> None:
+    """Print the tables as the command line describes."""
+    folders, args = split_folders(overrides)
+    settings = parse_settings(args, SweepConfig)
+    jobs = open_jobs(folders, settings.metric)
+    tables = {"jobs": tabulate_jobs(jobs), "groups": tabulate_groups(jobs, settings.range)}
+    wanted = settings.table or ("jobs" if settings.format == "csv" else None)
+    tables = {name: rows for name, rows in tables.items() if wanted in (None, name)}
+    if settings.format == "json":
+        print(write_json(tables))
+    elif settings.format == "csv":
+        print(*map(write_csv, tables.values()), end="")
+    else:
+        markdown = settings.format == "markdown"
+        print("\n\n".join(write_table(rows, markdown) for rows in tables.values() if rows))
+
+
+def main() -> None:
+    """Run the command line."""
+    run_command(str(__doc__), sweep_command)
+
+
+if __name__ == "__main__":
+    main()
