@@ -32,7 +32,7 @@ LAYERS = [
     {"results"},
     {"sweep"},
     {
-        *("run", "eval", "collect", "diagnose", "doctor", "bench"),
+        *("run", "eval", "collect", "diagnose", "doctor", "bench", "plot"),
         *("bench.__main__", "check.__main__", "models.__main__"),
     },
     {"__main__"},

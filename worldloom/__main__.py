@@ -13,6 +13,7 @@ COMMANDS = {
     "run": "train a model, or continue a run (resume=...)",
     "eval": "score the model of a run in its environment",
     "sweep": "show the state and the scores of many runs, with statistics over seeds",
+    "plot": "draw the curves and the scores of runs",
     "collect": "record episodes to train on",
     "check": "check an environment before training on it",
     "bench": "time the updates of a model on this machine",

@@ -2,8 +2,8 @@
 
 usage: worldloom doctor
 
-Prints versions, devices, threads, renderers, the suites, dataset formats and loggers that can be
-used, how to install the others, and the free disk space of the current folder.
+Prints versions, devices, threads, renderers, the suites, dataset formats, loggers and figures that
+can be used, how to install the others, and the free disk space of the current folder.
 """
 
 import os
@@ -38,6 +38,7 @@ PARTS = {
     },
     "datasets": {"HDF5": ("h5py", "offline"), "Minari": ("minari", "offline")},
     "videos": {".gif": ("PIL", ""), ".mp4": ("av", "video")},
+    "figures": {"worldloom plot": ("matplotlib", "plot")},
     "loggers": {
         "TensorBoard": ("tensorboard", ""),
         "W&B": ("wandb", "wandb"),

@@ -83,7 +83,7 @@ def test_wrong_settings_are_named(sweep, args, message):
 
 def test_it_starts_without_torch_and_matplotlib(sweep):
     code = (
-        f"import sys; from worldloom import sweep; sys.argv = ['sweep', {str(sweep)!r}]\n"
+        f"import sys; from worldloom import plot, sweep; sys.argv = ['sweep', {str(sweep)!r}]\n"
         "sweep.main(); print([n for n in ('torch', 'lightning', 'matplotlib') if n in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,0 +1,148 @@
+"""Figures of results, from the rows that `curves` computes. The only user of matplotlib."""
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from worldloom.results.tables import Rows
+
+PUBLISHED = ", published "  # in the names of published curves
+
+# Okabe and Ito's colours, which people with any colour vision can tell apart.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442")
+STYLES = ("-", "--", ":", "-.")
+SETTINGS = {
+    "font.size": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "svg.fonttype": "none",  # text stays text
+}
+WIDTH, DPI = 12.0, 100  # inches; a PNG is 1200 pixels wide
+
+
+def save_figure(file: Path, draw: Callable[[Any], None], rows: float = 1) -> None:
+    """Draw a figure and save it; the suffix of the file is the format.
+
+    rows: height in rows of panels.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: matplotlib cannot write files with this suffix.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            f"figures need matplotlib, which cannot be imported ({error}); install it with "
+            "pip install 'worldloom[plot]', or write the numbers only: out=plot.csv"
+        ) from error
+    with matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
+        figure = Figure(figsize=(WIDTH, 1.2 + 3.8 * rows), dpi=DPI, layout="constrained")
+        draw(figure)
+        figure.savefig(file)
+
+
+def draw_curves(figure: Any, rows: Rows, xlabel: str, ylabel: str) -> None:
+    """Draw one panel per task, with a line and a band per group."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    columns = count_columns(len(tasks))
+    grid = figure.subplots(math.ceil(len(tasks) / columns), columns, squeeze=False).ravel()
+    styles = _style(rows)
+    for axis, task in zip(grid, tasks, strict=False):
+        for group, style in styles.items():
+            points = [row for row in rows if (row["task"], row["group"]) == (task, group)]
+            if points:
+                label = f"{group} ({_count_runs(points)})" if len(tasks) == 1 else group
+                _draw_line(axis, points, label, style)
+        axis.set_title(task)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.xaxis.set_major_formatter(_shorten_tick)
+        if own := [r["x"] for r in rows if r["task"] == task and PUBLISHED not in r["group"]]:
+            axis.set_xlim(right=1.02 * max(own))  # published curves may end later
+    for axis in grid[len(tasks) :]:
+        axis.set_visible(False)
+    _add_legend(figure, len(tasks))
+
+
+def count_columns(panels: int) -> int:
+    """Return the number of columns in which panels are arranged."""
+    return min(panels, 3)
+
+
+def draw_profiles(figure: Any, rows: Rows, xlabel: str) -> None:
+    """Draw the performance profile of each group."""
+    axis = figure.subplots()
+    for group, style in _style(rows).items():
+        points = [row for row in rows if row["group"] == group]
+        _draw_line(axis, points, f"{group} ({_count_runs(points)})", style)
+    axis.set(xlabel=xlabel, ylabel="share of runs with a higher score", ylim=(-0.02, 1.02))
+    _add_legend(figure, 1)
+
+
+def draw_improvements(figure: Any, rows: Rows) -> None:
+    """Draw each probability of improvement with its interval."""
+    axis = figure.subplots()
+    for place, row in enumerate(rows):
+        axis.barh(place, row["high"] - row["low"], 0.5, row["low"], color=COLORS[0], alpha=0.35)
+        axis.plot([row["mean"]] * 2, [place - 0.25, place + 0.25], color=COLORS[0], linewidth=3)
+    axis.axvline(0.5, color="black", linewidth=1)
+    names = [f"{row['group']}  >  {row['over']}" for row in rows]
+    axis.set_yticks(range(len(rows)), names)
+    axis.invert_yaxis()
+    label = "probability that a run of the first scores more (95 % bootstrap interval)"
+    axis.set(xlim=(-0.02, 1.02), xlabel=label)
+
+
+def _style(rows: Rows) -> dict[str, dict[str, Any]]:
+    """Return the colour and line style of each group; published curves are grey."""
+    groups = list(dict.fromkeys(row["group"] for row in rows))
+    own = [group for group in groups if PUBLISHED not in group]
+    styles = {}
+    for group in groups:
+        place = own.index(group) if group in own else groups.index(group) - len(own)
+        color = COLORS[place % len(COLORS)] if group in own else "#777777"
+        shift = place // len(COLORS) if group in own else place + 1
+        styles[group] = {"color": color, "linestyle": STYLES[shift % len(STYLES)]}
+    return styles
+
+
+def _draw_line(axis: Any, points: Rows, label: str, style: dict[str, Any]) -> None:
+    """Draw a line with its band; it is thin where some of the runs have no points."""
+    x, y, low, high = ([row[name] for row in points] for name in ("x", "mean", "low", "high"))
+    most = max(row["runs"] for row in points)
+    whole = [row["mean"] if row["runs"] == most else math.nan for row in points]
+    axis.plot(x, y, linewidth=1, **style)
+    axis.plot(x, whole, label=label, linewidth=2, marker="o" if len(points) < 4 else None, **style)
+    axis.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
+
+
+def _count_runs(points: Sequence[Any]) -> str:
+    count = max(row["runs"] for row in points)
+    return f"{count} run{'s' * (count > 1)}"
+
+
+def _add_legend(figure: Any, panels: int) -> None:
+    """Add one legend for all panels, below them; inside if there is one panel."""
+    entries: dict[str, Any] = {}
+    for axis in figure.axes:
+        entries |= {
+            label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+    if panels == 1:
+        figure.axes[0].legend(entries.values(), entries)
+    else:
+        columns = min(len(entries), 3)
+        figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns)
+
+
+def _shorten_tick(value: float, _: int) -> str:
+    """Return 2500000 as 2.5M and 40000 as 40k."""
+    for size, letter in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
