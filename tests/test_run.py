@@ -75,10 +75,10 @@ def finished(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sweep(commands, tmp_path_factory):
-    """The same run with the seeds 0 and 1, one after the other in another process."""
+    """The same run with the seeds 0 and 1: the folder of the sweep."""
     cwd = tmp_path_factory.mktemp("sweep")
-    commands.good(["-m", *TINY, "seed=0,1", "hydra.sweep.dir=both"], cwd)
-    return cwd / "both"
+    commands.good(["-m", *TINY, "seed=0,1", "sweep=both"], cwd)
+    return cwd / "runs" / "sweeps" / "both"
 
 
 # ---- what a run leaves ---------------------------------------------------------------------------
@@ -256,7 +256,7 @@ def test_it_says_nothing_on_stderr(finished):
 
 
 def test_the_same_seed_gives_the_same_metrics(finished, sweep):
-    assert without_clocks(sweep / "0") == without_clocks(finished[0])
+    assert without_clocks(sweep / "seed0") == without_clocks(finished[0])
 
 
 def test_environments_in_processes_give_the_same_metrics(finished, commands, tmp_path):
@@ -274,7 +274,7 @@ def test_collecting_beside_the_updates_collects_and_trains_as_much(finished, com
 
 
 def test_another_seed_gives_others(sweep):
-    zero, one = sweep / "0", sweep / "1"
+    zero, one = sweep / "seed0", sweep / "seed1"
     for name in ("loss/loss", "episode/return"):
         assert curve(zero, name) != curve(one, name)
     weights = [create_world_model(run).rssm.gru.weight for run in (zero, one)]
@@ -282,10 +282,20 @@ def test_another_seed_gives_others(sweep):
 
 
 def test_a_sweep_makes_a_whole_run_of_each_job(sweep):
-    for job, seed in (("0", 0), ("1", 1)):
+    for job, seed in (("seed0", 0), ("seed1", 1)):
         assert OmegaConf.load(sweep / job / "config.yaml").seed == seed
         assert (sweep / job / "model" / "model.safetensors").is_file()
         assert len(curve(sweep / job, "eval/return")) >= 2
+
+
+def test_tensorboard_shows_what_the_runs_of_a_sweep_differ_in(sweep):
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    board = EventAccumulator(str(sweep / "seed1")).Reload()
+    about = board.summary_metadata["_hparams_/session_start_info"].plugin_data
+    session = HParamsPluginData.FromString(about.content).session_start_info
+    assert {name: value.number_value for name, value in session.hparams.items()} == {"seed": 1}
+    assert "final/return" in board.Tags()["scalars"]
 
 
 # ---- python -m worldloom.eval --------------------------------------------------------------------

@@ -22,7 +22,7 @@ from worldloom.app.command_line import (
     reject_slips,
     stop_on_errors,
 )
-from worldloom.app.compose import Overrides, register_defaults
+from worldloom.app.compose import SWEEPS, Overrides, register_defaults
 from worldloom.app.help import describe_run
 from worldloom.app.hints import flags_first
 from worldloom.app.run_dir import remove_empty
@@ -83,6 +83,7 @@ def finish(run: "Run") -> dict[str, float]:
 
     They are empty if a limit stops the run before its end.
     """
+    from worldloom.app.sweep_folder import read_differs
     from worldloom.ranks import world_size
     from worldloom.training.logger_guard import finishing_wandb
 
@@ -96,8 +97,10 @@ def finish(run: "Run") -> dict[str, float]:
     )
     start = time.monotonic()
     with finishing_wandb():
+        differs = read_differs(run.folder)
         for logger in run.trainer.loggers:
-            logger.log_hyperparams(copy.deepcopy(run.config.plain))
+            settings = copy.deepcopy(run.config.plain)
+            logger.log_hyperparams({**settings, "differs": differs} if differs else settings)
         if not fit(run):
             return {}
         scores = evaluate(run)
@@ -184,6 +187,7 @@ def evaluate(run: "Run") -> dict[str, float]:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from worldloom.app.run_dir import SCORES
+    from worldloom.app.sweep_folder import read_differs
     from worldloom.files import write_text
     from worldloom.ranks import copy_from_first, rank
     from worldloom.saving import load_tensors, read_saved, save_model
@@ -203,7 +207,8 @@ def evaluate(run: "Run") -> dict[str, float]:
         log_metrics(run.trainer, scores, step)
     for logger in run.trainer.loggers:
         if isinstance(logger, TensorBoardLogger):  # the interface of the others takes no scores
-            logger.log_hyperparams(run.config.plain, scores, step)
+            settings = read_differs(run.folder) or run.config.plain
+            logger.log_hyperparams(settings, scores, step)
         logger.finalize("success")
     if rank() == 0:
         write_text(run.folder / SCORES, OmegaConf.to_yaml({"step": step, **scores}))
@@ -282,6 +287,10 @@ def run_command_line() -> None:
 
             args = resume_arguments(overrides, Path(scratch.name))
         if args is not None:
+            if SWEEPS & {*args}:
+                from worldloom.app.launcher import register_launcher
+
+                register_launcher(given)
             sys.argv[1:] = args
             try:
                 _hydra_main()

@@ -12,6 +12,7 @@ from worldloom.app import command_line as cli
 from worldloom.app.compose import Overrides
 from worldloom.presets import aliases, config_dir, load_preset, preset_names
 
+BASIC = ["hydra/launcher=basic"]  # runs the jobs of a sweep in this process
 QUIET = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
 
 
@@ -161,7 +162,6 @@ MISTAKES = {
     "seed 1": "cannot read 'seed', because settings have no spaces; write seed=1",
     "seed = 1": "cannot read 'seed', because settings have no spaces; write seed=1",
     "checkpoint=runs/x": "to continue a run write resume=runs/x, to score it: worldloom eval check",
-    "-m seed=0,1 folder=x": "a single run, but -m was given; write hydra.sweep.dir=x",
     "folder=": "folder is ''; expected a path",
     # what must be given
     "model=custom": "model._target_ is not set; add model._target_=my_pkg.MyClass",
@@ -215,7 +215,7 @@ def test_so_does_a_mistake_that_shows_while_building(command, argument):
 
 
 def test_flags_may_stand_between_overrides(command):
-    code, trained, *_ = command("seed=0,1", "-m", "training.batch_size=4")
+    code, trained, *_ = command(*BASIC, "seed=0,1", "-m", "training.batch_size=4")
     assert code == 0 and [cfg.seed for cfg in trained] == [0, 1]
     code, trained, out, _ = command("seed=7", "--cfg", "job", "-p", "seed", "name=x")
     assert (code, trained, out) == (0, [], "7\n")
@@ -338,7 +338,10 @@ def test_a_recipe_does_not_reach_into_choices_that_are_not_its_own(command, choi
     ("words", "full"),
     [
         ("env._target_=a.b +env.level=3", "~experiment env=custom env._target_=a.b +env.level=3"),
-        ("-m seed=0,1 env._target_=a.b", "-m seed=0,1 ~experiment env=custom env._target_=a.b"),
+        (
+            "-m seed=0,1 env._target_=a.b",
+            "-m seed=0,1 ~experiment env=custom env._target_=a.b sweep=a.b-seed",
+        ),
         ("env=dmc env.task=a-b", "~experiment env=dmc env.task=a-b"),
         ("env=dmc experiment=cartpole", "env=dmc experiment=cartpole"),
         ("data=offline data.path=x", "~experiment data=offline data.path=x"),
@@ -374,28 +377,28 @@ def test_cfg_job_shows_the_configuration_and_trains_nothing(command):
     assert shown.training.batch_size == 7 and shown.model.units == 64
 
 
-def test_a_sweep_runs_every_job_in_a_folder_of_its_own(command, tmp_path):
-    code, trained, *_ = command("-m", "seed=0,1", "training.batch_size=4,8")
-    assert code == 0
-    jobs = [(cfg.seed, cfg.training.batch_size, cfg.folder) for cfg in trained]
-    assert [job[:2] for job in jobs] == [(0, 4), (0, 8), (1, 4), (1, 8)]
-    assert [job[2] for job in jobs] == [f"{tmp_path}/sweep/{i}" for i in range(4)]
+def test_a_name_and_a_folder_of_a_sweep():
+    def added(*words):
+        return [*Overrides(("-m", *words)).with_implied()][len(words) + 1 :]
+
+    assert added("model=dreamerv3:tiny,tdmpc2:tiny", "seed=0,1") == ["sweep=model-seed"]
+    assert added("seed=0,1", "sweep=mine") == added("seed=0,1", "hydra.sweep.dir=x") == []
+    folder = Overrides(("--multirun", "seed=0,1", "folder=x")).with_implied()
+    assert folder.args == ("--multirun", "seed=0,1", "hydra.sweep.dir=x")
+    single = Overrides(("seed=0", "folder=x")).with_implied()
+    assert single.args == ("seed=0", "hydra.run.dir=x")
 
 
-def test_a_mistake_in_a_sweep_ends_one_job_only(command):
-    code, trained, _, err = command("-m", "training.batch_size=4,0,8")
+def test_hydras_own_launcher_ends_one_job_only_at_a_mistake(command):
+    code, trained, _, err = command(*BASIC, "-m", "training.batch_size=4,0,8")
     assert code == 1
     assert [cfg.training.batch_size for cfg in trained] == [4, 8]
     assert err.splitlines()[-1] == "error: training.batch_size is 0; expected at least 1"
     assert "training.batch_size=0" in err.splitlines()[-2]  # which job it was
-    code, trained, _, err = command("-m", "model=dreamer,dreemer")
-    assert code == 1 and trained == []  # a choice that does not exist is seen beforehand
-    (line,) = err.splitlines()
-    assert "unknown model 'dreemer' (did you mean 'dreamer'?)" in line
 
 
 def test_a_sweep_of_mistakes_leaves_no_folder(command, tmp_path):
-    code, trained, *_ = command("-m", "seed=-1,-2", "hydra.sweep.subdir=a/b")
+    code, trained, *_ = command("-m", "seed=-1,-2")
     assert code == 1 and trained == [] and list(tmp_path.iterdir()) == []
 
 

@@ -147,9 +147,18 @@ def test_a_sweep_trains_each_job_in_all_processes(tmp_path):
     args = [*ARGS, *TWO, "-m", "seed=0,1", "hydra.sweep.dir=sweep"]
     code, _, err = end(start(args, tmp_path))
     assert code == 0, err
-    assert sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.is_dir()) == ["0", "1"]
-    for seed in "01":
-        require_finished(tmp_path / "sweep" / seed)
+    folders = {path.name for path in (tmp_path / "sweep").iterdir() if path.is_dir()}
+    assert folders == {"logs", "seed0", "seed1"}
+    for seed in (0, 1):
+        require_finished(tmp_path / "sweep" / f"seed{seed}")
+
+
+@pytest.mark.slow
+def test_a_sweep_is_started_once(tmp_path):
+    command = [*TORCHRUN, "--standalone", "-m", "worldloom.run"]
+    code, _, err = end(start([*ARGS, *TWO, "-m", "seed=0,1"], tmp_path, command))
+    assert code != 0 and "error: a sweep starts the processes of its jobs, but torchrun" in err
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.slow

@@ -132,7 +132,7 @@ def test_a_resumed_run_stays_in_its_folder(run, tmp_path, word):
 
 @pytest.mark.parametrize("word", ["-m", "--multirun"])
 def test_a_sweep_is_not_resumed_as_one(run, tmp_path, word):
-    with pytest.raises(ValueError, match="one by one"):
+    with pytest.raises(ValueError, match="the same command again reads its finished runs"):
         arguments([word, f"resume={run}"], scratch(tmp_path))
 
 

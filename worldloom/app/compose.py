@@ -10,12 +10,17 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from worldloom.app.sweep_names import name_sweep
 from worldloom.app.validation import suggest_key, validate_env
 from worldloom.presets import config_dir, file_name, preset_names
 from worldloom.training.config import EvaluationConfig, TrainingConfig
 
 # Starts of the overrides that name an environment.
 NAMES_ENV = ("env=", "env.id=", "env._target_=")
+# The launcher of sweeps, worldloom.app.launcher, under the name that Hydra accepts.
+LAUNCHER: dict[str, Any] = {"_target_": "hydra_plugins.worldloom.Processes", "jobs": 1}
+# Arguments that make a command line a sweep.
+SWEEPS = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
 
 
 @dataclass(frozen=True)
@@ -54,19 +59,19 @@ class Overrides:
            family, unless they are chosen on the command line. Hydra applies this rule: see
            `override /training@_global_.training` in conf/model/.
         4. model=FAMILY:SIZE, the name of a preset in Python, means the file FAMILY_SIZE.
-        5. folder=PATH means hydra.run.dir=PATH, so that Hydra uses no other folder for the run.
+        5. folder=PATH means hydra.run.dir=PATH, so that Hydra uses no other folder for the run;
+           with -m it is the folder of the sweep, hydra.sweep.dir=PATH.
         6. trainer=ddp trainer.accelerator=cpu implies trainer.precision=32-true: a CPU is slow in
            bfloat16.
+        7. -m without a name or folder of the sweep implies sweep=NAME, with a name that is made of
+           the overrides.
 
         Raises:
-            ValueError: folder=PATH is given for a sweep, or without a path.
+            ValueError: folder=PATH is given without a path.
         """
-        if (folder := self.value("folder")) is not None and {"-m", "--multirun"} & {*self.args}:
-            raise ValueError(
-                f"folder={folder} is the folder of a single run, but -m was given; write "
-                f"hydra.sweep.dir={folder}"
-            )
-        if folder in ("", "null"):
+        sweeps = bool(SWEEPS & {*self.args})
+        where = "hydra.sweep.dir" if sweeps else "hydra.run.dir"
+        if (folder := self.value("folder")) in ("", "null"):
             raise ValueError(f"folder is {folder!r}; expected a path, or leave folder out")
         keys = {key_of(arg) for arg in self.args}
         full: list[str] = []
@@ -77,7 +82,9 @@ class Overrides:
                 full.append("~experiment")
             if custom and "env" not in keys:
                 full.append("env=custom")
-            full.append(_name_file(re.sub(r"^\+*folder=", "hydra.run.dir=", arg)))
+            full.append(_name_file(re.sub(r"^\+*folder=", f"{where}=", arg)))
+        if sweeps and not {"sweep", "folder", "hydra.sweep.dir"} & keys:
+            full.append(f"sweep={name_sweep([_name_file(arg) for arg in self.args])}")
         return Overrides(tuple(full)).with_precision()
 
     def with_precision(self) -> "Overrides":
@@ -102,9 +109,10 @@ def key_of(argument: str) -> str:
 
 
 def register_defaults() -> None:
-    """Add the choices training=default and evaluation=default, which are classes, to Hydra's."""
+    """Add training=default, evaluation=default and the launcher of sweeps to Hydra's choices."""
     for name, cls in (("training", TrainingConfig), ("evaluation", EvaluationConfig)):
         ConfigStore.instance().store(group=name, name="default", node=asdict(cls()))
+    ConfigStore.instance().store(group="hydra/launcher", name="processes", node=LAUNCHER)
 
 
 def compose_config(*overrides: str) -> DictConfig:

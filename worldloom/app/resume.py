@@ -50,8 +50,8 @@ def resume_arguments(overrides: Overrides, scratch: Path) -> tuple[str, ...] | N
         return rest.with_implied().args
     if any(arg in ("-m", "--multirun") for arg in overrides):
         raise ValueError(
-            "resume=… continues one run, but -m was given; resume the jobs of a sweep one by one, "
-            "each by its own folder"
+            "resume=… continues one run, but -m was given; a sweep needs no resume=…: the same "
+            "command again reads its finished runs and continues the others"
         )
     if source == "auto":
         found = find_unfinished(rest)
@@ -87,6 +87,7 @@ def _write_scratch(config: dict[str, Any], folder: Path, scratch: Path) -> None:
     }
     whole = {
         "defaults": ["_self_", {"override hydra/job_logging": "stdout"}],
+        "sweep": None,  # which the first runs of format 2 lack
         **config,
         **{"folder": str(folder), "resume": str(folder), "hydra": hydra},
     }

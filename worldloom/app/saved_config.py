@@ -160,8 +160,13 @@ def format_command(name: str, *args: str, config: Mapping[str, Any]) -> str:
 
     `run` uses the whole configuration, the other commands only what acts.
     """
-    foreign = find_foreign_code(config if name == "run" else acting_sections(config))
-    return f"python -m worldloom.{name} {shlex.join([*args, *_overrides(foreign)])}"
+    trusted = list_trusted(config if name == "run" else acting_sections(config))
+    return f"python -m worldloom.{name} {shlex.join([*args, *trusted])}"
+
+
+def list_trusted(config: Mapping[str, Any]) -> list[str]:
+    """Return the overrides that a saved run's third-party code needs."""
+    return _overrides(find_foreign_code(config))
 
 
 def format_allow(config: Mapping[str, Any]) -> str:

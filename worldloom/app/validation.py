@@ -70,6 +70,7 @@ class RunConfig:
     name: str
     seed: int
     folder: str
+    sweep: str | None = None
     resume: str | None = None
     init_from: str | None = None
     threads: int | None = None

@@ -1,0 +1,157 @@
+"""Hydra's launcher for `-m`: each job of a sweep is a worldloom command in its own process."""
+
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from worldloom import starting
+from worldloom.app.compose import LAUNCHER
+from worldloom.app.hints import FLAGS
+from worldloom.app.saved_config import list_trusted
+from worldloom.app.sweep_folder import LOGS, SweepFolder, hold_sweep
+from worldloom.app.sweep_jobs import Job, Runner
+from worldloom.app.sweep_names import name_run, parse_overrides, text_of
+from worldloom.app.validation import validate_config
+
+# Hydra's own overrides that belong to the sweep and not to its jobs.
+OF_SWEEP = re.compile(r"\+*hydra[./](sweep|sweeper|launcher|run|mode)\b")
+
+
+class Processes(Launcher):
+    """Run the jobs of a sweep as processes, `jobs` at a time.
+
+    Finished runs are read, unfinished ones continue, and missing ones are started.
+    """
+
+    arguments: ClassVar[tuple[str, ...]] = ()  # of the command line
+
+    def __init__(self, jobs: int = 1) -> None:
+        if not isinstance(jobs, int) or jobs < 1:
+            raise ValueError(f"hydra.launcher.jobs is {jobs!r}; expected at least 1")
+        self.most = jobs
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        """Store the configuration of the sweep."""
+        self.context, self.config = hydra_context, config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Run the jobs with these overrides; return their final returns in the same order.
+
+        Raises:
+            ValueError: a job is not valid, or the folder belongs to another sweep; nothing has
+                been started.
+        """
+        if starting.has_others():
+            raise ValueError(
+                "a sweep starts the processes of its jobs, but torchrun or srun has started "
+                "several of this command; start it once, without them"
+            )
+        fixed = {
+            part.key_or_group: text_of(part)
+            for part in parse_overrides(self.config.hydra.overrides.task)
+            if not part.is_sweep_override()
+        }
+        keys = (part.key_or_group for words in job_overrides for part in parse_overrides(words))
+        varied = list(dict.fromkeys(key for key in keys if key not in fixed))
+        with hold_sweep(Path(self.config.hydra.sweep.dir), varied, fixed) as sweep:
+            jobs = [self._make_job(sweep, list(words)) for words in job_overrides]
+            names = [job.name for job in jobs]
+            if twice := {name for name in names if names.count(name) > 1 or name == LOGS}:
+                raise ValueError(
+                    f"several jobs of the sweep would have the folder {sweep.path / min(twice)}; "
+                    "give each value once"
+                )
+            runner = Runner(sweep, self.most)
+            runner.run(jobs)
+            done = sum(job.finished for job in jobs)
+            print(f"{done} of {len(jobs)} jobs are finished; results: {sweep.path}", flush=True)
+            if done < len(jobs):
+                again = f"python -m worldloom.run {shlex.join(self.arguments)}"
+                print(f"to continue:\n{again}", flush=True)
+            if runner.signal is not None:
+                sys.exit(128 + runner.signal)
+            return _returns(jobs, sweep)
+
+    def _make_job(self, sweep: SweepFolder, words: list[str]) -> Job:
+        """Compose and validate a job; raise ValueError if it is not valid."""
+        parts = {part.key_or_group: part for part in parse_overrides(words)}
+        differs = {key: part for key, part in parts.items() if key in sweep.varied}
+        name = name_run({key: text_of(part) for key, part in differs.items()})
+        folder, log = sweep.path / name, sweep.path / LOGS / f"{name}.log"
+        cfg = self.context.config_loader.load_sweep_config(self.config, words)
+        with open_dict(cfg):
+            cfg.folder, hydra = str(folder), cfg.pop("hydra")
+        try:
+            validate_config(cfg, hydra.runtime.choices)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}: {error}") from error
+        flags = [
+            word
+            for pair in zip(self.arguments, self.arguments[1:], strict=False)
+            if FLAGS.get(pair[0])
+            for word in pair
+        ]
+        new = [
+            *flags,
+            *(word for word in self.config.hydra.overrides.hydra if not OF_SWEEP.match(word)),
+            *(re.sub(r"^(~.*)=null$", r"\1", word) for word in words),
+            f"sweep={_quote(sweep.path.name)}",
+            f"hydra.run.dir={_quote(str(folder))}",
+        ]
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+        resume = [f"resume={folder}", *list_trusted(plain)]
+        typed = {key: part.value() for key, part in differs.items()}
+        return Job(name, folder, log, typed, words, cfg, new, resume)
+
+
+def _returns(jobs: Sequence[Job], sweep: SweepFolder) -> list[JobReturn]:
+    """Return what Hydra's sweepers expect: final returns, and one error of all failed jobs."""
+    states = [sweep.jobs[job.name] for job in jobs]
+    failed = [
+        not job.finished and state["code"] != 0 for job, state in zip(jobs, states, strict=True)
+    ]
+    bad = [job.name for job, fails in zip(jobs, failed, strict=True) if fails]
+    error = ChildProcessError(
+        f"{len(bad)} of {len(jobs)} jobs failed or were stopped: {', '.join(bad)}; what they "
+        f"printed is in {sweep.path / LOGS}"
+    )
+    returns = []
+    for job, fails in zip(jobs, failed, strict=True):
+        held = JobReturn(job.overrides, job.cfg, working_dir=str(job.folder), task_name=job.name)
+        held.status = JobStatus.FAILED if fails else JobStatus.COMPLETED
+        held.return_value = error if fails else job.score
+        returns.append(held)
+    return returns
+
+
+def _quote(text: str) -> str:
+    """Return a text as Hydra reads it as one value."""
+    return text if re.fullmatch(r"[\w./+-]+", text) else "'" + text.replace("'", r"\'") + "'"
+
+
+def register_launcher(arguments: Sequence[str]) -> None:
+    """Make the launcher known to Hydra.
+
+    Hydra accepts launchers only from the namespace package hydra_plugins. This module under such a
+    name works in every kind of installation, without a second package next to worldloom.
+
+    arguments: of the command line.
+    """
+    plugins = Plugins.instance()  # has imported hydra_plugins, if other plugins are installed
+    package = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))
+    module = LAUNCHER["_target_"].rpartition(".")[0]
+    sys.modules[module] = sys.modules[__name__]
+    setattr(package, module.rpartition(".")[2], sys.modules[__name__])
+    Processes.__module__, Processes.arguments = module, tuple(arguments)
+    plugins.register(Processes)

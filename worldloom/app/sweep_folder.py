@@ -1,0 +1,134 @@
+"""The folder of a sweep: its overrides, and the state of each of its jobs.
+
+sweep.yaml is written by the one process that drives the sweep; logs/ has what each job printed;
+every other folder is a run.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+
+from worldloom.app.run_dir import LOCK, SCORES, is_claimed
+from worldloom.files import check_format, read_yaml, write_text
+
+log = logging.getLogger(__name__)
+
+RECORD, LOGS = "sweep.yaml", "logs"
+FORMAT = 1  # version of sweep.yaml
+ADVICE = "use another sweep=NAME, or delete the folder"
+
+
+class SweepFolder:
+    """The folder of a sweep, held by the process that drives it; see `hold_sweep`.
+
+    varied: keys in which the runs differ.
+    fixed: {key: value} of the overrides that all runs share.
+    """
+
+    def __init__(self, path: Path, varied: Sequence[str], fixed: Mapping[str, str]) -> None:
+        self.path, self.varied, self.fixed = path, list(varied), dict(fixed)
+        self.jobs: dict[str, dict[str, Any]] = {}
+
+    def write(self) -> None:
+        """Write sweep.yaml; if the disk is full, warn and continue."""
+        record = {"format": FORMAT, "fixed": self.fixed, "varied": self.varied, "jobs": self.jobs}
+        try:
+            write_text(self.path / RECORD, OmegaConf.to_yaml(OmegaConf.create(record)))
+        except OSError as error:
+            log.warning("%s cannot be written now (%s)", self.path / RECORD, error)
+
+
+@contextmanager
+def hold_sweep(
+    path: Path, varied: Sequence[str], fixed: Mapping[str, str]
+) -> Iterator[SweepFolder]:
+    """Hold the lock of a sweep's folder, which only one process may drive.
+
+    A key that the sweep varied before may now have one value.
+
+    Raises:
+        ValueError: another process drives it, or its runs have other overrides.
+    """
+    lock = FileLock(path / LOCK, timeout=1)  # readers hold it briefly
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"another process runs the sweep {path}; wait for it, stop it, or use another "
+            "sweep=NAME"
+        ) from None
+    except NotImplementedError:
+        log.warning("the file system of %s has no locks: run this sweep once at a time", path)
+    try:
+        sweep = SweepFolder(path, varied, fixed)
+        if (path / RECORD).exists():
+            before = _read(path)
+            sweep.jobs = before["jobs"]
+            _require_same(path, before, sweep)
+        yield sweep
+    finally:
+        if not (path / RECORD).exists():  # nothing was started
+            (path / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def _require_same(path: Path, before: Mapping[str, Any], sweep: SweepFolder) -> None:
+    """Treat single values of a key that the sweep varies as varied; compare the other overrides."""
+    for key in set(before["varied"]) & sweep.fixed.keys():
+        del sweep.fixed[key]
+        sweep.varied.append(key)
+    fixed, held = sweep.fixed, before["fixed"]
+    for key in sorted({*fixed, *held} - {*before["varied"], *sweep.varied}):
+        if fixed.get(key) != held.get(key):
+            pair = held.get(key, "not given"), fixed.get(key, "not given")
+            raise ValueError(
+                f"the runs of {path} have another {key} (there: {pair[0]}; now: {pair[1]}); "
+                f"use the same override, or another sweep=NAME"
+            )
+    if other := set(before["varied"]) ^ set(sweep.varied):
+        raise ValueError(
+            f"the runs of {path} differ in {', '.join(before['varied']) or 'nothing'}, but now in "
+            f"{', '.join(sweep.varied) or 'nothing'}; give values for {', '.join(sorted(other))} "
+            "as before, or use another sweep=NAME"
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    record = read_yaml(path / RECORD, ADVICE, interpolations=True)
+    check_format(path / RECORD, record.get("format"), FORMAT, ADVICE)
+    return record
+
+
+def read_jobs(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the jobs of a sweep by name, with their present states.
+
+    Each has `differs` ({key: value}), `state` (waiting, running, finished, failed or interrupted),
+    and if it was started `started` and `ended` (ISO 8601, UTC), `code` (exit code) and `error`.
+
+    Raises:
+        ValueError: sweep.yaml is damaged, or of another version.
+    """
+    jobs, driven = _read(path)["jobs"], is_claimed(path)
+    for name, job in jobs.items():
+        run = path / name
+        if (run / SCORES).is_file():
+            job["state"] = "finished"
+        elif run.is_dir() and is_claimed(run):
+            job["state"] = "running"
+        elif job["state"] == "finished" or (job["state"] == "running" and not driven):
+            job["state"] = "interrupted"
+    return jobs
+
+
+def read_differs(run: Path) -> dict[str, Any]:
+    """Return {key: value} of what a run differs in from others of its sweep; {} without a sweep."""
+    with suppress(ValueError):  # a damaged file must not stop the run
+        if (run.parent / RECORD).is_file():
+            return dict(_read(run.parent)["jobs"].get(run.name, {}).get("differs", {}))
+    return {}

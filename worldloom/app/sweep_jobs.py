@@ -1,0 +1,238 @@
+"""The jobs of a sweep: processes that run next to each other, each a worldloom command."""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from worldloom.app.run_dir import CONFIG, SCORES, is_claimed
+from worldloom.app.sweep_folder import SweepFolder
+from worldloom.envs.workers import count_cores
+from worldloom.files import read_yaml
+
+POLL = 0.1  # seconds between looks at the processes
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
+
+
+@dataclass
+class Job:
+    """One run of a sweep.
+
+    log: what its process prints. differs: {key: value} in which it differs from the others.
+    new, resume: arguments of `python -m worldloom.run` that start the run, and continue it.
+    log_start: position in the log at which this process has begun.
+    """
+
+    name: str
+    folder: Path
+    log: Path
+    differs: dict[str, Any]
+    overrides: list[str]
+    cfg: DictConfig
+    new: list[str]
+    resume: list[str]
+    process: Any = None
+    gpus: list[str] = field(default_factory=list)
+    start: float = 0.0
+    log_start: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Return whether the run has its final scores."""
+        return (self.folder / SCORES).is_file()
+
+    @property
+    def score(self) -> float | None:
+        """Return the final return; None if the run is not finished, or has no environment."""
+        if not self.finished:
+            return None
+        scores = read_yaml(self.folder / SCORES, "delete it to resume the run")
+        return scores.get("final/return")
+
+    def describe_end(self) -> str:
+        """Return the last error that the process printed, or else its last line."""
+        with self.log.open(errors="replace") as file:
+            file.seek(self.log_start)
+            lines = [line.strip() for line in file.read().splitlines() if line.strip()]
+        said = [line for line in lines if line.startswith(("error:", "stopped by"))] or lines
+        code = self.process.returncode
+        ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return said[-1] if said and code >= 0 else ended
+
+
+class Runner:
+    """Runs the jobs of a sweep, `most` at a time, and prints when each starts and ends.
+
+    A signal is passed on to the jobs, which save; no other job starts after it.
+    """
+
+    def __init__(self, sweep: SweepFolder, most: int) -> None:
+        self.sweep, self.most = sweep, most
+        self.running: list[Job] = []
+        self.signal: int | None = None
+        self._told: set[str] = set()
+        self._gpus = find_gpus() if most > 1 else []
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Run all jobs that are not finished. Also after an error, no process is left behind."""
+        for job in jobs:
+            state = "finished" if job.finished else "waiting"
+            self.sweep.jobs.setdefault(job.name, {}).update(differs=job.differs, state=state)
+        self.sweep.write()
+        waiting = [job for job in jobs if not job.finished]
+        done = len(jobs) - len(waiting)
+        _print(f"sweep {self.sweep.path}: {len(jobs)} jobs, {done} of them finished")
+        with self._listening():
+            try:
+                while self.running or (waiting and self.signal is None):
+                    self._fill(waiting)
+                    for job in list(self.running):
+                        if job.process.poll() is not None:
+                            self._end(job)
+                    time.sleep(POLL)
+            except BaseException:
+                self._send(signal.SIGTERM)
+                for job in self.running:
+                    job.process.wait()
+                raise
+
+    def _fill(self, waiting: list[Job]) -> None:
+        """Start waiting jobs, except those of which a process of an earlier sweep still saves."""
+        for job in list(waiting):
+            if len(self.running) >= self.most or self.signal is not None:
+                return
+            if job.folder.is_dir() and is_claimed(job.folder):
+                if job.name not in self._told:
+                    self._told.add(job.name)
+                    _print(f"{job.name}: waiting for the process that still writes {job.folder}")
+                continue
+            waiting.remove(job)
+            if not job.finished:  # by that process
+                self._start(job)
+
+    def _start(self, job: Job) -> None:
+        env = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+        if self.most > 1:
+            env.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // self.most)))
+        job.gpus = choose_gpus(self._gpus, self.running, job.cfg.trainer.get("devices"))
+        if job.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = ",".join(job.gpus)
+        resumes = (job.folder / CONFIG).is_file()
+        job.log.parent.mkdir(exist_ok=True)
+        with job.log.open("ab") as log:
+            job.log_start, job.start = log.tell(), time.monotonic()
+            job.process = subprocess.Popen(
+                [sys.executable, "-m", "worldloom.run", *(job.resume if resumes else job.new)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,  # a terminal's Ctrl-C reaches the sweep alone
+                preexec_fn=partial(_end_with_parent, os.getpid()),
+            )
+        self.running.append(job)
+        if self.signal is not None:  # it came while the process started
+            job.process.send_signal(self.signal)
+        now = {"state": "running", "started": _now(), "ended": None, "code": None, "error": None}
+        self._record(job, **now)
+        on = f" on GPU {', '.join(job.gpus)}" if job.gpus else ""
+        _print(f"{job.name}: {'resumed' if resumes else 'started'}{on}")
+
+    def _end(self, job: Job) -> None:
+        """Record and print how a process has ended."""
+        self.running.remove(job)
+        code, error, minutes = job.process.returncode, None, (time.monotonic() - job.start) / 60
+        signals = [number for stop in _signals() for number in (-stop, 128 + stop)]
+        if job.finished:
+            state, score = "finished", job.score
+            said = "finished" if score is None else f"final return {score:.1f}"
+        elif code in (0, *signals):
+            state, said = "interrupted", f"unfinished ({job.describe_end()})"
+        else:
+            state, error = "failed", job.describe_end().removeprefix("error: ")
+            said = f"failed: {error}"
+        self._record(job, state=state, ended=_now(), code=code, error=error)
+        done = sum(held["state"] == "finished" for held in self.sweep.jobs.values())
+        _print(f"{job.name}: {said} ({minutes:.1f} min; {done} of {len(self.sweep.jobs)} finished)")
+        if error is not None:
+            _print(f"  log: {job.log}")
+
+    def _record(self, job: Job, **values: Any) -> None:
+        self.sweep.jobs[job.name].update(values)
+        self.sweep.write()
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Pass on signals inside the block."""
+        before = {number: signal.signal(number, self._receive) for number in _signals()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.signal is None:
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: the jobs save, then the sweep stops\n".encode())
+        self.signal = self.signal or number
+        self._send(number)
+
+    def _send(self, number: int) -> None:
+        for job in self.running:
+            job.process.send_signal(number)
+
+
+def find_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return given.split(",")[:count] if given else [str(index) for index in range(count)]
+
+
+def choose_gpus(gpus: Sequence[str], running: Sequence[Job], devices: Any) -> list[str]:
+    """Return the GPUs of a new job: those that the fewest of the running jobs use.
+
+    devices: how many it asks for; if that is not a number, it takes all or names them itself.
+    """
+    if type(devices) is not int or devices < 1:
+        return []
+    used = Counter(gpu for job in running for gpu in job.gpus)
+    return sorted(gpus, key=lambda gpu: used[gpu])[:devices]
+
+
+def _end_with_parent(parent: int) -> None:
+    """Let Linux stop this process with SIGTERM, so that it saves, if the sweep's is killed."""
+    if sys.platform == "linux":
+        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _signals() -> list[int]:
+    from worldloom.training.interruption import SIGNALS
+
+    return list(SIGNALS)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _print(text: str) -> None:
+    print(text, flush=True)
