@@ -255,3 +255,15 @@ def test_what_is_logged_before_training_is_passed_on_unchanged(caplog):
     logger.log_metrics({"mine": 1.0, "epoch": 0})
     assert logger.rows == [({"hp_metric": -1}, 0), ({"mine": 1.0, "epoch": 0}, None)]
     assert "failed" not in caplog.text
+
+
+def test_trackers_name_the_runs_of_a_sweep_after_what_differs(tmp_path):
+    pytest.importorskip("wandb")
+    from worldloom.training.wandb_logger import WandB
+
+    folder = tmp_path / "cartpole" / "seed1"
+    alone, grouped = WandB(folder, offline=True), WandB(folder, sweep="mine", offline=True)
+    assert (alone._wandb_init["name"], alone._wandb_init["group"]) == ("cartpole/seed1", None)
+    assert (grouped._wandb_init["name"], grouped._wandb_init["group"]) == ("seed1", "mine")
+    named = WandB(folder, sweep="mine", name="x", group="y", offline=True)
+    assert (named._wandb_init["name"], named._wandb_init["group"]) == ("x", "y")

@@ -25,10 +25,12 @@ class MLflow(MLFlowLogger):
         folder: run folder; its subfolder mlflow has the id of the MLflow run, and the store unless
             `tracking_uri` names another one.
         experiment_name: the experiment, which is created if it does not exist.
-        run_name: name of the MLflow run; None for the last two parts of the folder.
+        run_name: name of the MLflow run; None for the last two parts of the folder, or in a sweep
+            for the last one, which contains what differs.
         tracking_uri: server or store, such as http://localhost:5000 or sqlite:////data/mlflow.db;
             None for the environment variable MLFLOW_TRACKING_URI, or an SQLite store in the folder.
         tags: {name: value} of the MLflow run.
+        sweep: name of the sweep; a tag of the MLflow run.
         options: further arguments of `lightning.pytorch.loggers.MLFlowLogger`.
     """
 
@@ -39,6 +41,7 @@ class MLflow(MLFlowLogger):
         run_name: str | None = None,
         tracking_uri: str | None = None,
         tags: dict[str, Any] | None = None,
+        sweep: str | None = None,
         **options: Any,
     ) -> None:
         self._folder = Path(folder) / "mlflow"
@@ -46,7 +49,8 @@ class MLflow(MLFlowLogger):
         if not tracking_uri:
             tracking_uri = f"sqlite:///{self._folder.absolute()}/mlflow.db"
             options.setdefault("artifact_location", str(self._folder.absolute() / "artifacts"))
-        run_name = run_name or "/".join(Path(folder).parts[-2:])
+        run_name = run_name or "/".join(Path(folder).parts[-1 if sweep else -2 :])
+        tags = {**(tags or {}), **({"sweep": sweep} if sweep else {})}
         super().__init__(experiment_name, run_name, tracking_uri, tags, **options)
 
     @property

@@ -21,7 +21,9 @@ class WandB(WandbLogger):
     Args:
         folder: run folder; the files of W&B are in its subfolder wandb.
         project, entity, group, tags, notes: as in `wandb.init`.
-        name: name of the W&B run; None for the last two parts of the folder.
+        name: name of the W&B run; None for the last two parts of the folder, or in a sweep for the
+            last one, which contains what differs.
+        sweep: name of the sweep; the W&B group if `group` is None.
         offline: only write files, which `wandb sync` uploads later.
         options: further arguments of `lightning.pytorch.loggers.WandbLogger` and `wandb.init`.
     """
@@ -36,11 +38,17 @@ class WandB(WandbLogger):
         tags: Sequence[str] | None = None,
         notes: str | None = None,
         offline: bool = False,
+        sweep: str | None = None,
         **options: Any,
     ) -> None:
         self._folder = Path(folder)
-        options |= {"entity": entity, "group": group, "tags": list(tags or ()), "notes": notes}
-        name = name or "/".join(self._folder.parts[-2:])
+        options |= {
+            "entity": entity,
+            "group": group or sweep,
+            "tags": list(tags or ()),
+            "notes": notes,
+        }
+        name = name or "/".join(self._folder.parts[-1 if sweep else -2 :])
         super().__init__(name, self._folder, offline=offline, project=project, **options)
 
     @property
