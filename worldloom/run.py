@@ -252,10 +252,10 @@ def _hydra_main(cfg: DictConfig) -> float | None:
 @starting.reading_head()
 def main() -> None:
     """Run the command line, or train with the process that runs it."""
+    starting.end_with_parent()
     if not starting.has_others():
         run_command_line()
         return
-    starting.end_with_parent()
     from worldloom.app.launch import processes
 
     keep_freed_memory()

@@ -38,8 +38,12 @@ def has_others() -> bool:
 
 
 def end_with_parent() -> None:
-    """Ask Linux to send SIGTERM when the process of worldloom that has started this one ends."""
-    if (parent := os.environ.get("WORLDLOOM_PARENT")) is None or sys.platform != "linux":
+    """Ask Linux to send SIGTERM when the process of worldloom that has started this one ends.
+
+    That process names itself in WORLDLOOM_PARENT.
+    """
+    parent = os.environ.pop("WORLDLOOM_PARENT", None)
+    if parent is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
     if os.getppid() != int(parent):

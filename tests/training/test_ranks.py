@@ -229,6 +229,24 @@ def test_a_stop_that_one_rank_asks_for_stops_all_at_the_same_place(request_, ove
     assert one[2] == 20 and one[4]
 
 
+class StopOne(lightning.Callback):
+    """Sets `trainer.should_stop` in one rank."""
+
+    def on_train_batch_end(self, trainer, module, *args):
+        trainer.should_stop = trainer.should_stop or (module.updates == 20 and rank() == 0)
+
+
+def stop_early(rank):
+    model, data = make()
+    trainer = fit(model, data, StopOne())
+    return data.updates, data.env_steps, trainer.should_stop
+
+
+def test_a_callback_that_stops_one_rank_ends_all():
+    one, two = run_ranks(stop_early, 2)
+    assert one == two and one[0] == 20 and one[2]
+
+
 def break_env(rank, overlap):
     model, data = make(fails_at=100 if rank == 1 else -1, overlap=overlap)
     try:

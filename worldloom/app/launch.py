@@ -259,8 +259,8 @@ class Processes:
         size, given = job.nodes * job.local, int(self.env.get("WORLD_SIZE", 1))
         if self.outside and size != given:
             raise ValueError(
-                f"{given} processes were started (WORLD_SIZE), but trainer.devices and "
-                f"trainer.num_nodes ask for {job.local} x {job.nodes}; set trainer.devices to the "
+                f"WORLD_SIZE or SLURM_NTASKS, of torchrun or srun, is {given}, but trainer.devices "
+                f"and trainer.num_nodes ask for {job.local} x {job.nodes}; set trainer.devices to the "
                 "processes of one machine and trainer.num_nodes to the number of machines"
             )
         if not self.outside and job.nodes > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= {*self.env}:

@@ -1,6 +1,5 @@
 """The jobs of a sweep: processes that run next to each other, each a worldloom command."""
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -11,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +21,6 @@ from worldloom.envs.workers import count_cores
 from worldloom.files import read_yaml
 
 POLL = 0.1  # seconds between looks at the processes
-LIBC = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 
 
 @dataclass
@@ -125,6 +121,7 @@ class Runner:
 
     def _start(self, job: Job) -> None:
         env = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
+        env["WORLDLOOM_PARENT"] = str(os.getpid())  # if it is killed, the job saves and ends
         if self.most > 1:
             env.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // self.most)))
         job.gpus = choose_gpus(self._gpus, self.running, job.cfg.trainer.get("devices"))
@@ -141,7 +138,6 @@ class Runner:
                 stderr=subprocess.STDOUT,
                 env=env,
                 start_new_session=True,  # a terminal's Ctrl-C reaches the sweep alone
-                preexec_fn=partial(_end_with_parent, os.getpid()),
             )
         self.running.append(job)
         if self.signal is not None:  # it came while the process started
@@ -214,14 +210,6 @@ def choose_gpus(gpus: Sequence[str], running: Sequence[Job], devices: Any) -> li
         return []
     used = Counter(gpu for job in running for gpu in job.gpus)
     return sorted(gpus, key=lambda gpu: used[gpu])[:devices]
-
-
-def _end_with_parent(parent: int) -> None:
-    """Let Linux stop this process with SIGTERM, so that it saves, if the sweep's is killed."""
-    if sys.platform == "linux":
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 def _signals() -> list[int]:

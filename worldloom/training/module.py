@@ -153,6 +153,11 @@ class WorldModelModule(LightningModule):
                     self.trainer.datamodule.store_fields(*self._replay)  # type: ignore[attr-defined]
             self._replay = None
 
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """End all ranks after this update if a callback has set `trainer.should_stop` in one."""
+        if self.trainer.world_size > 1:
+            self.trainer.should_stop = any(self._share(self.trainer.should_stop))
+
     def _share(self, number: int) -> list[int]:
         """Return the numbers of all ranks."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]

@@ -211,7 +211,7 @@ class NonFiniteGuard:
         kind: type[Exception] = FloatingPointError
         if not found:
             kind = RankError
-            message = f"NaN or infinity in rank {guilty} at update {update}; see its message"
+            message = f"NaN or infinity in rank {guilty} at update {update}; see its log"
         if self.mode == "stop":
             raise kind(message)
         if hopeless:
