@@ -260,8 +260,8 @@ class Processes:
         if self.outside and size != given:
             raise ValueError(
                 f"WORLD_SIZE or SLURM_NTASKS, of torchrun or srun, is {given}, but trainer.devices "
-                f"and trainer.num_nodes ask for {job.local} x {job.nodes}; set trainer.devices to the "
-                "processes of one machine and trainer.num_nodes to the number of machines"
+                f"and trainer.num_nodes ask for {job.local} x {job.nodes}; set trainer.devices to "
+                "the processes of one machine and trainer.num_nodes to the number of machines"
             )
         if not self.outside and job.nodes > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= {*self.env}:
             raise ValueError(
