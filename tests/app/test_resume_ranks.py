@@ -21,7 +21,7 @@ DDP = [
 ]
 RUN = [
     *(*DREAMER, "env=cartpole", "env.num_envs=4", "env.time_limit=30"),
-    *("training.total_steps=120", "callbacks.open_loop=null", "callbacks.progress=null"),
+    *("training.total_steps=240", "callbacks.open_loop=null", "callbacks.progress=null"),
 ]
 
 
@@ -103,7 +103,7 @@ def kill_and_resume(folder, expected, kills, seed):
     words = [*RUN, *DDP, "trainer.devices=2", f"folder={folder}"]
     for _ in range(kills):
         victims = rng.choice([(0,), (1,), (0, 1)])
-        kill(words, folder.parent, folder, victims, rng.uniform(0.0, 3.0))
+        kill(words, folder.parent, folder, victims, rng.uniform(0.0, 1.5))
         require_whole(folder)
         words = [f"resume={folder}"]
     finish(words, folder.parent)
@@ -131,5 +131,5 @@ def test_another_number_of_processes_finishes_the_run(tmp_path, sizes):
     assert len(last.get(PARTS, ())) == after - 1
     data = last["ReplayDataModule"]
     steps, (first, _) = data["collector"]["env_steps"], data["origin"]
-    assert steps >= 120 and data["replayed_steps"] == 32 * data["updates"]
+    assert steps >= 240 and data["replayed_steps"] == 32 * data["updates"]
     assert 0 <= 16 * (steps - first) - data["replayed_steps"] < 32
