@@ -10,9 +10,11 @@ import time
 import traceback
 import types
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # Processes are forks of a server that has imported these, so that each starts within milliseconds.
 PRELOADED = [
@@ -20,6 +22,10 @@ PRELOADED = [
     "worldloom",
     *("worldloom.app.build", "worldloom.factory", "worldloom.training.module"),
 ]
+# A server of its own: that of multiprocessing may run already, without these imports.
+SERVER = forkserver.ForkServer()
+SERVER.set_forkserver_preload(PRELOADED)
+CONNECT = SERVER.connect_to_new_process
 SECONDS = 120  # that all ranks together may take, on a machine with other jobs
 
 
@@ -42,7 +48,6 @@ def run_ranks(
             traceback; the other processes are killed.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(size)]
         call = pickle.dumps((function, args))
@@ -57,7 +62,8 @@ def run_ranks(
         ]
         try:
             for process, (_, sender) in zip(processes, pipes, strict=True):
-                process.start()
+                with mock.patch.object(forkserver, "connect_to_new_process", CONNECT):
+                    process.start()
                 sender.close()  # so that the end of the process closes the pipe
             return _receive([receiver for receiver, _ in pipes], time.monotonic() + seconds)
         finally:
@@ -95,6 +101,7 @@ def _run_rank(sender: Connection, folder: str, rank: int, size: int, call: bytes
     torch.set_num_threads(1)
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ.update({k: str(v) for k, v in {**numbers, "GROUP_RANK": 0}.items()})
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of another test: Lightning would use it
     sys.modules["tests"] = types.ModuleType("tests")
     sys.modules["tests"].__path__ = [str(Path(__file__).parent)]
     try:

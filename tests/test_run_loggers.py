@@ -463,6 +463,7 @@ def read_wandb(file):
             record = b""
 
 
+@pytest.mark.slow
 def test_wandb_has_the_run_in_the_files_of_both_starts(tracked):
     files = sorted(tracked.glob("wandb/offline-run-*/run-*.wandb"))
     identity = (tracked / "wandb/run_id").read_text()
@@ -490,6 +491,7 @@ def test_wandb_has_the_run_in_the_files_of_both_starts(tracked):
     assert list(tracked.glob("wandb/offline-run-*/files/media/images/imagination/open_loop_*.png"))
 
 
+@pytest.mark.slow
 def test_mlflow_has_the_run_once_with_both_starts(tracked):
     """Asked in another process, since importing mlflow gives warnings, which pytest raises."""
     ask = """

@@ -303,7 +303,7 @@ def test_the_path_must_be_given():
     ("words", "added"),
     [
         ("data=offline data.path=x", True),
-        ("-m data=offline seed=0,1 hydra.run.dir=my_experiment=1", True),
+        ("-m data=offline seed=0,1 sweep=x hydra.run.dir=my_experiment=1", True),
         ("data=offline experiment=pendulum", False),
         ("data=offline ~experiment", False),
         ("data=online", False),

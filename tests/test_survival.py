@@ -163,6 +163,7 @@ def test_a_signal_saves_and_says_how_to_go_on(server, straight, tmp_path, number
     assert f"{folder} is finished" in again["out"]
 
 
+@pytest.mark.slow
 def test_a_signal_to_all_processes_of_a_job_loses_no_episode(server, straight, tmp_path):
     """As SLURM sends it, to the workers too."""
     name = "tdmpc2, vectors in processes"
@@ -246,6 +247,7 @@ def test_a_truncated_newest_checkpoint_costs_the_steps_since_the_one_before(
     require_equal(folder, straight(name))  # it is repeated exactly
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_in_a_replay_chunk_is_found_and_left_out(server, tmp_path):
     name = "dreamerv3, pixels in files"
     folder = killed_late(server, name, tmp_path)

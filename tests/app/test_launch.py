@@ -72,6 +72,7 @@ def require_finished(folder):
     assert "final return" in (folder / "worldloom-rank1.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_failing_process_is_named_and_the_run_continues_with_the_printed_command(tmp_path):
     # Local step 28 of rank 1 is after updates and checkpoints.
     code, out, err = end(start([*ARGS, *TWO, "folder=run"], tmp_path, FAULT="1 raise 28"))
@@ -94,8 +95,8 @@ def test_values_that_do_not_divide_are_named_before_a_process_starts(tmp_path):
 
 FAULTS = {
     "1 raise 0": "rank 1 failed",
-    "0 raise 5": "rank 0 failed",
-    "1 nan 28": "rank 1 failed",
+    "0 raise 5": "error: the lever is stuck",
+    "1 nan 15": "rank 1 failed",
     "1 kill 5": "rank 1 was killed by SIGKILL",
     "1 kill 28": "rank 1 was killed by SIGKILL",
     "0 kill 28": "rank 0 was killed",

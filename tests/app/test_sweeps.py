@@ -6,6 +6,7 @@ tests/test_sweeps.py has sweeps of real runs.
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from worldloom import starting
 from worldloom.app.sweep_folder import hold_sweep, read_differs, read_jobs
 from worldloom.app.sweep_jobs import choose_gpus
 
@@ -25,6 +27,9 @@ JOB = """
 import fcntl, json, os, signal, sys, time
 from pathlib import Path
 
+from worldloom import starting
+
+starting.end_with_parent()
 given = dict(word.partition("=")[::2] for word in sys.argv[1:])
 folder = Path(given.get("resume") or given["hydra.run.dir"])
 folder.mkdir(parents=True, exist_ok=True)
@@ -73,6 +78,7 @@ def place(tmp_path):
     (tmp_path / "worldloom").mkdir()
     (tmp_path / "worldloom" / "__init__.py").touch()
     (tmp_path / "worldloom" / "run.py").write_text(JOB)
+    shutil.copy(starting.__file__, tmp_path / "worldloom")
     return tmp_path
 
 

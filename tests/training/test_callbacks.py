@@ -1,3 +1,4 @@
+import math
 import time
 from functools import partial
 from types import SimpleNamespace
@@ -307,6 +308,12 @@ def test_the_best_model_is_kept_and_of_equals_the_later(tmp_path):
     saved = read_saved(tmp_path / "model")[1]
     # Of update 10, at step 48: set to 10 and moved by the rate times a gradient of 1.
     assert saved["weight"].item() == pytest.approx(10.0 - 0.1)
+
+
+def test_any_score_is_better_than_nan(tmp_path):
+    evaluation = Evaluation(Scores(math.nan, 3.0, math.nan), every=16, folder=tmp_path / "model")
+    fit(online(total_steps=48), evaluation)
+    assert evaluation.best == {"step": 32, "return": 3.0}
 
 
 def test_the_best_score_survives_a_resume():

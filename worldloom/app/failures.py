@@ -127,6 +127,8 @@ class Peers:
         if self._handled is not None:
             return self.failure or ""
         self._handled = error
+        if self.rank > 0:  # this process ends anyway; rank 0, if it is killed now, sends SIGTERM
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if is_broken_exchange(error):
             self._find_failure(error)
         else:

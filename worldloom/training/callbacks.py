@@ -209,10 +209,11 @@ class Evaluation(Callback):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             unit = "update" if data.collector is None else "env step"
             print_line(f"evaluation at {unit} {step:,}: {describe_scores(scores, self._highest)}")
-        highest = scores["return"] if self._highest is None else self._highest
-        self._highest = max(highest, scores["return"])
+        if is_best(scores["return"], self._highest):
+            self._highest = scores["return"]
         # Of equal scores the later model is kept, which was trained longer.
-        if self.folder and (self.best is None or scores["return"] >= self.best["return"]):
+        kept = None if self.best is None else self.best["return"]
+        if self.folder and is_best(scores["return"], kept):
             self.best = {"step": step, "return": scores["return"]}
             if self._writes:
                 self._save(module, self.folder)
@@ -238,8 +239,13 @@ def describe_scores(scores: dict[str, float], highest: float | None) -> str:
     parts = [f"return {scores['return']:.4g}{spread}", f"length {scores['length']:.4g}"]
     if "success" in scores:
         parts.append(f"success {scores['success']:.2f}")
-    is_best = highest is None or scores["return"] >= highest
-    return f"{', '.join(parts)} (best so far{'' if is_best else f': {highest:.4g}'})"
+    best = "" if is_best(scores["return"], highest) else f": {highest:.4g}"
+    return f"{', '.join(parts)} (best so far{best})"
+
+
+def is_best(score: float, highest: float | None) -> bool:
+    """Return whether a score is at least as high as those before; any is better than NaN."""
+    return highest is None or math.isnan(highest) or score >= highest
 
 
 class OpenLoop(Callback):
