@@ -17,7 +17,8 @@ from tempfile import TemporaryDirectory
 
 SETTINGS = [
     *("experiment=cartpole", "model=dreamerv3_size1m", "env.num_envs=4"),
-    *("training.total_steps=1400", "training.prefill=1024", "training.log_every=5"),
+    *("training.total_steps=1200", "training.prefill=1024", "training.log_every=5"),
+    "training.train_ratio=256",
     *("evaluation.every=0", "evaluation.episodes=2", "checkpoint.every=60min"),
 ]
 
