@@ -2,7 +2,7 @@
 
 W processes with B / W rows each compute the same update as one process with B rows if every
 statistic in a loss is that of all rows. `gather_rows` and `sum_counts` are what a model needs for
-that, also a model of your own. In one process both return their argument, so a model calls them
+that, a custom model included. In one process both return their argument, so a model calls them
 always.
 """
 

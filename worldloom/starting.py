@@ -13,6 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+# Ctrl-C; the signal of schedulers and `kill`; the signal that SLURM can send before a time limit
+# (sbatch --signal=USR1@90).
+SIGNALS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
+]
 # Called before the process ends.
 cleanups: list[Callable[[], object]] = []
 
@@ -60,6 +65,17 @@ def end() -> None:
     """Raise KeyboardInterrupt on Ctrl-C from now on, as Python does by default."""
     if signal.getsignal(signal.SIGINT) is _stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def handling_signals(handler: Callable[[int, Any], object]) -> Iterator[None]:
+    """Handle the signals that stop a run with a function, inside the block."""
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, former in before.items():
+            signal.signal(number, former)
 
 
 @contextmanager

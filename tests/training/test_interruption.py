@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from worldloom.training.interruption import SIGNALS, Interrupted, Interruption, Limits, Paused
+from worldloom.starting import SIGNALS
+from worldloom.training.interruption import Interrupted, Interruption, Limits, Paused
 
 
 @pytest.mark.parametrize("number", SIGNALS)

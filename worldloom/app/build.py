@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -354,8 +353,8 @@ def prepare_process(seed: int, threads: int | None) -> None:
     import lightning  # adds the handlers that would print every line twice
 
     lightning.seed_everything(seed, verbose=False)
-    if threads is None and (local := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
-        threads = min(torch.get_num_threads(), max(1, count_cores() // local))
+    if threads is None and world_size() > 1:
+        threads = min(torch.get_num_threads(), count_cores())
     if threads:
         torch.set_num_threads(threads)
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):

@@ -224,7 +224,7 @@ class Peers:
                 return
 
     def _end_later(self, seconds: float) -> None:
-        """End this process after so many seconds, even if a thread of it hangs."""
+        """End this process after so many seconds, even if one of its threads hangs."""
         timer = threading.Timer(seconds, self._end)
         timer.daemon = True
         timer.start()

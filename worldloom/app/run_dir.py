@@ -114,21 +114,11 @@ def claim_folder(folder: Path, resumes: bool) -> Iterator[bool]:
         ValueError: another process writes it, or it contains a run that would be overwritten.
     """
     reject_links(folder)
-    # `is_claimed` holds the lock briefly, so wait up to 1 s.
-    lock = FileLock(folder / LOCK, timeout=1)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"{folder} is being written by another run; wait for it, stop it, or choose another "
-            "folder: hydra.run.dir=…"
-        ) from None
-    except NotImplementedError:
-        log.warning(
-            "the file system of %s has no locks: make sure that no second run writes it", folder
-        )
-    try:
+    busy = (
+        f"{folder} is being written by another run; wait for it, stop it, or choose another "
+        "folder: hydra.run.dir=…"
+    )
+    with hold_lock(folder, busy, "make sure that no second run writes it"):
         # A run that was killed before it wrote its configuration has nothing to lose.
         if not resumes and (folder / CONFIG).exists():
             raise ValueError(
@@ -136,6 +126,25 @@ def claim_folder(folder: Path, resumes: bool) -> Iterator[bool]:
                 f"resume={folder}, or choose another folder: hydra.run.dir=…"
             )
         yield all(path.name == LOCK or path.match(LOGS) for path in folder.iterdir())
+
+
+@contextmanager
+def hold_lock(folder: Path, busy: str, care: str) -> Iterator[None]:
+    """Make a folder, and hold its lock inside the block.
+
+    busy: the error if another process holds it. care: advice where the file system has no locks.
+    """
+    # `is_claimed` and other readers hold the lock briefly, so wait up to 1 s.
+    lock = FileLock(folder / LOCK, timeout=1)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(busy) from None
+    except NotImplementedError:
+        log.warning("the file system of %s has no locks: %s", folder, care)
+    try:
+        yield
     finally:
         lock.release()
 

@@ -10,10 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from worldloom.app.run_dir import LOCK, SCORES, is_claimed
+from worldloom.app.run_dir import LOCK, SCORES, hold_lock, is_claimed
 from worldloom.files import check_format, read_yaml, write_text
 
 log = logging.getLogger(__name__)
@@ -54,28 +53,18 @@ def hold_sweep(
     Raises:
         ValueError: another process drives it, or its runs have other overrides.
     """
-    lock = FileLock(path / LOCK, timeout=1)  # readers hold it briefly
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(
-            f"another process runs the sweep {path}; wait for it, stop it, or use another "
-            "sweep=NAME"
-        ) from None
-    except NotImplementedError:
-        log.warning("the file system of %s has no locks: run this sweep once at a time", path)
-    try:
-        sweep = SweepFolder(path, varied, fixed)
-        if (path / RECORD).exists():
-            before = _read(path)
-            sweep.jobs = before["jobs"]
-            _require_same(path, before, sweep)
-        yield sweep
-    finally:
-        if not (path / RECORD).exists():  # nothing was started
-            (path / LOCK).unlink(missing_ok=True)
-        lock.release()
+    busy = f"another process runs the sweep {path}; wait for it, stop it, or use another sweep=NAME"
+    with hold_lock(path, busy, "run this sweep once at a time"):
+        try:
+            sweep = SweepFolder(path, varied, fixed)
+            if (path / RECORD).exists():
+                before = _read(path)
+                sweep.jobs = before["jobs"]
+                _require_same(path, before, sweep)
+            yield sweep
+        finally:
+            if not (path / RECORD).exists():  # nothing was started
+                (path / LOCK).unlink(missing_ok=True)
 
 
 def _require_same(path: Path, before: Mapping[str, Any], sweep: SweepFolder) -> None:

@@ -6,8 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,6 +18,7 @@ from worldloom.app.run_dir import CONFIG, SCORES, is_claimed
 from worldloom.app.sweep_folder import SweepFolder
 from worldloom.envs.workers import count_cores
 from worldloom.files import read_yaml
+from worldloom.starting import SIGNALS, handling_signals
 
 POLL = 0.1  # seconds between looks at the processes
 
@@ -91,7 +91,7 @@ class Runner:
         waiting = [job for job in jobs if not job.finished]
         done = len(jobs) - len(waiting)
         _print(f"sweep {self.sweep.path}: {len(jobs)} jobs, {done} of them finished")
-        with self._listening():
+        with handling_signals(self._receive):
             try:
                 while self.running or (waiting and self.signal is None):
                     self._fill(waiting)
@@ -151,7 +151,7 @@ class Runner:
         """Record and print how a process has ended."""
         self.running.remove(job)
         code, error, minutes = job.process.returncode, None, (time.monotonic() - job.start) / 60
-        signals = [number for stop in _signals() for number in (-stop, 128 + stop)]
+        signals = [number for stop in SIGNALS for number in (-stop, 128 + stop)]
         if job.finished:
             state, score = "finished", job.score
             said = "finished" if score is None else f"final return {score:.1f}"
@@ -169,16 +169,6 @@ class Runner:
     def _record(self, job: Job, **values: Any) -> None:
         self.sweep.jobs[job.name].update(values)
         self.sweep.write()
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Pass on signals inside the block."""
-        before = {number: signal.signal(number, self._receive) for number in _signals()}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.signal is None:
@@ -210,12 +200,6 @@ def choose_gpus(gpus: Sequence[str], running: Sequence[Job], devices: Any) -> li
         return []
     used = Counter(gpu for job in running for gpu in job.gpus)
     return sorted(gpus, key=lambda gpu: used[gpu])[:devices]
-
-
-def _signals() -> list[int]:
-    from worldloom.training.interruption import SIGNALS
-
-    return list(SIGNALS)
 
 
 def _now() -> str:

@@ -22,13 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from worldloom.envs.replayable import LocalVectorEnv
+from worldloom.starting import SIGNALS
 
 # The keys of infos that are sent to the parent: those that `RowStream` reads. Others can be huge.
 INFOS = ("success", "_success", "lost")
 # Time allowed for making the environments, even if the timeout of a step is shorter.
 START_SECONDS = 120.0
-# SLURM may send SIGUSR1 to all processes of a job ahead of its time limit. Windows has no SIGUSR1.
-USER_SIGNALS = [signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []
 CLOSE_SECONDS = 5.0  # time that a process has to end before it is killed
 HEARTBEAT_SECONDS = 0.25
 
@@ -157,7 +156,7 @@ def _prepare_parent() -> Iterator[None]:
 
 def _run_envs(pipe: Any, make_envs: bytes, environ: dict[str, str]) -> None:
     """Make environments and answer the parent's requests; the main function of the process."""
-    for number in (signal.SIGINT, signal.SIGTERM, *USER_SIGNALS):
+    for number in SIGNALS:
         # Signals to the process group are handled by the parent. SIG_IGN would be inherited by
         # simulators that an environment starts as programs.
         signal.signal(number, lambda *_: None)

@@ -258,9 +258,10 @@ def _merge_infos(parts: Any, sizes: list[int]) -> dict[str, Any]:
 
 
 def count_cores() -> int:
-    """Return the number of cores that this process may use."""
+    """Return the number of cores for this process, which those of a run on a machine share."""
     affinity: Any = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def choose_workers(env: gym.Env, num_envs: int) -> int:
@@ -268,8 +269,7 @@ def choose_workers(env: gym.Env, num_envs: int) -> int:
 
     env: a copy that is not used afterwards; it is reset and stepped at random.
     """
-    # The processes of a run on this machine share its cores.
-    cores = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    cores = count_cores()
     if num_envs == 1 or cores == 1:
         return 0
     seconds = measure_step(env)

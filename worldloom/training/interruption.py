@@ -4,18 +4,13 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-# Ctrl-C; the signal of schedulers and `kill`; the signal that SLURM can send before a time limit
-# (sbatch --signal=USR1@90).
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-]
+from worldloom.starting import handling_signals
 
 
 class Interrupted(BaseException):
@@ -106,15 +101,9 @@ class Interruption:
         if self.number is not None:
             raise Interrupted(self.number)
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle the signals inside the block."""
-        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def listening(self) -> AbstractContextManager[None]:
+        """Handle the signals inside a block."""
+        return handling_signals(self._receive)
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.number is not None:

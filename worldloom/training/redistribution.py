@@ -13,7 +13,7 @@ def redistribute(states: list[dict[str, Any]], ranks: Ranks) -> tuple[dict[str, 
 
     The number of streams of all processes together, which is that of the environments, is the
     same as before. Each rank continues consecutive streams with their rows, unfinished episodes
-    and queues. Random numbers start anew and differ between ranks and from all drawn before.
+    and queues. Random numbers are drawn from new seeds, which differ between ranks.
 
     states: of the data modules of the processes that have saved the run.
     """
