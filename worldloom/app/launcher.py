@@ -18,7 +18,7 @@ from worldloom.app.compose import LAUNCHER
 from worldloom.app.hints import FLAGS
 from worldloom.app.saved_config import list_trusted
 from worldloom.app.sweep_folder import LOGS, SweepFolder, hold_sweep
-from worldloom.app.sweep_jobs import Job, Runner
+from worldloom.app.sweep_jobs import Job, JobList, Runner
 from worldloom.app.sweep_names import name_run, parse_overrides, text_of
 from worldloom.app.validation import validate_config
 
@@ -72,8 +72,8 @@ class Processes(Launcher):
                     f"several jobs of the sweep would have the folder {sweep.path / min(twice)}; "
                     "give each value once"
                 )
-            runner = Runner(sweep, self.most)
-            runner.run(jobs)
+            runner = Runner(sweep, self.most, JobList(sweep, jobs))
+            runner.run()
             done = sum(job.finished for job in jobs)
             print(f"{done} of {len(jobs)} jobs are finished; results: {sweep.path}", flush=True)
             if done < len(jobs):

@@ -33,6 +33,11 @@ class SweepFolder:
         self.path, self.varied, self.fixed = path, list(varied), dict(fixed)
         self.jobs: dict[str, dict[str, Any]] = {}
 
+    def update(self, name: str, **values: Any) -> None:
+        """Record what is new about a job, and write sweep.yaml."""
+        self.jobs.setdefault(name, {}).update(values)
+        self.write()
+
     def write(self) -> None:
         """Write sweep.yaml; if the disk is full, warn and continue."""
         record = {"format": FORMAT, "fixed": self.fixed, "varied": self.varied, "jobs": self.jobs}

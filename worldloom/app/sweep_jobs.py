@@ -30,6 +30,7 @@ class Job:
     log: what its process prints. differs: {key: value} in which it differs from the others.
     new, resume: arguments of `python -m worldloom.run` that start the run, and continue it.
     log_start: position in the log at which this process has begun.
+    ending: (state, reason) with which the job is stopped before its end; it is not started then.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Job:
     gpus: list[str] = field(default_factory=list)
     start: float = 0.0
     log_start: int = 0
+    ending: tuple[str, str] | None = None
 
     @property
     def finished(self) -> bool:
@@ -69,55 +71,110 @@ class Job:
         return said[-1] if said and code >= 0 else ended
 
 
+class Source:
+    """Where a `Runner` takes its jobs from.
+
+    To stop a job, or to keep it from starting, set its `ending`.
+    """
+
+    def take(self) -> list[Job]:
+        """Return jobs to start, in this order; empty if there are none now."""
+        raise NotImplementedError
+
+    def watch(self, job: Job) -> None:
+        """Look at a running job, several times a second."""
+
+    def end(self, job: Job, state: str, error: str | None) -> None:
+        """Take note that a job has ended, before it is printed."""
+
+    def count(self) -> str:
+        """Return how far the sweep is: "2 of 6 finished"."""
+        raise NotImplementedError
+
+
+class JobList(Source):
+    """The jobs of a sweep that are known from the start; finished ones are not run again."""
+
+    def __init__(self, sweep: SweepFolder, jobs: Sequence[Job]) -> None:
+        self.sweep, self.left = sweep, [job for job in jobs if not job.finished]
+        for job in jobs:
+            state = "finished" if job.finished else "waiting"
+            sweep.jobs.setdefault(job.name, {}).update(differs=job.differs, state=state)
+        sweep.write()
+        done = len(jobs) - len(self.left)
+        _print(f"sweep {sweep.path}: {len(jobs)} jobs, {done} of them finished")
+
+    def take(self) -> list[Job]:
+        """Return all jobs at once."""
+        left, self.left = self.left, []
+        return left
+
+    def count(self) -> str:
+        """Return how many jobs of the folder are finished."""
+        done = sum(held["state"] == "finished" for held in self.sweep.jobs.values())
+        return f"{done} of {len(self.sweep.jobs)} finished"
+
+
 class Runner:
     """Runs the jobs of a sweep, `most` at a time, and prints when each starts and ends.
 
     A signal is passed on to the jobs, which save; no other job starts after it.
     """
 
-    def __init__(self, sweep: SweepFolder, most: int) -> None:
-        self.sweep, self.most = sweep, most
+    def __init__(self, sweep: SweepFolder, most: int, source: Source) -> None:
+        self.sweep, self.most, self.source = sweep, most, source
+        self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.signal: int | None = None
         self._told: set[str] = set()
+        self._stopped: set[str] = set()
         self._gpus = find_gpus() if most > 1 else []
 
-    def run(self, jobs: Sequence[Job]) -> None:
-        """Run all jobs that are not finished. Also after an error, no process is left behind."""
-        for job in jobs:
-            state = "finished" if job.finished else "waiting"
-            self.sweep.jobs.setdefault(job.name, {}).update(differs=job.differs, state=state)
-        self.sweep.write()
-        waiting = [job for job in jobs if not job.finished]
-        done = len(jobs) - len(waiting)
-        _print(f"sweep {self.sweep.path}: {len(jobs)} jobs, {done} of them finished")
+    def run(self) -> None:
+        """Run all jobs of the source. Also after an error, no process is left behind."""
         with handling_signals(self._receive):
             try:
-                while self.running or (waiting and self.signal is None):
-                    self._fill(waiting)
+                self._fill()
+                while self.running or (self.waiting and self.signal is None):
+                    time.sleep(POLL)
                     for job in list(self.running):
+                        self.source.watch(job)
                         if job.process.poll() is not None:
                             self._end(job)
-                    time.sleep(POLL)
+                        elif job.ending and job.name not in self._stopped:
+                            self._stopped.add(job.name)
+                            job.process.send_signal(signal.SIGTERM)
+                    self._fill()
             except BaseException:
                 self._send(signal.SIGTERM)
                 for job in self.running:
                     job.process.wait()
                 raise
 
-    def _fill(self, waiting: list[Job]) -> None:
-        """Start waiting jobs, except those of which a process of an earlier sweep still saves."""
-        for job in list(waiting):
-            if len(self.running) >= self.most or self.signal is not None:
+    def _fill(self) -> None:
+        """Start jobs, except those of which a process of an earlier sweep still saves."""
+        while len(self.running) < self.most and self.signal is None:
+            self.waiting = [job for job in self.waiting if not job.ending]
+            job = next((job for job in self.waiting if not self._is_busy(job)), None)
+            if job is not None:
+                self.waiting.remove(job)
+                if job.finished:  # by a process of an earlier sweep
+                    self.sweep.update(job.name, state="finished")
+                    self.source.end(job, "finished", None)
+                else:
+                    self._start(job)
+            elif more := self.source.take():
+                self.waiting += more
+            else:
                 return
-            if job.folder.is_dir() and is_claimed(job.folder):
-                if job.name not in self._told:
-                    self._told.add(job.name)
-                    _print(f"{job.name}: waiting for the process that still writes {job.folder}")
-                continue
-            waiting.remove(job)
-            if not job.finished:  # by that process
-                self._start(job)
+
+    def _is_busy(self, job: Job) -> bool:
+        """Return whether a process of an earlier sweep still writes a run."""
+        busy = job.folder.is_dir() and is_claimed(job.folder)
+        if busy and job.name not in self._told:
+            self._told.add(job.name)
+            _print(f"{job.name}: waiting for the process that still writes {job.folder}")
+        return busy
 
     def _start(self, job: Job) -> None:
         env = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
@@ -143,7 +200,7 @@ class Runner:
         if self.signal is not None:  # it came while the process started
             job.process.send_signal(self.signal)
         now = {"state": "running", "started": _now(), "ended": None, "code": None, "error": None}
-        self._record(job, **now)
+        self.sweep.update(job.name, **now)
         on = f" on GPU {', '.join(job.gpus)}" if job.gpus else ""
         _print(f"{job.name}: {'resumed' if resumes else 'started'}{on}")
 
@@ -155,20 +212,18 @@ class Runner:
         if job.finished:
             state, score = "finished", job.score
             said = "finished" if score is None else f"final return {score:.1f}"
+        elif job.ending:
+            state, said = job.ending
         elif code in (0, *signals):
             state, said = "interrupted", f"unfinished ({job.describe_end()})"
         else:
             state, error = "failed", job.describe_end().removeprefix("error: ")
             said = f"failed: {error}"
-        self._record(job, state=state, ended=_now(), code=code, error=error)
-        done = sum(held["state"] == "finished" for held in self.sweep.jobs.values())
-        _print(f"{job.name}: {said} ({minutes:.1f} min; {done} of {len(self.sweep.jobs)} finished)")
+        self.sweep.update(job.name, state=state, ended=_now(), code=code, error=error)
+        self.source.end(job, state, error)
+        _print(f"{job.name}: {said} ({minutes:.1f} min; {self.source.count()})")
         if error is not None:
             _print(f"  log: {job.log}")
-
-    def _record(self, job: Job, **values: Any) -> None:
-        self.sweep.jobs[job.name].update(values)
-        self.sweep.write()
 
     def _receive(self, number: int, frame: Any) -> None:
         if self.signal is None:
