@@ -2,7 +2,7 @@
 
 usage: worldloom plot FOLDER... [out=plot.png] [kind=curves|profile|improvement]
        [x=steps|frames|updates|hours] [metric=eval/return] [band=bootstrap|std|none]
-       [published=dreamerv3,tdmpc2] [range=[0,1000]]
+       [published=dreamerv3,tdmpc2] [range=[0,1000]] [unfinished=true]
 
 Reads all runs in the folders, at any depth, also while they are trained. The suffix of out= is the
 format (.png, .svg, .pdf); the numbers are written to a .csv of the same name, and out=NAME.csv
@@ -29,7 +29,7 @@ from worldloom.errors import list_names, require
 from worldloom.files import write_text
 from worldloom.results import curves, figures
 from worldloom.results.runs import Job
-from worldloom.results.tables import Rows, collect_scores, write_csv
+from worldloom.results.tables import Rows, collect_scores, describe_count, write_csv
 from worldloom.sweep import open_jobs, require_range, split_folders
 
 KINDS = ("curves", "profile", "improvement")
@@ -48,6 +48,7 @@ class PlotConfig:
     band: str = "bootstrap"
     published: str | None = None
     range: list[float] | None = None
+    unfinished: bool = False
 
     def __post_init__(self) -> None:
         """Raise ValueError for an unknown choice."""
@@ -91,9 +92,12 @@ def plot_curves(jobs: list[Job], settings: PlotConfig) -> Figure:
 
 def plot_scores(jobs: list[Job], settings: PlotConfig) -> Figure:
     """Return the figure of a performance profile or of probabilities of improvement."""
-    scores = collect_scores(jobs)
+    scores = collect_scores(jobs, settings.unfinished)
+    note = describe_count(jobs, settings.unfinished)
     if not scores:
-        raise ValueError("no run has a score yet; expected a finished evaluation or episode")
+        raise ValueError(f"no run has a final score yet; {note or 'wait for the first evaluation'}")
+    if note:
+        print(note)
     if settings.kind == "profile":
         rows = curves.compute_profiles(scores, settings.range)
         tasks = {task for held in scores.values() for task in held}

@@ -167,8 +167,9 @@ def _parse_size(name: str) -> tuple[str, float]:
     return family, float(number) if number else float("inf")
 
 
+@functools.cache
 def _compose(file: Path) -> DictConfig:
-    """Merge a file with its defaults, as Hydra does within one group."""
+    """Merge a file with its defaults, as Hydra does within one group; callers do not change it."""
     config = OmegaConf.load(file)
     assert isinstance(config, DictConfig)
     merged: Any = OmegaConf.create()

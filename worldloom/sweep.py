@@ -1,15 +1,16 @@
 """The command `worldloom sweep`: tables of runs and of their statistics over seeds.
 
 usage: worldloom sweep FOLDER... [format=text|csv|markdown|json] [table=jobs|groups]
-       [metric=return] [range=[0,1000]]
+       [metric=return] [range=[0,1000]] [unfinished=true]
 
 Reads all runs in the folders, at any depth, also while they are trained. The first table has one
-row per run: what differs between the runs, state, steps, score, time and error. The score is
-final/return, before the end of a run the last eval/return, or else the mean of the last 20
+row per run: what differs between the runs, state, steps, score and time; errors follow. The score
+is final/return, before the end of a run the last eval/return, or else the mean of the last 20
 episode/return. The second table has one row per task and group of runs that differ in the seed:
-mean, standard deviation, interquartile mean (iqm) and its 95 % stratified bootstrap interval. With
-several tasks it also has normalised scores of all tasks, where 0 and 1 are range=[...], or the
-lowest and highest score of each task.
+mean, standard deviation, interquartile mean (iqm) and its 95 % stratified bootstrap interval. Only
+finished runs count, unless unfinished=true. With several tasks it also has normalised scores of all
+tasks, where 0 and 1 are range=[...], or the lowest and highest score of each task; range=[...] also
+gives the optimality gap.
 
 table=jobs or table=groups prints one of them; format=csv prints the jobs unless table=groups is
 given. metric=success uses final/success and so on.
@@ -25,6 +26,9 @@ from worldloom.errors import require
 from worldloom.results.labels import label_jobs
 from worldloom.results.runs import Job, read_jobs
 from worldloom.results.tables import (
+    describe_count,
+    describe_errors,
+    describe_progress,
     tabulate_groups,
     tabulate_jobs,
     write_csv,
@@ -43,6 +47,7 @@ class SweepConfig:
     table: str | None = None
     metric: str = "return"
     range: list[float] | None = None
+    unfinished: bool = False
 
     def __post_init__(self) -> None:
         """Raise ValueError for an unknown choice."""
@@ -83,7 +88,8 @@ def sweep_command(overrides: Overrides) -> None:
     folders, args = split_folders(overrides)
     settings = parse_settings(args, SweepConfig)
     jobs = open_jobs(folders, settings.metric)
-    tables = {"jobs": tabulate_jobs(jobs), "groups": tabulate_groups(jobs, settings.range)}
+    groups = tabulate_groups(jobs, settings.range, settings.unfinished)
+    tables = {"jobs": tabulate_jobs(jobs), "groups": groups}
     wanted = settings.table or ("jobs" if settings.format == "csv" else None)
     tables = {name: rows for name, rows in tables.items() if wanted in (None, name)}
     if settings.format == "json":
@@ -91,8 +97,13 @@ def sweep_command(overrides: Overrides) -> None:
     elif settings.format == "csv":
         print(*map(write_csv, tables.values()), end="")
     else:
-        markdown = settings.format == "markdown"
-        print("\n\n".join(write_table(rows, markdown) for rows in tables.values() if rows))
+        print(describe_progress(jobs))
+        notes = {"jobs": describe_errors(jobs)}
+        notes["groups"] = [describe_count(jobs, settings.unfinished)]
+        for name, rows in tables.items():
+            if rows:
+                table = write_table(rows, settings.format == "markdown")
+                print("", table, *filter(None, notes[name]), sep="\n")
 
 
 def main() -> None:

@@ -4,22 +4,24 @@ import pytest
 from omegaconf import OmegaConf
 
 from worldloom.app.compose import Overrides, compose_config
-from worldloom.app.run_dir import SCORES, write_config
+from worldloom.app.run_dir import CONFIG, SCORES, write_config
 from worldloom.app.saved_config import resolve_config
 from worldloom.files import write_text
 from worldloom.training.loggers import MetricsCSV
 
 
 @pytest.fixture(scope="session")
-def composed():
-    """Compose a configuration once per set of overrides, which takes a second."""
+def composed(tmp_path_factory):
+    """The text of config.yaml, written once per set of overrides, which takes a second."""
     held = {}
 
     def compose(overrides):
         if overrides not in held:
             cfg = compose_config(*Overrides(overrides).with_implied())
             cfg.folder = "unknown"
-            held[overrides] = resolve_config(cfg).saved
+            folder = tmp_path_factory.mktemp("composed")
+            write_config(folder, resolve_config(cfg).saved)
+            held[overrides] = (folder / CONFIG).read_text()
         return held[overrides]
 
     return compose
@@ -32,8 +34,8 @@ def make_run(tmp_path, composed):
     def make(name, *overrides, seed=0, rows=(), scores=None, log=None):
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        config = {**composed(overrides), "seed": seed, "folder": str(folder)}
-        write_config(folder, config)
+        text = composed(overrides).replace("folder: unknown", f"folder: {folder}")
+        (folder / CONFIG).write_text(text.replace("\nseed: 0\n", f"\nseed: {seed}\n"))
         logger = MetricsCSV(folder)
         for step, metrics in rows:
             counters = {"env_steps": step, "frames": 2 * step, "updates": step // 2}

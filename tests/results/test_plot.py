@@ -169,8 +169,10 @@ def test_nothing_to_draw_is_explained(tmp_path, make_run):
         with pytest.raises(ValueError, match=text):
             plot(tmp_path, f"out={tmp_path}/p.csv", f"kind={kind}")
     make_run("other", *TINY, rows=curve([(1, 1)]))
-    with pytest.raises(ValueError, match="compares groups with a task in common"):
+    with pytest.raises(ValueError, match=r"no run has a final score yet; .*1; unfinished=true"):
         plot(tmp_path, f"out={tmp_path}/p.csv", "kind=improvement")
+    with pytest.raises(ValueError, match="compares groups with a task in common"):
+        plot(tmp_path, f"out={tmp_path}/p.csv", "kind=improvement", "unfinished=true")
     for wrong in ("out=plot", "kind=bars", "band=iqr", "x=epochs"):
         with pytest.raises(ValueError, match=f"{wrong.partition('=')[0]} is "):
             plot(tmp_path, wrong)

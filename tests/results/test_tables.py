@@ -37,7 +37,12 @@ def test_groups_are_statistics_over_seeds(sweep, capsys):
     tables = json.loads(printed(capsys, sweep, "format=json"))
     assert len(tables["jobs"]) == 8
     first, second, both = tables["groups"]
-    assert (first["task"], first["runs"], first["finished"]) == ("CartPole-v1", 4, 3)
+    assert (first["task"], first["runs"], first["counted"]) == ("CartPole-v1", 4, 3)
+    assert (first["mean"], second["mean"], first["gap"]) == (100 / 3, -200, None)  # without seed 0
+    assert both["mean"] == pytest.approx((4 / 9 + 1 / 2) / 2)
+    tables = json.loads(printed(capsys, sweep, "format=json", "unfinished=true"))
+    first, second, both = tables["groups"]
+    assert (first["runs"], first["counted"]) == (4, 4)
     assert (first["mean"], first["iqm"]) == (27.5, 25.0)
     assert first["std"] == pytest.approx((875 / 3) ** 0.5)
     assert 10 <= first["low"] < 25 < first["high"] <= 50
@@ -45,8 +50,34 @@ def test_groups_are_statistics_over_seeds(sweep, capsys):
     # Normalised by task: 0, 1/4, 1/2, 1 and 0, 1/3, 2/3, 1; the middle half of all eight.
     assert (both["task"], both["runs"], both["std"]) == ("all (normalised)", 8, None)
     assert both["iqm"] == pytest.approx((1 / 4 + 1 / 3 + 1 / 2 + 2 / 3) / 4)
-    tables = json.loads(printed(capsys, sweep, "format=json", "range=[-500,500]"))
-    assert tables["groups"][2]["mean"] == pytest.approx((0.5275 + 0.25) / 2)
+    args = "format=json", "range=[-480,20]", "unfinished=true"
+    first, second, both = json.loads(printed(capsys, sweep, *args))["groups"]
+    # Normalised: 0.98, 1, 1.02, 1.06 and 0.16, 0.36, 0.56, 0.76; above 1 nothing is missing.
+    assert both["mean"] == pytest.approx((1.015 + 0.46) / 2)
+    assert first["gap"] == pytest.approx(0.02 / 4) and second["gap"] == pytest.approx(0.54)
+    assert both["gap"] == pytest.approx((0.02 + 4 - 1.84) / 8)
+
+
+def test_unfinished_runs_count_only_if_that_is_asked_for(sweep, make_run, capsys):
+    """A killed run with a high score, and a group that has no finished run yet."""
+    make_run("killed", *TINY, "env.id=CartPole-v1", seed=9, rows=[(50, {"eval/return": 1e6})])
+    new = (*TINY, "env.id=CartPole-v1", "training.train_ratio=7")
+    make_run("new", *new, rows=[(50, {"eval/return": 70.0})])
+    rows = json.loads(printed(capsys, sweep, "format=json"))["groups"]
+    found = {
+        (row["task"], row["group"]): (row["runs"], row["counted"], row["mean"]) for row in rows
+    }
+    assert found["CartPole-v1", "train_ratio=7"] == (1, 0, None)
+    assert found["CartPole-v1", "train_ratio=128"] == (5, 3, 100 / 3)
+    assert ("all (normalised)", "train_ratio=7") not in found
+    text = printed(capsys, sweep)
+    note = "unfinished runs that are not counted: 4; unfinished=true counts present scores\n"
+    assert text.endswith(f"\n{note}")
+    assert text.startswith("10 runs: 6 finished, 2 interrupted, 2 failed\n\n")
+    text = printed(capsys, sweep, "unfinished=true", "table=groups")
+    assert text.endswith("unfinished runs that are counted: 4, with scores of earlier steps\n")
+    rows = json.loads(printed(capsys, sweep, "format=json", "unfinished=true"))["groups"]
+    assert [row["counted"] for row in rows[:3]] == [5, 1, 4]
 
 
 def test_formats_have_the_same_numbers(sweep, capsys):
@@ -55,13 +86,15 @@ def test_formats_have_the_same_numbers(sweep, capsys):
     assert jobs[1]["job"] == "CartPole-v1 run seed=1" and float(jobs[1]["score"]) == 20
     text = printed(capsys, sweep, "format=csv", "table=groups")
     groups = list(csv.DictReader(io.StringIO(text)))
-    assert [float(row["mean"]) for row in groups[:2]] == [27.5, -250] and groups[2]["std"] == ""
+    assert [float(row["mean"]) for row in groups[:2]] == [100 / 3, -200] and groups[2]["std"] == ""
     lines = printed(capsys, sweep).splitlines()
-    assert lines[1].split()[3:8] == ["failed", "300/400", "10.00", "eval", "0:18:00"]
-    assert lines[1].endswith(f"a|b ({sweep}/CartPole-v1-seed0/worldloom.log)")
-    assert lines[10].split()[:5] == ["task", "group", "runs", "finished", "mean"]
-    table = printed(capsys, sweep, "format=markdown").split("\n\n")[0].splitlines()
-    assert {line.replace("\\|", "").count("|") for line in table} == {8} and table[1][:3] == "| -"
+    assert lines[0] == "8 runs: 6 finished, 2 failed" and max(map(len, lines[:11])) <= 80
+    assert lines[3].split()[3:] == ["failed", "300/400", "10.00", "eval", "0:18:00"]
+    names = "CartPole-v1 run seed=0, Pendulum-v1 run seed=0"  # once, as the errors are equal
+    assert lines[11] == f"failed: {names}: a|b (log: {sweep}/CartPole-v1-seed0/worldloom.log)"
+    assert lines[13].split()[:5] == ["task", "group", "runs", "counted", "mean"]
+    table = printed(capsys, sweep, "format=markdown").split("\n\n")[1].splitlines()[:-1]
+    assert {line.count("|") for line in table} == {7} and table[1][:3] == "| -"
 
 
 @pytest.mark.parametrize(

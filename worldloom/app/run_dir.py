@@ -150,13 +150,15 @@ def hold_lock(folder: Path, busy: str, care: str) -> Iterator[None]:
 
 
 def is_claimed(folder: Path) -> bool:
-    """Return whether a living process writes this run."""
+    """Return whether a living process writes this run; it never creates a file."""
+    if not (folder / LOCK).exists():
+        return False
     try:
         with FileLock(folder / LOCK, timeout=0):
             return False
     except Timeout:
         return True
-    except NotImplementedError:
+    except (NotImplementedError, OSError):  # no locks, or a folder that cannot be written
         return False
 
 

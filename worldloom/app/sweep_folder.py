@@ -12,12 +12,14 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from worldloom.app.run_dir import LOCK, SCORES, hold_lock, is_claimed
+from worldloom.app.run_dir import CONFIG, LOCK, SCORES, hold_lock, is_claimed
 from worldloom.files import check_format, read_yaml, write_text
 
 log = logging.getLogger(__name__)
 
 RECORD, LOGS = "sweep.yaml", "logs"
+WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
+FAILED, INTERRUPTED = "failed", "interrupted"
 FORMAT = 1  # version of sweep.yaml
 ADVICE = "use another sweep=NAME, or delete the folder"
 
@@ -110,14 +112,24 @@ def read_jobs(path: Path) -> dict[str, dict[str, Any]]:
     """
     jobs, driven = _read(path)["jobs"], is_claimed(path)
     for name, job in jobs.items():
-        run = path / name
-        if (run / SCORES).is_file():
-            job["state"] = "finished"
-        elif run.is_dir() and is_claimed(run):
-            job["state"] = "running"
-        elif job["state"] == "finished" or (job["state"] == "running" and not driven):
-            job["state"] = "interrupted"
+        job["state"] = decide_state(path / name, str(job.get("state", WAITING)), driven)
     return jobs
+
+
+def decide_state(run: Path, recorded: str = INTERRUPTED, driven: bool = False) -> str:
+    """Return the present state of a run: what its files show precedes what was recorded.
+
+    recorded: in sweep.yaml. driven: whether a living process drives the sweep.
+    """
+    if (run / SCORES).is_file():
+        return FINISHED
+    if is_claimed(run):
+        return RUNNING
+    if recorded == FINISHED or (recorded == RUNNING and not driven):
+        return INTERRUPTED
+    if recorded == WAITING and not driven and (run / CONFIG).is_file():
+        return INTERRUPTED  # before the sweep started again, and was stopped
+    return recorded
 
 
 def read_differs(run: Path) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class Job:
         said = [line for line in lines if line.startswith(("error:", "stopped by"))] or lines
         code = self.process.returncode
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        return said[-1] if said and code >= 0 else ended
+        return said[-1].removesuffix("; to continue:") if said and code >= 0 else ended
 
 
 class Source:
@@ -170,7 +170,7 @@ class Runner:
 
     def _is_busy(self, job: Job) -> bool:
         """Return whether a process of an earlier sweep still writes a run."""
-        busy = job.folder.is_dir() and is_claimed(job.folder)
+        busy = is_claimed(job.folder)
         if busy and job.name not in self._told:
             self._told.add(job.name)
             _print(f"{job.name}: waiting for the process that still writes {job.folder}")

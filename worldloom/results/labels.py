@@ -1,5 +1,6 @@
 """Short names of runs: what differs between their configurations."""
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -79,9 +80,14 @@ def describe(key: str, value: Any) -> str:
     return f"{key.rpartition('.')[2]}={'null' if value is None else value}"
 
 
+@functools.cache
+def _read_presets() -> dict[str, dict[str, Any]]:
+    return {file_name(name): flatten_tree(load_preset(name), ".") for name in preset_names()}
+
+
 def name_models(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the most similar preset of each run's model, such as dreamerv3_tiny, or its class."""
-    presets = {file_name(name): flatten_tree(load_preset(name), ".") for name in preset_names()}
+    presets = _read_presets()
     named: dict[str, str] = {}
     names = []
     for config in configs:

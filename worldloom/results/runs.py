@@ -12,13 +12,20 @@ from typing import Any
 import numpy as np
 import yaml
 
-from worldloom.app.run_dir import CONFIG, LOG, SCORES, find_run, is_claimed
+from worldloom.app import sweep_folder
+from worldloom.app.run_dir import CONFIG, LOG, SCORES, find_run
+from worldloom.app.sweep_folder import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    LOGS,
+    RECORD,
+    decide_state,
+)
 from worldloom.trees import flatten_tree
 
 # Reading 150 configurations takes 6 s with the pure Python loader. Both create plain data only.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-FINISHED, RUNNING, FAILED, INTERRUPTED = "finished", "running", "failed", "interrupted"
-SWEEP = "sweep.yaml"  # of a sweep's folder: its jobs, also those that have no folder yet
 EPISODES = 20  # newest training episodes whose mean is the score of a run without evaluations
 
 
@@ -57,6 +64,12 @@ class Job:
     def seed(self) -> Any:
         """The seed of the run, None before its configuration is written."""
         return self.config.get("seed")
+
+    @property
+    def log(self) -> Path:
+        """The file with what the run printed, or before its folder existed what its job printed."""
+        own, of_sweep = self.folder / LOG, self.folder.parent / LOGS / f"{self.folder.name}.log"
+        return of_sweep if of_sweep.is_file() and not own.is_file() else own
 
     @property
     def offline(self) -> bool:
@@ -103,7 +116,7 @@ def find_runs(path: Path) -> dict[Path, dict[str, Any]]:
     found: dict[Path, dict[str, Any]] = {}
     for parent, folders, files in os.walk(find_run(path)):
         here = Path(parent)
-        if SWEEP in files:
+        if RECORD in files:
             found |= {here / name: record for name, record in _read_records(here).items()}
         if LOG in files or (CONFIG in files and _is_run(here / CONFIG)):
             found[here] = found.get(here) or _read_records(here.parent).get(here.name, {})
@@ -113,9 +126,10 @@ def find_runs(path: Path) -> dict[Path, dict[str, Any]]:
 
 
 def _read_records(sweep: Path) -> dict[str, dict[str, Any]]:
-    """Return what sweep.yaml in a folder records of its jobs, by name; empty without one."""
-    jobs = _read_yaml(sweep / SWEEP).get("jobs")
-    return jobs if isinstance(jobs, dict) else {}
+    """Return the jobs of the sweep in a folder, by name; empty without one, or if it is damaged."""
+    with suppress(ValueError):
+        return sweep_folder.read_jobs(sweep) if (sweep / RECORD).is_file() else {}
+    return {}
 
 
 def _is_run(config: Path) -> bool:
@@ -131,23 +145,17 @@ def _by_number(name: str) -> list[Any]:
 def _read_job(folder: Path, source: Path, metric: str, record: Mapping[str, Any]) -> Job | None:
     """Return a run or a planned job; None if there is neither, as after a failed start."""
     config = flatten_tree(_read_yaml(folder / CONFIG), ".")
-    scores = _read_yaml(folder / SCORES)
-    planned = str(record.get("state", ""))
-    if planned == RUNNING and not is_running(folder.parent):
-        planned = INTERRUPTED  # and so was the sweep
-    error = read_error(folder) or str(record.get("error") or "") * (planned == FAILED)
-    if (folder / SCORES).exists():
-        state = FINISHED
-    elif is_running(folder):
-        state = RUNNING
-    else:
-        state = FAILED if error or planned == FAILED else INTERRUPTED if config else planned
-    if not state:
-        return None
-    job = Job(folder, source, config, state, error if state == FAILED else "")
+    state, error = record.get("state") or decide_state(folder), ""
+    if state in (FAILED, INTERRUPTED):
+        error = read_error(folder) or str(record.get("error") or "") * (state == FAILED)
+        if not (error or config or record):
+            return None
+        state = FAILED if error else state
+    job = Job(folder, source, config, state, error)
     job.name = folder.name if record else ""
     total = config.get("training.total_steps")
     job.total = total if isinstance(total, int) else None
+    scores = _read_yaml(folder / SCORES)
     steps, seconds, final, evals, episodes = job.columns(
         *("step", "seconds", f"final/{metric}", f"eval/{metric}", f"episode/{metric}")
     )
@@ -165,13 +173,6 @@ def _read_job(folder: Path, source: Path, metric: str, record: Mapping[str, Any]
             job.score, job.kind = float(known[-last:].mean()), kind
             break
     return job
-
-
-def is_running(folder: Path) -> bool:
-    """Return whether a process writes the run; False in a folder that cannot be written."""
-    with suppress(OSError):
-        return (folder / ".lock").exists() and is_claimed(folder)
-    return False
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -4,17 +4,24 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from worldloom.app.run_dir import LOG
-from worldloom.results.runs import FINISHED, Job
-from worldloom.results.statistics import bootstrap_interval, interquartile_mean, mean
+from worldloom.app.sweep_folder import FAILED, FINISHED, INTERRUPTED, RUNNING, WAITING
+from worldloom.errors import list_names
+from worldloom.results.runs import Job
+from worldloom.results.statistics import (
+    bootstrap_interval,
+    interquartile_mean,
+    mean,
+    optimality_gap,
+)
 
 Rows = list[dict[str, Any]]
-NUMBERS = ("steps", "score", "time", "runs", "finished", "mean", "std", "iqm")
+NUMBERS = ("steps", "score", "time", "runs", "counted", "mean", "std", "iqm", "gap")
 
 
 def tabulate_jobs(jobs: Sequence[Job]) -> Rows:
@@ -29,17 +36,26 @@ def tabulate_jobs(jobs: Sequence[Job]) -> Rows:
             "of": job.kind,
             "seconds": job.seconds,
             "folder": str(job.folder),
+            "log": str(job.log),
             "error": job.error,
         }
         for job in jobs
     ]
 
 
-def collect_scores(jobs: Sequence[Job]) -> dict[str, dict[str, np.ndarray]]:
-    """Return {group: {task: scores [runs]}} of the runs that have a score."""
+def is_counted(job: Job, unfinished: bool) -> bool:
+    """Return whether a run counts in statistics: with its final score, or also with an earlier one.
+
+    unfinished: whether the present scores of unfinished runs count.
+    """
+    return (unfinished or job.state == FINISHED) and not math.isnan(job.score)
+
+
+def collect_scores(jobs: Sequence[Job], unfinished: bool) -> dict[str, dict[str, np.ndarray]]:
+    """Return {group: {task: scores [runs]}} of the runs that count; see `is_counted`."""
     held: dict[str, dict[str, list[float]]] = {}
     for job in jobs:
-        if not math.isnan(job.score):
+        if is_counted(job, unfinished):
             held.setdefault(job.group, {}).setdefault(job.task, []).append(job.score)
     return {g: {t: np.array(values) for t, values in tasks.items()} for g, tasks in held.items()}
 
@@ -62,47 +78,87 @@ def normalize(
     return scaled
 
 
-def tabulate_groups(jobs: Sequence[Job], ends: Sequence[float] | None = None) -> Rows:
+def tabulate_groups(
+    jobs: Sequence[Job], ends: Sequence[float] | None = None, unfinished: bool = False
+) -> Rows:
     """Return one row per task and group: statistics of the scores over seeds.
 
-    `low` and `high` are the 95 % stratified bootstrap interval of the interquartile mean, and `std`
-    is that of a sample; both need two runs. With several tasks, further rows have the normalised
-    scores of all tasks, for the groups that have runs of each task.
+    `counted` of the `runs` count. `low` and `high` are the 95 % stratified bootstrap interval of
+    the interquartile mean, and `std` is that of a sample; both need two runs. `gap` is the
+    optimality gap of normalised scores, which needs `ends`. With several tasks, further rows have
+    the normalised scores of all tasks, for the groups that have counted runs of each task.
 
-    ends: see `normalize`.
+    ends: see `normalize`. unfinished: see `is_counted`.
     """
-    scores = collect_scores(jobs)
-    parts = {
-        (task, group): ([held[task]], [j for j in jobs if (j.task, j.group) == (task, group)])
-        for task in dict.fromkeys(job.task for job in jobs)
-        for group, held in scores.items()
-        if task in held
-    }
-    tasks = {task for task, _ in parts}
-    if len(tasks) > 1:
-        for group, scaled in normalize(scores, ends).items():
-            if len(scaled) == len(tasks):
-                members = [job for job in jobs if job.group == group]
-                parts["all (normalised)", group] = list(scaled.values()), members
+    scores = collect_scores(jobs, unfinished)
+    scaled = normalize(scores, ends)
+    known = [job for job in jobs if job.config]
+    tasks = list(dict.fromkeys(job.task for job in known))
+    groups = list(dict.fromkeys(job.group for job in known))
     rows = []
-    for (task, group), (held, members) in parts.items():
-        together = np.concatenate(held)
-        several = max(map(len, held)) > 1
-        low, high = bootstrap_interval(interquartile_mean, held) if several else (np.nan, np.nan)
-        rows.append(
-            {
-                "task": task,
-                "group": group,
-                "runs": len(together),
-                "finished": sum(job.state == FINISHED for job in members),
-                "mean": float(mean(held)),
-                "std": float(held[0].std(ddof=1)) if several and len(held) == 1 else np.nan,
-                "iqm": float(interquartile_mean(held)),
-                "low": float(low),
-                "high": float(high),
-            }
-        )
+    for task in tasks:
+        for group in groups:
+            members = sum((job.task, job.group) == (task, group) for job in known)
+            if members:
+                held = [scores[group][task]] if task in scores.get(group, {}) else []
+                normal = [scaled[group][task]] if held and ends else []
+                rows.append(_describe_group(task, group, members, held, normal))
+    for group in groups:
+        if len(tasks) > 1 and len(scores.get(group, {})) == len(tasks):
+            held, members = list(scaled[group].values()), sum(job.group == group for job in known)
+            normal = held if ends else []
+            rows.append(_describe_group("all (normalised)", group, members, held, normal))
     return rows
+
+
+def _describe_group(
+    task: str, group: str, runs: int, scores: Sequence[np.ndarray], normal: Sequence[np.ndarray]
+) -> dict[str, Any]:
+    """Return the row of a group. normal: the scores on a common scale, if there is one."""
+    several = max(map(len, scores), default=0) > 1
+    low, high = bootstrap_interval(interquartile_mean, scores) if several else (np.nan, np.nan)
+    return {
+        "task": task,
+        "group": group,
+        "runs": runs,
+        "counted": sum(map(len, scores)),
+        "mean": float(mean(scores)) if scores else np.nan,
+        "std": float(scores[0].std(ddof=1)) if several and len(scores) == 1 else np.nan,
+        "iqm": float(interquartile_mean(scores)) if scores else np.nan,
+        "low": float(low),
+        "high": float(high),
+        "gap": float(optimality_gap(normal)) if normal else np.nan,
+    }
+
+
+def describe_progress(jobs: Sequence[Job]) -> str:
+    """Return how many jobs are in which state."""
+    counts = Counter(job.state for job in jobs)
+    order = (FINISHED, RUNNING, WAITING, INTERRUPTED, FAILED)
+    states = sorted(counts, key=lambda state: order.index(state) if state in order else len(order))
+    return f"{len(jobs)} runs: " + ", ".join(f"{counts[state]} {state}" for state in states)
+
+
+def describe_errors(jobs: Sequence[Job]) -> list[str]:
+    """Return one line per different error: the failed runs, the error, and the log of the first."""
+    failed: dict[str, list[Job]] = {}
+    for job in jobs:
+        if job.error:
+            failed.setdefault(job.error, []).append(job)
+    return [
+        f"failed: {list_names(job.name for job in held)}: {error} (log: {held[0].log})"
+        for error, held in failed.items()
+    ]
+
+
+def describe_count(jobs: Sequence[Job], unfinished: bool) -> str:
+    """Return how many unfinished runs the table of groups counts or leaves out; "" if none."""
+    count = sum(is_counted(job, True) and job.state != FINISHED for job in jobs)
+    if not count:
+        return ""
+    if unfinished:
+        return f"unfinished runs that are counted: {count}, with scores of earlier steps"
+    return f"unfinished runs that are not counted: {count}; unfinished=true counts present scores"
 
 
 def write_csv(rows: Rows) -> str:
@@ -155,14 +211,15 @@ def _shorten(row: Mapping[str, Any]) -> dict[str, str]:
     """Return a row as text for readers: rounded, with some columns joined."""
     shown = dict(row)
     if "state" in row:
-        total, seconds, folder, error = map(shown.pop, ("total", "seconds", "folder", "error"))
+        total, seconds, *_ = map(shown.pop, ("total", "seconds", "folder", "log", "error"))
         shown["steps"] = f"{row['steps']:,}" + (f"/{total:,}" if total else "")
-        minutes, rest = divmod(round(0 if math.isnan(seconds) else seconds), 60)
-        shown["time"] = f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-        shown["error"] = f"{error} ({folder}/{LOG})" if error else ""
+        minutes, rest = (0, 0) if math.isnan(seconds) else divmod(round(seconds), 60)
+        time = f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+        shown["time"] = "" if math.isnan(seconds) else time
     else:
-        ends = [_round(shown.pop(name)) for name in ("low", "high")]
-        shown["95 % interval of iqm"] = " to ".join(filter(None, ends))
+        low, high, gap = map(shown.pop, ("low", "high", "gap"))
+        shown["95 % interval of iqm"] = " to ".join(filter(None, map(_round, (low, high))))
+        shown["gap"] = gap
     return {key: _round(v) if isinstance(v, float) else str(v) for key, v in shown.items()}
 
 
