@@ -177,6 +177,20 @@ def test_episodes_of_cartpole_are_as_long_as_their_return(finished):
     assert curve(finished[0], "episode/return") == curve(finished[0], "episode/length")
 
 
+def read_hparams(board):
+    """What the HPARAMS tab of TensorBoard shows of a run, by name."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    about = board.summary_metadata["_hparams_/session_start_info"].plugin_data
+    return dict(HParamsPluginData.FromString(about.content).session_start_info.hparams)
+
+
+def test_points_are_logged_in_the_order_of_their_steps(finished):
+    """TensorBoard connects points in the order in which they are logged."""
+    steps = [int(row["step"]) for row in metrics(finished[0])]
+    assert steps == sorted(steps)
+
+
 def test_tensorboard_shows_the_same_and_pictures_and_settings(finished):
     folder, _ = finished
     board = EventAccumulator(str(folder), {"scalars": 0, "images": 0, "tensors": 0})
@@ -190,7 +204,9 @@ def test_tensorboard_shows_the_same_and_pictures_and_settings(finished):
         assert [value for _, value in events] == pytest.approx(values, rel=1e-6)
     last = updates(folder)[-1][1]  # every 10 updates, and of the final model
     assert len(board.Images("imagination/open_loop")) == last // 10 + (last % 10 > 0)
-    assert "_hparams_/session_start_info" in board.summary_metadata
+    settings = read_hparams(board)
+    assert settings.keys() >= {"task", "model", "parameters", "seed", "train_ratio"}
+    assert len(settings) < 40 and settings["total_steps"].number_value == 400
     shown = board.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "total_steps: 400" in shown
 
@@ -289,12 +305,8 @@ def test_a_sweep_makes_a_whole_run_of_each_job(sweep):
 
 
 def test_tensorboard_shows_what_the_runs_of_a_sweep_differ_in(sweep):
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-
     board = EventAccumulator(str(sweep / "seed1")).Reload()
-    about = board.summary_metadata["_hparams_/session_start_info"].plugin_data
-    session = HParamsPluginData.FromString(about.content).session_start_info
-    assert {name: value.number_value for name, value in session.hparams.items()} == {"seed": 1}
+    assert {name: value.number_value for name, value in read_hparams(board).items()} == {"seed": 1}
     assert "final/return" in board.Tags()["scalars"]
 
 

@@ -187,7 +187,6 @@ def evaluate(run: "Run") -> dict[str, float]:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from worldloom.app.run_dir import SCORES
-    from worldloom.app.sweep_folder import read_differs
     from worldloom.files import write_text
     from worldloom.ranks import copy_from_first, rank
     from worldloom.saving import load_tensors, read_saved, save_model
@@ -207,12 +206,33 @@ def evaluate(run: "Run") -> dict[str, float]:
         log_metrics(run.trainer, scores, step)
     for logger in run.trainer.loggers:
         if isinstance(logger, TensorBoardLogger):  # the interface of the others takes no scores
-            settings = read_differs(run.folder) or run.config.plain
-            logger.log_hyperparams(settings, scores, step)
+            logger.log_hyperparams(summarize_settings(run), scores, step)
         logger.finalize("success")
     if rank() == 0:
         write_text(run.folder / SCORES, OmegaConf.to_yaml({"step": step, **scores}))
     return scores
+
+
+def summarize_settings(run: "Run") -> dict[str, Any]:
+    """Return the settings that TensorBoard's HPARAMS tab compares.
+
+    In a sweep, what differs; else the task, the model, the seed and the training section, since a
+    table of the whole configuration would have 150 columns.
+    """
+    from worldloom.app.sweep_folder import read_differs
+    from worldloom.results.labels import name_task
+    from worldloom.trees import flatten_tree
+
+    if differs := read_differs(run.folder):
+        return differs
+    plain = run.config.plain
+    return {
+        "task": name_task(flatten_tree(plain, ".")),
+        "model": type(run.model).__name__,
+        "parameters": sum(tensor.numel() for tensor in run.model.parameters()),
+        "seed": plain["seed"],
+        **plain["training"],
+    }
 
 
 def report(run: "Run", scores: dict[str, float], seconds: float) -> None:

@@ -93,9 +93,7 @@ class MetricsWriter(Callback):
         with phase("log"):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             data.update_replay()
-            for episode in _take_episodes(data.collector):
-                named = {k if k in COUNTERS else f"episode/{k}": v for k, v in episode.items()}
-                log_metrics(trainer, named, int(episode["env_steps"]))
+            _log_episodes(trainer, data.collector)
             if pl_module.metrics.count or pl_module.metrics.once:
                 metrics = self._collect(trainer, pl_module, data)
                 log_metrics(trainer, metrics, current_step(trainer))
@@ -204,6 +202,8 @@ class Evaluation(Callback):
         with phase("evaluation"):
             step, scores = current_step(trainer), self.evaluate()
         self.evaluated = module.updates
+        # Earlier points first: TensorBoard connects points in the order in which they are logged.
+        _log_episodes(trainer, trainer.datamodule.collector)  # type: ignore[attr-defined]
         log_metrics(trainer, {f"eval/{name}": score for name, score in scores.items()}, step)
         if self._writes:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -329,10 +329,11 @@ def _timings(seconds: dict[str, float], updates: int) -> dict[str, float]:
     return {f"timings/{name}": value for name, value in {**ms, "update": sum(ms.values())}.items()}
 
 
-def _take_episodes(collector: Any) -> list[dict[str, float]]:
-    """Remove the finished episodes from the collector and return them."""
-    if collector is None:
-        return []
-    episodes = list(collector.finished)
-    collector.finished.clear()
-    return episodes
+def _log_episodes(trainer: Trainer, collector: Any) -> None:
+    """Log the finished episodes at their steps, and remove them from the collector."""
+    episodes = [] if collector is None else list(collector.finished)
+    for episode in episodes:
+        named = {k if k in COUNTERS else f"episode/{k}": v for k, v in episode.items()}
+        log_metrics(trainer, named, int(episode["env_steps"]))
+    if episodes:
+        collector.finished.clear()
