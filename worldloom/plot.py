@@ -9,7 +9,7 @@ format (.png, .svg, .pdf); the numbers are written to a .csv of the same name, a
 writes nothing else and needs no matplotlib.
 
 kind=curves draws the mean over seeds against environment steps (updates in offline runs), one panel
-per task; metric is eval/return if every run has evaluations, or else episode/return. published=...
+per task; metric is eval/return if each group has evaluations, or else episode/return. published=...
 adds published curves, over frames. kind=profile draws the share of runs above each score, and
 kind=improvement the probability that a run of one group scores more than one of another. Both use
 the scores of `worldloom sweep`; a profile of several tasks normalises them: 0 and 1 are range=[...]
@@ -25,14 +25,15 @@ from typing import Any
 
 from worldloom.app.command_line import parse_settings, run_command
 from worldloom.app.compose import Overrides
-from worldloom.errors import list_names, require
+from worldloom.errors import list_names, require, suggest
 from worldloom.files import write_text
 from worldloom.results import curves, figures
-from worldloom.results.runs import Job
+from worldloom.results.runs import Job, list_columns
 from worldloom.results.tables import Rows, collect_scores, describe_count, write_csv
 from worldloom.sweep import open_jobs, require_range, split_folders
 
 KINDS = ("curves", "profile", "improvement")
+SUFFIXES = (".png", ".svg", ".pdf", ".csv")  # of out=
 # The numbers of a figure, the function that draws it, and its height in rows of panels.
 Figure = tuple[Rows, Callable[[Any], None], float]
 
@@ -52,7 +53,10 @@ class PlotConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for an unknown choice."""
-        require(bool(Path(self.out).suffix), "out", self.out, "a file such as plot.png or plot.svg")
+        file = Path(self.out).expanduser()
+        known = file.suffix in SUFFIXES
+        require(known, "out", self.out, f"a name that ends in {', '.join(SUFFIXES)}")
+        require(file.parent.is_dir(), "out", self.out, "a file in a folder that exists")
         require(self.kind in KINDS, "kind", self.kind, ", ".join(KINDS))
         require(self.x in (None, *curves.AXES), "x", self.x, ", ".join(curves.AXES))
         require(self.band in curves.BANDS, "band", self.band, ", ".join(curves.BANDS))
@@ -69,8 +73,8 @@ def plot_curves(jobs: list[Job], settings: PlotConfig) -> Figure:
     rows = curves.compute_curves(jobs, axis, metric, settings.band)
     if not rows:
         raise ValueError(
-            f"no run has points of {metric} yet; expected a column of metrics.csv with values, "
-            "such as metric=episode/return"
+            f"no run has points of {metric} yet{suggest(metric, list_columns(jobs))}; expected a "
+            "column of metrics.csv with values, such as metric=episode/return"
         )
     drawn = {(row["task"], row["group"]) for row in rows}
     if missing := [job.name for job in jobs if (job.task, job.group) not in drawn]:
@@ -109,16 +113,16 @@ def plot_scores(jobs: list[Job], settings: PlotConfig) -> Figure:
             f"kind=improvement compares groups with a task in common, but these runs form "
             f"{len(scores)} group(s): {', '.join(scores)}; add the folder of another sweep"
         )
-    return rows, functools.partial(figures.draw_improvements, rows=rows), max(1, len(rows) / 8)
+    return rows, functools.partial(figures.draw_improvements, rows=rows), max(0.3, len(rows) / 9)
 
 
 def plot_command(overrides: Overrides) -> None:
     """Write the figure and its numbers as the command line describes."""
     folders, args = split_folders(overrides)
     settings = parse_settings(args, PlotConfig)
-    metric = (settings.metric or "return").rpartition("/")[2]
-    jobs = [job for job in open_jobs(folders, metric) if job.config]
-    make = plot_curves if settings.kind == "curves" else plot_scores
+    curve, metric = settings.kind == "curves", (settings.metric or "return").rpartition("/")[2]
+    jobs = [job for job in open_jobs(folders, "return" if curve else metric) if job.config]
+    make = plot_curves if curve else plot_scores
     rows, draw, height = make(jobs, settings)
     out = Path(settings.out).expanduser()
     numbers = out.with_suffix(".csv")

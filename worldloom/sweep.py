@@ -16,15 +16,16 @@ table=jobs or table=groups prints one of them; format=csv prints the jobs unless
 given. metric=success uses final/success and so on.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from worldloom.app.command_line import parse_settings, run_command
 from worldloom.app.compose import Overrides
-from worldloom.errors import require
+from worldloom.errors import require, suggest
 from worldloom.results.labels import label_jobs
-from worldloom.results.runs import Job, read_jobs
+from worldloom.results.runs import Job, list_columns, read_jobs
 from worldloom.results.tables import (
     describe_count,
     describe_errors,
@@ -77,9 +78,20 @@ def split_folders(overrides: Overrides) -> tuple[list[Path], list[str]]:
 
 
 def open_jobs(folders: list[Path], metric: str) -> list[Job]:
-    """Return all runs in the folders, with the names that tell them apart."""
+    """Return all runs in the folders, with the names that tell them apart.
+
+    Raises:
+        ValueError: a folder contains no run, or no run has a score of this metric.
+    """
     jobs = read_jobs(folders, metric)
     label_jobs(jobs)
+    if metric != "return" and all(math.isnan(job.score) for job in jobs):
+        scored = [n for n in list_columns(jobs) if n.startswith(("final/", "eval/", "episode/"))]
+        names = sorted({name.partition("/")[2] for name in scored})
+        raise ValueError(
+            f"no run has a score {metric!r}{suggest(metric, names)}; these runs have "
+            f"{', '.join(names) or 'no scores yet'}"
+        )
     return jobs
 
 

@@ -77,6 +77,14 @@ def test_a_curve_ends_where_fewer_than_half_of_its_runs_are(tmp_path, make_run):
     assert max(row["x"] for row in rows) == 620  # one cell of 20 after the end of seed 2
 
 
+def test_evaluations_are_drawn_if_each_group_has_them(tmp_path, make_run):
+    for seed in range(2):
+        make_run(f"a{seed}", *TINY, seed=seed, rows=curve([(0, 1), (500, 2)][: 2 - seed]))
+    assert choose_metric(jobs_in(tmp_path)) == "eval/return"  # although one run has failed early
+    make_run("b", *TINY, "training.train_ratio=8", rows=curve([(9, 9)], "episode/return"))
+    assert choose_metric(jobs_in(tmp_path)) == "episode/return"
+
+
 def test_many_episodes_become_means_of_cells(tmp_path, make_run):
     values = np.random.default_rng(0).normal(size=1000)
     points = zip(range(1, 1001), values, strict=True)
@@ -173,6 +181,8 @@ def test_nothing_to_draw_is_explained(tmp_path, make_run):
         plot(tmp_path, f"out={tmp_path}/p.csv", "kind=improvement")
     with pytest.raises(ValueError, match="compares groups with a task in common"):
         plot(tmp_path, f"out={tmp_path}/p.csv", "kind=improvement", "unfinished=true")
-    for wrong in ("out=plot", "kind=bars", "band=iqr", "x=epochs"):
+    with pytest.raises(ValueError, match=r"no run has points of eval/retrun .*'eval/return'"):
+        plot(tmp_path, f"out={tmp_path}/p.csv", "metric=eval/retrun")
+    for wrong in ("out=plot", "out=a.foo", "out=no/a.png", "kind=bars", "band=iqr", "x=epochs"):
         with pytest.raises(ValueError, match=f"{wrong.partition('=')[0]} is "):
             plot(tmp_path, wrong)

@@ -103,6 +103,14 @@ def test_names_are_what_differs(tmp_path, make_run):
     assert jobs["tdmpc2-seed2"].name == "CartPole-v1 tdmpc2_1m seed=2"
 
 
+def test_long_values_are_cut_and_stay_different(tmp_path, make_run):
+    for end in (1, 2):
+        values = ",".join(map(str, [*range(100_000, 100_020), end]))
+        make_run(f"s/{end}", *TINY, f"+env.levels=[{values}]")
+    groups = {job.group for job in read(tmp_path).values()}
+    assert len(groups) == 2 and max(map(len, groups)) < 50
+
+
 def test_equal_runs_are_named_by_the_folders_that_the_user_named(tmp_path, make_run):
     make_run("before/0", *TINY)
     make_run("after/1", *TINY)

@@ -110,6 +110,8 @@ def test_wrong_settings_are_named(sweep, args, message):
     with pytest.raises(ValueError) as raised:
         sweep_command(Overrides((str(sweep), *args)))
     assert str(raised.value).startswith(message)
+    with pytest.raises(ValueError, match=r"no run has a score 'retrun' \(did you mean 'return'"):
+        sweep_command(Overrides((str(sweep), "metric=retrun")))
     with pytest.raises(ValueError, match="no folder was named"):
         sweep_command(Overrides(("format=csv",)))
 

@@ -31,9 +31,12 @@ PUBLISHED = Path(__file__).with_name("published.csv")
 
 
 def choose_metric(jobs: Sequence[Job]) -> str:
-    """Return eval/return if every run has two evaluations, else episode/return."""
-    counts = [np.count_nonzero(~np.isnan(job.columns("eval/return")[0])) for job in jobs]
-    return "eval/return" if counts and min(counts) > 1 else "episode/return"
+    """Return eval/return if every group has a run with two evaluations, else episode/return."""
+    counts: dict[tuple[str, str], int] = {}
+    for job in jobs:
+        place, count = (job.task, job.group), np.sum(~np.isnan(job.columns("eval/return")[0]))
+        counts[place] = max(counts.get(place, 0), int(count))
+    return "eval/return" if counts and min(counts.values()) > 1 else "episode/return"
 
 
 def compute_curves(jobs: Sequence[Job], axis: str, metric: str, band: str) -> Rows:

@@ -1,7 +1,8 @@
 """Figures of results, from the rows that `curves` computes. The only user of matplotlib."""
 
 import math
-from collections.abc import Callable, Sequence
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from worldloom.results.tables import Rows
 
 PUBLISHED = ", published "  # in the names of published curves
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart.
-COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#F0E442")
+# Okabe and Ito's colours, which people with any colour vision can tell apart; wine instead of their
+# yellow, which is hard to see on white.
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#882255")
 STYLES = ("-", "--", ":", "-.")
 SETTINGS = {
     "font.size": 12,
@@ -22,6 +24,7 @@ SETTINGS = {
     "svg.fonttype": "none",  # text stays text
 }
 WIDTH, DPI = 12.0, 100  # inches; a PNG is 1200 pixels wide
+LINE = 110  # characters that fit into this width
 
 
 def save_figure(file: Path, draw: Callable[[Any], None], rows: float = 1) -> None:
@@ -31,7 +34,6 @@ def save_figure(file: Path, draw: Callable[[Any], None], rows: float = 1) -> Non
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: matplotlib cannot write files with this suffix.
     """
     try:
         import matplotlib
@@ -53,14 +55,19 @@ def draw_curves(figure: Any, rows: Rows, xlabel: str, ylabel: str) -> None:
     columns = count_columns(len(tasks))
     grid = figure.subplots(math.ceil(len(tasks) / columns), columns, squeeze=False).ravel()
     styles = _style(rows)
+    labels = {
+        group: f"{group} ({_count_runs([row for row in rows if row['group'] == group])})"
+        for group in styles
+    }
     for axis, task in zip(grid, tasks, strict=False):
         for group, style in styles.items():
             points = [row for row in rows if (row["task"], row["group"]) == (task, group)]
             if points:
-                label = f"{group} ({_count_runs(points)})" if len(tasks) == 1 else group
-                _draw_line(axis, points, label, style)
-        axis.set_title(task)
-        axis.set(xlabel=xlabel, ylabel=ylabel)
+                _draw_line(axis, points, labels[group], style)
+        axis.set_title(_wrap(task, LINE // columns))
+        place = list(grid).index(axis)  # labels are on the outer panels
+        axis.set(xlabel=xlabel if place + columns >= len(tasks) else None)
+        axis.set(ylabel=ylabel if place % columns == 0 else None)
         axis.xaxis.set_major_formatter(_shorten_tick)
         if own := [r["x"] for r in rows if r["task"] == task and PUBLISHED not in r["group"]]:
             axis.set_xlim(right=1.02 * max(own))  # published curves may end later
@@ -91,9 +98,9 @@ def draw_improvements(figure: Any, rows: Rows) -> None:
         axis.barh(place, row["high"] - row["low"], 0.5, row["low"], color=COLORS[0], alpha=0.35)
         axis.plot([row["mean"]] * 2, [place - 0.25, place + 0.25], color=COLORS[0], linewidth=3)
     axis.axvline(0.5, color="black", linewidth=1)
-    names = [f"{row['group']}  >  {row['over']}" for row in rows]
+    names = [_wrap(f"{row['group']}  >  {row['over']}", LINE // 2) for row in rows]
     axis.set_yticks(range(len(rows)), names)
-    axis.invert_yaxis()
+    axis.set_ylim(len(rows) - 0.4, -0.6)
     label = "probability that a run of the first scores more (95 % bootstrap interval)"
     axis.set(xlim=(-0.02, 1.02), xlabel=label)
 
@@ -121,23 +128,30 @@ def _draw_line(axis: Any, points: Rows, label: str, style: dict[str, Any]) -> No
     axis.fill_between(x, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
-def _count_runs(points: Sequence[Any]) -> str:
-    count = max(row["runs"] for row in points)
-    return f"{count} run{'s' * (count > 1)}"
+def _count_runs(points: Rows) -> str:
+    """Return the most runs of a group, over its tasks: "3 runs" or "2-3 runs"."""
+    tasks = {row.get("task") for row in points}
+    counts = {max(row["runs"] for row in points if row.get("task") == task) for task in tasks}
+    return f"{'-'.join(map(str, sorted({min(counts), max(counts)})))} run{'s' * (max(counts) > 1)}"
 
 
 def _add_legend(figure: Any, panels: int) -> None:
-    """Add one legend for all panels, below them; inside if there is one panel."""
+    """Add one legend for all panels, below them; a short one of a single panel is inside."""
     entries: dict[str, Any] = {}
     for axis in figure.axes:
         entries |= {
             label: line for line, label in zip(*axis.get_legend_handles_labels(), strict=True)
         }
-    if panels == 1:
-        figure.axes[0].legend(entries.values(), entries)
+    names = [_wrap(name, LINE // 2) for name in entries]
+    if panels == 1 and len(names) < 6 and max(map(len, names)) <= LINE // 2:
+        figure.axes[0].legend(entries.values(), names)
     else:
-        columns = min(len(entries), 3)
-        figure.legend(entries.values(), entries, loc="outside lower center", ncols=columns)
+        columns = max(1, min(len(names), LINE // (max(map(len, names)) + 8)))
+        figure.legend(entries.values(), names, loc="outside lower center", ncols=columns)
+
+
+def _wrap(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width)) or text
 
 
 def _shorten_tick(value: float, _: int) -> str:

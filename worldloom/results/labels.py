@@ -1,6 +1,7 @@
 """Short names of runs: what differs between their configurations."""
 
 import functools
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,8 @@ IGNORED = re.compile(
     r"(seed|folder|resume|threads|format|sweep)$|(logger|callbacks|checkpoint|hydra)\."
     r"|env\.(workers|timeout)$"
 )
+
+LONGEST = 32  # characters of a value
 
 
 def label_jobs(jobs: Sequence[Job]) -> None:
@@ -74,10 +77,16 @@ def name_task(config: Mapping[str, Any]) -> str:
 
 
 def describe(key: str, value: Any) -> str:
-    """Return a setting in a few characters: train_ratio=64, optimizer=Adam."""
+    """Return a setting in a few characters: train_ratio=64, optimizer=Adam.
+
+    Of a long value the start is left, with a hash that tells it from similar ones.
+    """
     if key.endswith("._target_"):
         key, value = key.removesuffix("._target_"), str(value).rpartition(".")[2]
-    return f"{key.rpartition('.')[2]}={'null' if value is None else value}"
+    text = "null" if value is None else str(value)
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST - 5]}…{hashlib.sha256(text.encode()).hexdigest()[:4]}"
+    return f"{key.rpartition('.')[2]}={text}"
 
 
 @functools.cache

@@ -220,6 +220,15 @@ def read_columns(file: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     return dict(zip(names, table.T, strict=True))
 
 
+def list_columns(jobs: Iterable[Job]) -> list[str]:
+    """Return the names of all columns in the metrics.csv of runs, sorted."""
+    names: set[str] = set()
+    for job in jobs:
+        with suppress(OSError), (job.folder / "metrics.csv").open(encoding="utf-8") as file:
+            names |= {*next(csv.reader(file), [])}
+    return sorted(names)
+
+
 def _number(text: str) -> float:
     try:
         return float(text) if text else np.nan
