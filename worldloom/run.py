@@ -300,7 +300,7 @@ def run_command_line() -> None:
     starting.cleanups[:] = [scratch.cleanup, lambda: remove_empty(FolderCheck.created)]
     with print_errors(), scratch:
         reject_slips(given)
-        overrides = Overrides(flags_first(given))
+        overrides = Overrides(flags_first(given)).with_restart()
         args: Any = overrides.with_implied().args
         if overrides.value("resume") is not None:
             from worldloom.app.resume import resume_arguments

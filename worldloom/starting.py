@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Ctrl-C; the signal of schedulers and `kill`; the signal that SLURM can send before a time limit
-# (sbatch --signal=USR1@90).
-SIGNALS = [
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)
-]
+# Ctrl-C; the signal of schedulers and `kill`; those that SLURM can send before a time limit
+# (sbatch --signal=USR1@90), of which submitit uses the last.
+STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+SIGNALS = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
 # Called before the process ends.
 cleanups: list[Callable[[], object]] = []
 

@@ -128,7 +128,7 @@ def test_no_process_is_left_after_a_failure(fault, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["0", "1", "all"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
 def test_a_signal_to_one_or_all_saves_and_stops_all(number, target, tmp_path):
     args = [*ARGS, *TWO, "training.total_steps=100000", "evaluation.every=0", "folder=run"]
     process = start(args, tmp_path)

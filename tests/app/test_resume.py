@@ -271,6 +271,22 @@ def test_auto_begins_a_new_run_where_there_is_none(run, tmp_path, here, capsys):
     assert "starting a new one" in capsys.readouterr().out
 
 
+def test_a_restarted_slurm_job_continues_its_run(run, tmp_path, here, monkeypatch, capsys):
+    same = overrides(*WORDS, f"folder={run}")
+    assert same.with_restart() == same
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    again = same.with_restart()
+    assert again.args == (*same.args, "resume=auto")
+    for own in ("-m", "resume=null", f"resume={run}"):
+        assert overrides(*WORDS, own).with_restart() == overrides(*WORDS, own)
+    assert resumed(again.args, tmp_path).folder == str(run.resolve())
+    write_text(run / SCORES, "step: 1\nfinal/return: 3.0\n")
+    assert arguments(again.args, tmp_path) is None  # a finished run is not trained again
+    out = capsys.readouterr().out
+    assert out.count("SLURM has restarted this job") == 1
+    assert out.count("resume=auto: continuing") == 1 and f"{run} is finished" in out
+
+
 def test_auto_leaves_a_run_to_the_process_that_writes_it(run, here):
     with claim_folder(run, resumes=True):
         assert auto() is None

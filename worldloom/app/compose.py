@@ -1,5 +1,6 @@
 """Composition of a configuration from the overrides of a command line and the files in conf/."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -65,6 +66,7 @@ class Overrides:
            bfloat16.
         7. -m without a name or folder of the sweep implies sweep=NAME, with a name that is made of
            the overrides.
+        8. In a SLURM job that was requeued, resume=auto is implied (`with_restart`).
 
         Raises:
             ValueError: folder=PATH is given without a path.
@@ -86,6 +88,14 @@ class Overrides:
         if sweeps and not {"sweep", "folder", "hydra.sweep.dir"} & keys:
             full.append(f"sweep={name_sweep([_name_file(arg) for arg in self.args])}")
         return Overrides(tuple(full)).with_precision()
+
+    def with_restart(self) -> "Overrides":
+        """Add resume=auto to a run of a SLURM job that was requeued, unless resume is given."""
+        first = os.environ.get("SLURM_RESTART_COUNT", "") in ("", "0")
+        if first or self.value("resume") is not None or SWEEPS & {*self.args}:
+            return self
+        print("SLURM has restarted this job, so its run continues (resume=auto)", flush=True)
+        return Overrides((*self.args, "resume=auto"))
 
     def with_precision(self) -> "Overrides":
         """Add float32 where trainer=ddp trains on CPUs, unless a precision is given."""

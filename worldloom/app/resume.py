@@ -58,7 +58,6 @@ def resume_arguments(overrides: Overrides, scratch: Path) -> tuple[str, ...] | N
         if found is None:
             print("resume=auto: no unfinished run of this configuration; starting a new one")
             return rest.with_implied().args
-        print(f"resume=auto: continuing {found}")
         folder, rest = found, Overrides(())
         saved = read_config(folder)
     else:
@@ -72,9 +71,11 @@ def resume_arguments(overrides: Overrides, scratch: Path) -> tuple[str, ...] | N
         require_trusted(resolve_saved(saved, folder / CONFIG), rest)
     merged, rest = _with_choices(saved, rest)
     _write_scratch(merged, folder.resolve(), scratch)
-    given = overrides.without("resume")
-    if source != "auto" and is_finished(folder, resolve_saved(saved, folder / CONFIG), given):
+    given = Overrides(()) if source == "auto" else overrides.without("resume")
+    if is_finished(folder, resolve_saved(saved, folder / CONFIG), given):
         return None
+    if source == "auto":
+        print(f"resume=auto: continuing {folder}")
     return ("--config-path", str(scratch.resolve()), "--config-name", "config", *rest)
 
 
@@ -97,7 +98,8 @@ def _write_scratch(config: dict[str, Any], folder: Path, scratch: Path) -> None:
 def find_unfinished(overrides: Overrides) -> Path | None:
     """Return the newest unfinished run of the configuration that the overrides compose, if any.
 
-    Runs that a living process still writes are skipped.
+    Runs that a living process still writes are skipped. Where the overrides name the folder, its
+    run may be finished.
     """
     overrides = overrides.with_implied()
     cfg = compose_config(*overrides)
@@ -106,7 +108,7 @@ def find_unfinished(overrides: Overrides) -> Path | None:
     given = overrides.value("hydra.run.dir")
     folders = list(Path("runs", str(wanted["name"])).glob("*")) if given is None else [Path(given)]
     for folder in sorted(folders, key=_age):
-        if not (folder / CONFIG).is_file() or (folder / SCORES).exists():
+        if not (folder / CONFIG).is_file() or (given is None and (folder / SCORES).exists()):
             continue
         try:
             same = comparable(read_config(folder)) == comparable(wanted)
