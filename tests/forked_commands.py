@@ -62,10 +62,11 @@ class Commands:
         seconds: int = SECONDS,
         module: str = "worldloom.run",
         path: Path | None = None,
+        env: dict[str, str] | None = None,
     ) -> dict[str, Any]:
         """Run a command and return its exit code, stdout and stderr; the arguments are `fork`'s."""
         request = {"module": module, "words": list(map(str, words)), "folder": str(cwd)}
-        request |= {"kill": kill, "seconds": seconds, "path": path and str(path)}
+        request |= {"kill": kill, "seconds": seconds, "path": path and str(path), "env": env}
         json.dump(request, self.process.stdin)
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -118,19 +119,21 @@ def fork(
     kill: tuple[float | str, int] | None = None,
     seconds: int = SECONDS,
     path: str | None = None,
+    env: dict[str, str] | None = None,
 ) -> dict[str, object]:
     """Run a command in a fork; return its exit code and what it printed.
 
     kill: (seconds, or a path that the command writes; signal): send the signal after this time, or
         once the path was written again.
     seconds: the command is ended after this time.
-    path: a folder to import modules from, as in PYTHONPATH.
+    path: a folder to import modules from, as in PYTHONPATH. env: variables to set.
     """
     is_time = moment(kill[0], folder) if kill else None
     files = {1: Path(folder) / ".stdout", 2: Path(folder) / ".stderr"}
     child = os.fork()
     if child == 0:
         os.chdir(folder)
+        os.environ.update(env or {})
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number, file in files.items():
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

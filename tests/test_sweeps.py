@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.app import fake_slurm
 from tests.test_run import TINY, without_clocks
+from worldloom.app.sweep_folder import read_jobs
 
 WORDS = ["-m", *TINY, "checkpoint.every=5updates", "seed=0,1", "sweep=s"]
 RUNS = Path("runs/sweeps/s")
@@ -78,8 +80,69 @@ def test_killed_sweeps_end_with_the_results_of_an_undisturbed_one(start, tmp_pat
     said, _ = sweep.communicate()
     assert sweep.returncode == 0 and said.count(b"resumed") == 2, said
     assert b"stopped by SIGTERM; saved after" in (killed / RUNS / "logs/seed0.log").read_bytes()
+    require_equal(whole, killed)
+
+
+def require_equal(whole, other):
+    """Two sweeps have the same results, bit for bit."""
     for seed in (0, 1):
-        first, second = (place / RUNS / f"seed{seed}" for place in (whole, killed))
+        first, second = (place / RUNS / f"seed{seed}" for place in (whole, other))
         assert without_clocks(first) == without_clocks(second)
         for name in ("scores.yaml", "model/model.safetensors"):
             assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+def preempt(cwd, seed, number):
+    """Send a signal to the processes of a job of submitit's local executor, as SLURM does."""
+    job = read_jobs(cwd / RUNS)[f"seed{seed}"]["cluster"]["id"]
+    for task in Path(f"/proc/{job}/task/{job}/children").read_text().split():
+        for child in Path(f"/proc/{task}/task/{task}/children").read_text().split():
+            os.kill(int(child), number)
+        os.kill(int(task), number)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_preempted_jobs_of_a_cluster_end_with_the_results_of_undisturbed_ones(start, tmp_path):
+    pytest.importorskip("submitit")
+    whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
+    whole.mkdir()
+    disturbed.mkdir()
+    undisturbed = start(whole, "hydra.launcher.jobs=2")
+    said, _ = undisturbed.communicate()
+    assert undisturbed.returncode == 0, said
+
+    local = ["hydra/launcher=local", "hydra.launcher.array_parallelism=2"]
+    sweep = start(disturbed, *local)
+    saved = [wait_for_checkpoint(disturbed, seed) for seed in (0, 1)]
+    preempt(disturbed, 0, signal.SIGUSR2)
+    preempt(disturbed, 1, signal.SIGUSR1)
+    sweep.kill()  # its jobs go on
+    for seed in (0, 1):
+        wait_for_checkpoint(disturbed, seed, saved[seed])
+    sweep = start(disturbed, *local)
+    said, _ = sweep.communicate()
+    assert sweep.returncode == 0, said
+    logs = [(disturbed / RUNS / f"logs/seed{seed}.log").read_text() for seed in (0, 1)]
+    assert "stopped by SIGUSR2; saved after" in logs[0]
+    assert "stopped by SIGUSR1; saved after" in logs[1]
+    assert all("resuming " in log for log in logs)
+    require_equal(whole, disturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["local", "slurm"])
+def test_the_tasks_of_a_job_train_one_run(start, tmp_path, monkeypatch, executor):
+    pytest.importorskip("submitit")
+    fake_slurm.install(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", str(tmp_path / "slurm"), prepend=os.pathsep)
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    two += ["hydra.launcher.time=90", "hydra.launcher.tasks_per_node=2"]
+    sweep = start(tmp_path, f"hydra/launcher={executor}", *two)
+    said, _ = sweep.communicate()
+    logs = [path.read_text() for path in tmp_path.glob("runs/sweeps/s/**/*log*") if path.is_file()]
+    assert sweep.returncode == 0, (said, logs)
+    for seed in (0, 1):
+        folder = tmp_path / RUNS / f"seed{seed}"
+        assert "final return" in (folder / "worldloom-rank1.log").read_text()
+        assert f"seed{seed}: final return".encode() in said and (folder / "scores.yaml").exists()

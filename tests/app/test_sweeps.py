@@ -46,7 +46,7 @@ if Path("broken").exists() and given["seed"] in Path("broken").read_text().split
     print("Traceback: ...\\nerror: seed " + given["seed"] + " is unlucky\\nto continue: ...")
     sys.exit(1)
 stopped = []
-for number in (signal.SIGINT, signal.SIGTERM):
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, lambda number, _: stopped.append(number))
 steps = folder / "steps"
 while (done := len(steps.read_text()) if steps.exists() else 0) < 5:

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import os
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -161,7 +162,8 @@ def build_trainer(config: ResolvedConfig, folder: Path, evaluation: Any, resumes
     elif rank() == 0:
         begin()
     options: dict[str, Any] = {}
-    if world_size() > 1:  # all processes are there: Lightning starts none
+    # All processes are there: Lightning starts none. In a SLURM job it would handle signals itself.
+    if world_size() > 1 or "SLURM_JOB_ID" in os.environ:
         options["plugins"] = [LightningEnvironment()]
     trainer = instantiate(
         "trainer",

@@ -18,7 +18,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 import worldloom
 from worldloom import starting
-from worldloom.app.compose import Overrides, compose_config, key_of
+from worldloom.app.compose import (
+    LAUNCHERS,
+    SWEEPS,
+    Overrides,
+    compose_config,
+    hint_launcher,
+    key_of,
+)
 from worldloom.app.help import list_choices
 from worldloom.app.hints import find_bare_word, find_dashes, hint_choice, hint_key
 from worldloom.app.run_dir import reject_links, remove_empty
@@ -141,7 +148,12 @@ def reject_slips(args: Sequence[str]) -> None:
         composed = compose_config()
         fix = "" if key in composed else hint_key(key, value, composed)
         raise ValueError(problem + (fix or f"; write {key}={value}"))
-    if run := Overrides(tuple(args)).value("checkpoint"):
+    overrides = Overrides(tuple(args))
+    if launcher := overrides.select("hydra[./]launcher").args * (not SWEEPS & {*args}):
+        raise ValueError(
+            f"{launcher[0]} is a setting of sweeps, but -m was not given; add -m, also for one run"
+        )
+    if run := overrides.value("checkpoint"):
         raise ValueError(
             f"checkpoint={run} is not a setting of a run; to continue a run write resume={run}, to "
             f"score it: worldloom eval checkpoint={run}"
@@ -234,6 +246,8 @@ def join_lines(error: BaseException) -> str:
 def _explain_key(key: str) -> str:
     """Return why Hydra cannot set or delete a key."""
     parent, dot, name = key.rpartition(".")
+    if parent == "hydra.launcher":
+        return f"unknown key '{key}'{hint_launcher(name, Overrides(tuple(sys.argv[1:])))}"
     try:
         composed = _compose_choices()
         node: Any = OmegaConf.select(composed, parent) if parent else composed
@@ -256,8 +270,8 @@ def _explain_key(key: str) -> str:
 
 def _explain_choice(path: str) -> str:
     """Return which choices a group has instead of an unknown one."""
-    group, _, name = path.partition("/")
-    options = list_choices(group)
+    group, _, name = path.rpartition("/") if path.startswith("hydra/") else path.partition("/")
+    options = list(LAUNCHERS) if group == "hydra/launcher" else list_choices(group)
     if not options:
         groups = sorted(folder.name for folder in config_dir().iterdir() if folder.is_dir())
         return f"unknown group '{path.rpartition('/')[0]}'; groups: {', '.join(groups)}"

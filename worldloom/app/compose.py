@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -11,15 +12,32 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from worldloom.app.cluster_config import ClusterConfig, ProcessesConfig
+from worldloom.app.hints import FLAGS
 from worldloom.app.sweep_names import name_sweep
 from worldloom.app.validation import suggest_key, validate_env
+from worldloom.errors import list_names
 from worldloom.presets import config_dir, file_name, preset_names
 from worldloom.training.config import EvaluationConfig, TrainingConfig
 
 # Starts of the overrides that name an environment.
 NAMES_ENV = ("env=", "env.id=", "env._target_=")
-# The launcher of sweeps, worldloom.app.launcher, under the name that Hydra accepts.
-LAUNCHER: dict[str, Any] = {"_target_": "hydra_plugins.worldloom.Processes", "jobs": 1}
+# The launchers of sweeps, worldloom.app.launcher, under the names that Hydra accepts.
+PLUGIN = "hydra_plugins.worldloom"
+LAUNCHERS: dict[str, dict[str, Any]] = {
+    "processes": {"_target_": f"{PLUGIN}.Processes", **asdict(ProcessesConfig())},
+    "slurm": {"_target_": f"{PLUGIN}.Slurm", **asdict(ClusterConfig())},
+    "local": {"_target_": f"{PLUGIN}.Local", **asdict(ClusterConfig())},
+}
+# Names that submitit, its Hydra plugin or sbatch have for settings of a cluster.
+SUBMITIT = {
+    **dict.fromkeys(("timeout_min", "timeout", "time_limit"), "time=4:00:00"),
+    **dict.fromkeys(("ntasks_per_node", "tasks", "ntasks"), "tasks_per_node"),
+    **dict.fromkeys(("gpus", "gres"), "gpus_per_node"),
+    **dict.fromkeys(("cpus", "cores"), "cpus_per_task"),
+    **dict.fromkeys(("mem_gb", "memory"), "mem=16G"),
+    **dict.fromkeys(("jobs", "parallelism"), "array_parallelism"),
+}
 # Arguments that make a command line a sweep.
 SWEEPS = {"-m", "--multirun", "hydra.mode=MULTIRUN"}
 
@@ -119,18 +137,40 @@ def key_of(argument: str) -> str:
 
 
 def register_defaults() -> None:
-    """Add training=default, evaluation=default and the launcher of sweeps to Hydra's choices."""
+    """Add training=default, evaluation=default and the launchers of sweeps to Hydra's choices."""
     for name, cls in (("training", TrainingConfig), ("evaluation", EvaluationConfig)):
         ConfigStore.instance().store(group=name, name="default", node=asdict(cls()))
-    ConfigStore.instance().store(group="hydra/launcher", name="processes", node=LAUNCHER)
+    for name, node in LAUNCHERS.items():
+        ConfigStore.instance().store(group="hydra/launcher", name=name, node=node)
+
+
+def hint_launcher(name: str, overrides: Overrides) -> str:
+    """Return the end of a message about an unknown key hydra.launcher.NAME."""
+    chosen = overrides.value("hydra/launcher") or "processes"
+    own = [key for key in LAUNCHERS.get(chosen, {}) if key != "_target_"]
+    others = [launcher for launcher, node in LAUNCHERS.items() if name in node]
+    if others and name not in SUBMITIT:
+        return f"; it belongs to hydra/launcher={list_names(others)}: add it"
+    if new := SUBMITIT.get(name):
+        return f"; write hydra.launcher.{new}"
+    more = "; others: hydra.launcher.additional_parameters={NAME: VALUE}" * (chosen == "slurm")
+    return suggest_key(name, own, "hydra.launcher.") + more
 
 
 def compose_config(*overrides: str) -> DictConfig:
-    """Compose the configuration as `python -m worldloom.run` does with these overrides."""
+    """Compose the configuration as `python -m worldloom.run` does with these arguments."""
     register_defaults()
     GlobalHydra.instance().clear()
+    args, folders = [], []
+    for before, arg in zip(("", *overrides), overrides, strict=False):
+        if before in ("-cd", "--config-dir"):
+            folders.append("'file://{}'".format(str(Path(arg).absolute()).replace("'", r"\'")))
+        elif arg not in FLAGS and not FLAGS.get(before):
+            args.append(arg)
+    if folders:
+        args.append(f"hydra.searchpath=[{','.join(folders)}]")
     with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
-        return compose(config_name="config", overrides=list(overrides))
+        return compose(config_name="config", overrides=args)
 
 
 def compose_env(overrides: Overrides, default: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -14,13 +14,17 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from worldloom import starting
-from worldloom.app.compose import LAUNCHER
+from worldloom.app.cluster import Cluster
+from worldloom.app.cluster_config import ProcessesConfig
+from worldloom.app.cluster_jobs import list_cancel
+from worldloom.app.cluster_queue import JOBS
+from worldloom.app.compose import LAUNCHERS
 from worldloom.app.hints import FLAGS
 from worldloom.app.saved_config import list_trusted
 from worldloom.app.sweep_folder import LOGS, SweepFolder, hold_sweep
 from worldloom.app.sweep_jobs import Job, JobList, Runner
 from worldloom.app.sweep_names import name_run, parse_overrides, text_of
-from worldloom.app.validation import validate_config
+from worldloom.app.validation import build_settings, validate_config
 
 # Hydra's own overrides that belong to the sweep and not to its jobs.
 OF_SWEEP = re.compile(r"\+*hydra[./](sweep|sweeper|launcher|run|mode)\b")
@@ -33,11 +37,17 @@ class Processes(Launcher):
     """
 
     arguments: ClassVar[tuple[str, ...]] = ()  # of the command line
+    executor: ClassVar[str] = ""  # of the cluster that runs the jobs
 
-    def __init__(self, jobs: int = 1) -> None:
-        if not isinstance(jobs, int) or jobs < 1:
-            raise ValueError(f"hydra.launcher.jobs is {jobs!r}; expected at least 1")
-        self.most = jobs
+    def __init__(self, **settings: Any) -> None:
+        self.settings: Any = OmegaConf.to_container(OmegaConf.create(settings))
+
+    def _make_cluster(self) -> Cluster | None:
+        """Return where the jobs are submitted, after checking the settings of the launcher."""
+        if self.executor:
+            return Cluster(self.executor, self.settings)
+        build_settings("hydra.launcher", self.settings, ProcessesConfig)
+        return None
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         """Store the configuration of the sweep."""
@@ -57,6 +67,7 @@ class Processes(Launcher):
                 "a sweep starts the processes of its jobs, but torchrun or srun has started "
                 "several of this command; start it once, without them"
             )
+        cluster = self._make_cluster()
         fixed = {
             part.key_or_group: text_of(part)
             for part in parse_overrides(self.config.hydra.overrides.task)
@@ -65,25 +76,30 @@ class Processes(Launcher):
         keys = (part.key_or_group for words in job_overrides for part in parse_overrides(words))
         varied = list(dict.fromkeys(key for key in keys if key not in fixed))
         with hold_sweep(Path(self.config.hydra.sweep.dir), varied, fixed) as sweep:
-            jobs = [self._make_job(sweep, list(words)) for words in job_overrides]
+            jobs = [self._make_job(sweep, list(words), cluster) for words in job_overrides]
             names = [job.name for job in jobs]
-            if twice := {name for name in names if names.count(name) > 1 or name == LOGS}:
+            if twice := {name for name in names if names.count(name) > 1 or name in (LOGS, JOBS)}:
                 raise ValueError(
                     f"several jobs of the sweep would have the folder {sweep.path / min(twice)}; "
                     "give each value once"
                 )
-            runner = Runner(sweep, self.most, JobList(sweep, jobs))
+            most = self.settings.get("jobs", 1) if cluster is None else cluster.most or len(jobs)
+            runner = Runner(sweep, most, JobList(sweep, jobs), cluster)
             runner.run()
             done = sum(job.finished for job in jobs)
             print(f"{done} of {len(jobs)} jobs are finished; results: {sweep.path}", flush=True)
             if done < len(jobs):
                 again = f"python -m worldloom.run {shlex.join(self.arguments)}"
-                print(f"to continue:\n{again}", flush=True)
+                how = "wait for the jobs again" if runner.running else "continue"
+                print(f"to {how}:\n{again}", flush=True)
+            if held := [job.process for job in runner.running]:
+                print(f"{len(held)} jobs stay on the cluster; to cancel them:", flush=True)
+                print(*list_cancel(held), sep="\n", flush=True)
             if runner.signal is not None:
                 sys.exit(128 + runner.signal)
             return _returns(jobs, sweep)
 
-    def _make_job(self, sweep: SweepFolder, words: list[str]) -> Job:
+    def _make_job(self, sweep: SweepFolder, words: list[str], cluster: Cluster | None) -> Job:
         """Compose and validate a job; raise ValueError if it is not valid."""
         parts = {part.key_or_group: part for part in parse_overrides(words)}
         differs = {key: part for key, part in parts.items() if key in sweep.varied}
@@ -93,7 +109,9 @@ class Processes(Launcher):
         with open_dict(cfg):
             cfg.folder, hydra = str(folder), cfg.pop("hydra")
         try:
-            validate_config(cfg, hydra.runtime.choices)
+            validate_config(cfg, hydra.runtime.choices, devices=cluster is None)
+            if cluster is not None:
+                cluster.require_processes(cfg.trainer)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{name}: {error}") from error
         flags = [
@@ -113,6 +131,18 @@ class Processes(Launcher):
         resume = [f"resume={folder}", *list_trusted(plain)]
         typed = {key: part.value() for key, part in differs.items()}
         return Job(name, folder, log, typed, words, cfg, new, resume)
+
+
+class Slurm(Processes):
+    """Submit the jobs of a sweep to SLURM, as a job array, and wait for them."""
+
+    executor = "slurm"
+
+
+class Local(Processes):
+    """Run the jobs of a sweep with submitit's local executor, to try what a cluster does."""
+
+    executor = "local"
 
 
 def _returns(jobs: Sequence[Job], sweep: SweepFolder) -> list[JobReturn]:
@@ -150,8 +180,10 @@ def register_launcher(arguments: Sequence[str]) -> None:
     """
     plugins = Plugins.instance()  # has imported hydra_plugins, if other plugins are installed
     package = sys.modules.setdefault("hydra_plugins", ModuleType("hydra_plugins"))
-    module = LAUNCHER["_target_"].rpartition(".")[0]
+    module = LAUNCHERS["processes"]["_target_"].rpartition(".")[0]
     sys.modules[module] = sys.modules[__name__]
     setattr(package, module.rpartition(".")[2], sys.modules[__name__])
-    Processes.__module__, Processes.arguments = module, tuple(arguments)
-    plugins.register(Processes)
+    Processes.arguments = tuple(arguments)
+    for launcher in (Processes, Slurm, Local):
+        launcher.__module__ = module
+        plugins.register(launcher)

@@ -12,14 +12,17 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from worldloom.app.cluster_queue import ENDED, LIVE, RUNNING, find_states
 from worldloom.app.run_dir import CONFIG, LOCK, SCORES, hold_lock, is_claimed
 from worldloom.files import check_format, read_yaml, write_text
+from worldloom.starting import SIGNALS
 
 log = logging.getLogger(__name__)
 
 RECORD, LOGS = "sweep.yaml", "logs"
-WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
-FAILED, INTERRUPTED = "failed", "interrupted"
+WAITING, FINISHED, FAILED, INTERRUPTED = "waiting", "finished", "failed", "interrupted"
+# Exit codes of a run that was stopped or killed by one of the signals that stop runs.
+STOPPED = (0, *(code for number in SIGNALS for code in (-number, 128 + number)))
 FORMAT = 1  # version of sweep.yaml
 ADVICE = "use another sweep=NAME, or delete the folder"
 
@@ -65,7 +68,7 @@ def hold_sweep(
         try:
             sweep = SweepFolder(path, varied, fixed)
             if (path / RECORD).exists():
-                before = _read(path)
+                before = read_record(path)
                 sweep.jobs = before["jobs"]
                 _require_same(path, before, sweep)
             yield sweep
@@ -95,7 +98,12 @@ def _require_same(path: Path, before: Mapping[str, Any], sweep: SweepFolder) -> 
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """Return sweep.yaml.
+
+    Raises:
+        ValueError: it is damaged, or of another version.
+    """
     record = read_yaml(path / RECORD, ADVICE, interpolations=True)
     check_format(path / RECORD, record.get("format"), FORMAT, ADVICE)
     return record
@@ -104,28 +112,38 @@ def _read(path: Path) -> dict[str, Any]:
 def read_jobs(path: Path) -> dict[str, dict[str, Any]]:
     """Return the jobs of a sweep by name, with their present states.
 
-    Each has `differs` ({key: value}), `state` (waiting, running, finished, failed or interrupted),
-    and if it was started `started` and `ended` (ISO 8601, UTC), `code` (exit code) and `error`.
+    Each has `differs` ({key: value}), `state` (waiting, queued, running, finished, failed or
+    interrupted), and if it was started `started` and `ended` (ISO 8601, UTC), `code` (exit code)
+    and `error`. Jobs that were submitted to a cluster have `cluster`, with their `id`; SLURM is
+    asked for those that have not ended.
 
     Raises:
         ValueError: sweep.yaml is damaged, or of another version.
     """
-    jobs, driven = _read(path)["jobs"], is_claimed(path)
+    jobs, driven = read_record(path)["jobs"], is_claimed(path)
+    begun = {n: job for n, job in jobs.items() if job.get("state") in (WAITING, *LIVE)}
+    found = find_states(path, {n: j["cluster"] for n, j in begun.items() if j.get("cluster")})
     for name, job in jobs.items():
-        job["state"] = decide_state(path / name, str(job.get("state", WAITING)), driven)
+        recorded, (there, code) = str(job.get("state", WAITING)), found.get(name, (ENDED, None))
+        if there in LIVE:
+            recorded = there
+        elif there == ENDED and recorded in LIVE and code not in (None, *STOPPED):
+            recorded = FAILED
+        job["state"] = decide_state(path / name, recorded, driven or there != ENDED)
     return jobs
 
 
 def decide_state(run: Path, recorded: str = INTERRUPTED, driven: bool = False) -> str:
     """Return the present state of a run: what its files show precedes what was recorded.
 
-    recorded: in sweep.yaml. driven: whether a living process drives the sweep.
+    recorded: in sweep.yaml. driven: whether a living process drives the sweep, or a cluster has
+        the job.
     """
     if (run / SCORES).is_file():
         return FINISHED
     if is_claimed(run):
         return RUNNING
-    if recorded == FINISHED or (recorded == RUNNING and not driven):
+    if recorded == FINISHED or (recorded in LIVE and not driven):
         return INTERRUPTED
     if recorded == WAITING and not driven and (run / CONFIG).is_file():
         return INTERRUPTED  # before the sweep started again, and was stopped
@@ -136,5 +154,5 @@ def read_differs(run: Path) -> dict[str, Any]:
     """Return {key: value} of what a run differs in from others of its sweep; {} without a sweep."""
     with suppress(ValueError):  # a damaged file must not stop the run
         if (run.parent / RECORD).is_file():
-            return dict(_read(run.parent)["jobs"].get(run.name, {}).get("differs", {}))
+            return dict(read_record(run.parent)["jobs"].get(run.name, {}).get("differs", {}))
     return {}

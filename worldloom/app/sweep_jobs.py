@@ -14,11 +14,14 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from worldloom.app.cluster import Cluster
+from worldloom.app.cluster_jobs import Queue, Submitted
+from worldloom.app.cluster_queue import LIVE, QUEUED, RUNNING
 from worldloom.app.run_dir import CONFIG, SCORES, is_claimed
-from worldloom.app.sweep_folder import SweepFolder
+from worldloom.app.sweep_folder import STOPPED, SweepFolder
 from worldloom.envs.workers import count_cores
 from worldloom.files import read_yaml
-from worldloom.starting import SIGNALS, handling_signals
+from worldloom.starting import handling_signals
 
 POLL = 0.1  # seconds between looks at the processes
 
@@ -66,7 +69,9 @@ class Job:
             file.seek(self.log_start)
             lines = [line.strip() for line in file.read().splitlines() if line.strip()]
         said = [line for line in lines if line.startswith(("error:", "stopped by"))] or lines
-        code = self.process.returncode
+        code, reason = self.process.returncode, getattr(self.process, "reason", "")
+        if reason:
+            return f"{said[-1]}, {reason}" if said and lines is not said else reason
         ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return said[-1].removesuffix("; to continue:") if said and code >= 0 else ended
 
@@ -98,8 +103,10 @@ class JobList(Source):
     def __init__(self, sweep: SweepFolder, jobs: Sequence[Job]) -> None:
         self.sweep, self.left = sweep, [job for job in jobs if not job.finished]
         for job in jobs:
-            state = "finished" if job.finished else "waiting"
-            sweep.jobs.setdefault(job.name, {}).update(differs=job.differs, state=state)
+            held = sweep.jobs.setdefault(job.name, {})
+            on_cluster = held.get("cluster") and held.get("state") in LIVE
+            state = "finished" if job.finished else held["state"] if on_cluster else "waiting"
+            held.update(differs=job.differs, state=state)
         sweep.write()
         done = len(jobs) - len(self.left)
         _print(f"sweep {sweep.path}: {len(jobs)} jobs, {done} of them finished")
@@ -118,42 +125,63 @@ class JobList(Source):
 class Runner:
     """Runs the jobs of a sweep, `most` at a time, and prints when each starts and ends.
 
-    A signal is passed on to the jobs, which save; no other job starts after it.
+    A signal is passed on to the jobs, which save; no other job starts after it. Jobs on a cluster
+    stay there; the next command with the same folder waits for them.
+
+    cluster: where jobs are submitted; None for processes of this one.
     """
 
-    def __init__(self, sweep: SweepFolder, most: int, source: Source) -> None:
-        self.sweep, self.most, self.source = sweep, most, source
+    def __init__(
+        self, sweep: SweepFolder, most: int, source: Source, cluster: Cluster | None = None
+    ) -> None:
+        self.sweep, self.most, self.source, self.cluster = sweep, most, source, cluster
+        self.queue = Queue(sweep.path)
         self.waiting: list[Job] = []
         self.running: list[Job] = []
         self.signal: int | None = None
         self._told: set[str] = set()
         self._stopped: set[str] = set()
-        self._gpus = find_gpus() if most > 1 else []
+        self._gpus = find_gpus() if most > 1 and cluster is None else []
 
     def run(self) -> None:
         """Run all jobs of the source. Also after an error, no process is left behind."""
         with handling_signals(self._receive):
             try:
                 self._fill()
-                while self.running or (self.waiting and self.signal is None):
+                while self._is_needed():
                     time.sleep(POLL)
+                    self.queue.look()
                     for job in list(self.running):
                         self.source.watch(job)
                         if job.process.poll() is not None:
                             self._end(job)
+                        elif isinstance(job.process, Submitted) and job.process.told != (
+                            job.process.state
+                        ):
+                            self._change(job, job.process)
                         elif job.ending and job.name not in self._stopped:
                             self._stopped.add(job.name)
                             job.process.send_signal(signal.SIGTERM)
                     self._fill()
             except BaseException:
                 self._send(signal.SIGTERM)
-                for job in self.running:
+                for job in self._own():
                     job.process.wait()
                 raise
 
+    def _is_needed(self) -> bool:
+        if self.signal is None:
+            return bool(self.running or self.waiting)
+        return bool(self._own())
+
+    def _own(self) -> list[Job]:
+        """Return the running jobs that are processes of this one."""
+        return [job for job in self.running if not isinstance(job.process, Submitted)]
+
     def _fill(self) -> None:
         """Start jobs, except those of which a process of an earlier sweep still saves."""
-        while len(self.running) < self.most and self.signal is None:
+        ready: list[Job] = []
+        while len(self.running) + len(ready) < self.most and self.signal is None:
             self.waiting = [job for job in self.waiting if not job.ending]
             job = next((job for job in self.waiting if not self._is_busy(job)), None)
             if job is not None:
@@ -161,12 +189,60 @@ class Runner:
                 if job.finished:  # by a process of an earlier sweep
                     self.sweep.update(job.name, state="finished")
                     self.source.end(job, "finished", None)
-                else:
+                elif self.cluster is None:
                     self._start(job)
+                else:
+                    ready.append(job)
             elif more := self.source.take():
-                self.waiting += more
+                self._attach(more)
             else:
-                return
+                break
+        if ready and self.cluster is not None:
+            self._submit(ready, self.cluster)
+
+    def _attach(self, jobs: Sequence[Job]) -> None:
+        """Wait for those jobs that an earlier command has submitted; let the others be started."""
+        held = {job.name: self.sweep.jobs.get(job.name, {}).get("cluster") for job in jobs}
+        found = self.queue.attach({name: record for name, record in held.items() if record})
+        for job in jobs:
+            job.process = found.get(job.name)
+            if job.process is None:
+                self.waiting.append(job)
+                if held[job.name]:
+                    self.sweep.update(job.name, state="waiting", cluster=None)
+                continue
+            self.running.append(job)
+            job.start, job.log_start = time.monotonic(), job.process.record.get("log_start", 0)
+            self.sweep.update(job.name, state=job.process.state)
+            _print(f"{job.name}: still {job.process.state}, job {job.process.record['id']}")
+
+    def _submit(self, jobs: Sequence[Job], cluster: Cluster) -> None:
+        """Submit jobs to the cluster, all at once."""
+        for job in jobs:
+            job.log.parent.mkdir(exist_ok=True)
+            with job.log.open("ab") as log:
+                job.log_start, job.start = log.tell(), time.monotonic()
+            now = {"state": QUEUED, "started": None, "ended": None, "code": None, "error": None}
+            self.sweep.jobs.setdefault(job.name, {}).update(now)
+        try:
+            cluster.submit(self.sweep, jobs)
+        except ValueError:
+            for job in jobs:
+                self.sweep.update(job.name, state="waiting", cluster=None)
+            raise
+        self.running += jobs
+        for job in jobs:
+            record = self.sweep.jobs[job.name]["cluster"]
+            job.process = self.queue.add(job.name, record)
+            _print(f"{job.name}: queued, job {record['id']}")
+
+    def _change(self, job: Job, process: Submitted) -> None:
+        """Record and print that a job of a cluster has begun, or was requeued."""
+        begins = process.state == RUNNING
+        process.told = process.state
+        self.sweep.update(job.name, state=process.state, **{"started": _now()} if begins else {})
+        job.start = time.monotonic() if begins else job.start
+        _print(f"{job.name}: {'started' if begins else 'stopped, and queued again'}")
 
     def _is_busy(self, job: Job) -> bool:
         """Return whether a process of an earlier sweep still writes a run."""
@@ -200,7 +276,7 @@ class Runner:
         if self.signal is not None:  # it came while the process started
             job.process.send_signal(self.signal)
         now = {"state": "running", "started": _now(), "ended": None, "code": None, "error": None}
-        self.sweep.update(job.name, **now)
+        self.sweep.update(job.name, **now, cluster=None)
         on = f" on GPU {', '.join(job.gpus)}" if job.gpus else ""
         _print(f"{job.name}: {'resumed' if resumes else 'started'}{on}")
 
@@ -208,13 +284,12 @@ class Runner:
         """Record and print how a process has ended."""
         self.running.remove(job)
         code, error, minutes = job.process.returncode, None, (time.monotonic() - job.start) / 60
-        signals = [number for stop in SIGNALS for number in (-stop, 128 + stop)]
         if job.finished:
             state, score = "finished", job.score
             said = "finished" if score is None else f"final return {score:.1f}"
         elif job.ending:
             state, said = job.ending
-        elif code in (0, *signals):
+        elif code in STOPPED:
             state, said = "interrupted", f"unfinished ({job.describe_end()})"
         else:
             state, error = "failed", job.describe_end().removeprefix("error: ")
@@ -228,12 +303,13 @@ class Runner:
     def _receive(self, number: int, frame: Any) -> None:
         if self.signal is None:
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: the jobs save, then the sweep stops\n".encode())
+            end = "save, then the sweep stops" if self._own() else "stay queued or running"
+            os.write(2, f"\n{name}: the jobs {end}\n".encode())
         self.signal = self.signal or number
         self._send(number)
 
     def _send(self, number: int) -> None:
-        for job in self.running:
+        for job in self._own():
             job.process.send_signal(number)
 
 

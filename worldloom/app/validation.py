@@ -89,10 +89,11 @@ class RunConfig:
             raise ValueError(f"init_from: no file or folder {source!r}; check the path")
 
 
-def validate_config(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
+def validate_config(cfg: DictConfig, choices: Mapping[str, Any], devices: bool = True) -> None:
     """Raise ValueError for an unknown or impossible setting, before anything is built.
 
     choices: {group: name} as chosen on the command line, as far as it is known.
+    devices: whether the run is to train on this machine, which then needs its devices.
     """
     keys, groups = top_level_keys()
     for key in map(str, cfg):
@@ -124,7 +125,8 @@ def validate_config(cfg: DictConfig, choices: Mapping[str, Any]) -> None:
         _check_call(name, plain[name])
     _check_optimizer(plain["optimizer"])
     _check_trainer(plain["trainer"])
-    _check_devices(plain["trainer"])
+    if devices:
+        _check_devices(plain["trainer"])
     for name, method in (("logger", "log_metrics"), ("callbacks", "on_fit_start")):
         for key, part in plain[name].items():
             if part is not None:
