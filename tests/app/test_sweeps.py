@@ -37,7 +37,8 @@ lock = open(folder / ".lock", "a")
 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 with open("starts", "a") as file:
     print(json.dumps({"args": sys.argv[1:], "omp": os.environ.get("OMP_NUM_THREADS"),
-                      "full": os.environ.get("HYDRA_FULL_ERROR"), "at": time.time()}), file=file)
+                      "full": os.environ.get("HYDRA_FULL_ERROR"),
+                      "jobs": os.environ.get("WORLDLOOM_JOBS"), "at": time.time()}), file=file)
 if "resume" not in given:
     (folder / "config.yaml").write_text(json.dumps(given))
 given = json.loads((folder / "config.yaml").read_text())
@@ -127,7 +128,8 @@ def test_six_jobs_of_which_two_fail(sweep, place):
         "to continue:",
         "python -m worldloom.run -m seed=0,1,2 model=dreamerv3_tiny,tdmpc2_tiny sweep=name",
     ]
-    assert done["err"].splitlines()[-1] == (
+    (said,) = done["err"].splitlines()
+    assert said == (
         "error: 2 of 6 jobs failed or were stopped: dreamerv3_tiny-seed1, tdmpc2_tiny-seed1; what "
         "they printed is in runs/sweeps/name/logs"
     )
@@ -225,7 +227,12 @@ def test_all_jobs_are_validated_before_the_first_starts(sweep, place):
         "training.batch_size=4,0": "error: batch_size0: training.batch_size is 0; expected at",
         "model=dreamer,dreemer": "unknown model 'dreemer' (did you mean 'dreamer'?)",
         "seed=1,1": "several jobs of the sweep would have the folder runs/sweeps/seed/seed1",
-        "hydra.launcher.jobs=0 seed=0,1": "hydra.launcher.jobs is 0; expected at least 1",
+        "hydra.launcher.jobs=two seed=0,1": "error: hydra.launcher.jobs is 'two'; expected",
+        "seed=0,1 sweep=": "sweep is ''; expected a name",
+        "seed=0,1 sweep=../x": "sweep is '../x'; expected a name",
+        "seed=0,1 folder=worldloom/run.py/x": "worldloom/run.py is a file; choose another folder",
+        "hydra.sweep.subdir=x seed=0,1": "hydra.sweep.subdir=x has no effect with -m; runs are in",
+        "hydra.run.dir=x seed=0,1": "hydra.run.dir=x has no effect with -m; choose the folder",
     }
     for command, message in mistakes.items():
         refused = sweep("-m", *command.split())
@@ -239,6 +246,7 @@ def test_two_jobs_run_at_a_time_and_share_the_cores(sweep, place):
     assert sweep(*THREE, "hydra.launcher.jobs=2")["code"] == 0
     ended = sorted(float(line) for line in (place / "ends").read_text().split())
     assert ended[0] < starts(place)[2]["at"]  # never three
+    assert {start["jobs"] for start in starts(place)} == {"2"}
     cores = len(os.sched_getaffinity(0))
     assert {start["omp"] for start in starts(place)} <= {"1", str(max(1, cores // 2))}
 

@@ -26,7 +26,13 @@ from gymnasium.vector import SyncVectorEnv
 from worldloom.envs.process import EnvProcess
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.vector import RowStream, make_vector_env
-from worldloom.envs.workers import MAX_CRASHES, WorkerError, choose_workers, measure_step
+from worldloom.envs.workers import (
+    MAX_CRASHES,
+    WorkerError,
+    choose_workers,
+    count_cores,
+    measure_step,
+)
 
 # No process can import this file by its name.
 cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -603,3 +609,15 @@ def test_the_replay_holds_exactly_the_true_transitions(tmp_path):
     # Only where the other environment of a worker crashed in the same step.
     assert not stored and 0 <= lost <= restarts
     assert all(episode["length"] == 4 for episode in collector.finished)
+
+
+def test_cores_are_divided_among_ranks_and_among_jobs_of_a_sweep(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    counts = [count_cores()]
+    monkeypatch.setenv("WORLDLOOM_JOBS", "2")
+    counts.append(count_cores())
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    counts.append(count_cores())
+    monkeypatch.setenv("WORLDLOOM_JOBS", "99")
+    assert [*counts, count_cores()] == [16, 8, 2, 1]

@@ -112,6 +112,19 @@ def test_memory_has_to_hold_what_is_not_mapped(tmp_path, disk):
         replay(tmp_path, 900, "ram")
 
 
+def test_jobs_of_a_sweep_at_a_time_share_the_memory(monkeypatch):
+    """Also while the others have not used theirs; one that starts later finds less available."""
+    monkeypatch.setattr(capacity, "total_memory", lambda: 4_000_000_000)
+    monkeypatch.setattr(capacity, "available_memory", lambda: 4_000_000_000)
+    assert capacity.fit_rows(1000, 1, 3_000_000) == 1000
+    monkeypatch.setenv("WORLDLOOM_JOBS", "2")
+    assert capacity.fit_rows(500, 1, 3_000_000) == 500
+    with pytest.raises(ValueError, match=r"has 2\.0 GB available, shared by 2 jobs"):
+        capacity.fit_rows(1000, 1, 3_000_000)
+    monkeypatch.setattr(capacity, "available_memory", lambda: 2_100_000_000)
+    assert capacity.fit_rows(500, 1, 3_000_000) == 500
+
+
 def test_shrinking_takes_what_fits_and_says_so(tmp_path, disk, caplog):
     disk.memory, disk.free = 1000 * SMALL, 500 * (SMALL + IMAGE + 4 * DETER)
     with caplog.at_level(logging.WARNING):

@@ -98,3 +98,39 @@ def test_bootstrap_is_reproducible_and_covers_the_truth():
         assert (low, high) == bootstrap_interval(mean, scores, repeats=500)
         covered += low < 0 < high
     assert 0.86 < covered / 200 < 0.99
+
+
+def test_everything_equals_a_second_implementation_of_rliables_definitions():
+    """In loops over matrices [runs, tasks], as rliable takes them: numbers of runs of all kinds."""
+    rng = np.random.default_rng(4)
+    for runs, tasks in ((1, 1), (2, 3), (3, 2), (5, 1), (6, 4), (7, 3)):
+        x, y = (rng.integers(0, 6, size=(runs, tasks)) / 4 for _ in range(2))  # with ties
+        flat = sorted(x.ravel())
+        cut = int(0.25 * len(flat))  # scipy's trim_mean with proportiontocut=0.25
+        assert interquartile_mean(list(x.T)) == pytest.approx(
+            sum(flat[cut : len(flat) - cut]) / (len(flat) - 2 * cut)
+        )
+        gap = 1.0 - sum(min(score, 1.0) for score in flat) / len(flat)
+        assert optimality_gap(list(x.T)) == pytest.approx(gap)
+        for threshold in (0.0, 0.3, 0.5, 1.25):
+            share = sum(score > threshold for score in flat) / len(flat)
+            assert performance_profile(list(x.T), np.array([threshold])) == pytest.approx([share])
+        wins = [
+            sum(1.0 if a > b else 0.5 if a == b else 0.0 for a in x[:, t] for b in y[:, t])
+            for t in range(tasks)
+        ]
+        expected = sum(wins) / tasks / runs**2
+        assert probability_of_improvement(list(x.T), list(y.T)) == pytest.approx(expected)
+
+
+def test_the_bootstrap_interval_equals_that_of_a_second_implementation():
+    rng = np.random.default_rng(5)
+    scores = rng.normal(size=(6, 3)) + np.array([0.0, 5.0, 20.0])
+    found = []
+    for _ in range(8000):
+        columns = [scores[rng.choice(6, size=6), task] for task in range(3)]
+        flat = np.sort(np.concatenate(columns))
+        found.append(flat[4:14].mean())  # 18 scores without a quarter, 4, at each end
+    low, high = bootstrap_interval(interquartile_mean, list(scores.T), repeats=8000)
+    # The error of a percentile of 8,000 resamples is about 2 % of their standard deviation.
+    assert [low, high] == pytest.approx(np.percentile(found, [2.5, 97.5]), abs=0.2 * np.std(found))

@@ -73,6 +73,9 @@ class FolderCheck(Callback):
         HydraConfig.instance().set_config(config)  # for ${hydra:...} in the name of the folder
         folder = Path(str(OmegaConf.select(config, key))).absolute()
         try:
+            for path in (folder, *folder.parents):
+                if path.exists() and not path.is_dir():
+                    raise ValueError(f"{path} is a file; choose another folder")
             reject_links(folder)
         except ValueError as error:
             raise _Stop from error

@@ -87,12 +87,18 @@ class Overrides:
         8. In a SLURM job that was requeued, resume=auto is implied (`with_restart`).
 
         Raises:
-            ValueError: folder=PATH is given without a path.
+            ValueError: folder=PATH is given without a path, or sweep=NAME without a name.
         """
         sweeps = bool(SWEEPS & {*self.args})
         where = "hydra.sweep.dir" if sweeps else "hydra.run.dir"
         if (folder := self.value("folder")) in ("", "null"):
             raise ValueError(f"folder is {folder!r}; expected a path, or leave folder out")
+        sweep = self.value("sweep")
+        if sweeps and sweep is not None and not re.fullmatch(r"(?!/|null$|.*\.\.).+", sweep):
+            raise ValueError(
+                f"sweep is {sweep!r}; expected a name, for the folder runs/sweeps/NAME; another "
+                "folder is folder=PATH"
+            )
         keys = {key_of(arg) for arg in self.args}
         full: list[str] = []
         for arg in self.args:

@@ -18,7 +18,7 @@ from worldloom.app.cluster import Cluster
 from worldloom.app.cluster_config import ProcessesConfig
 from worldloom.app.cluster_jobs import list_cancel
 from worldloom.app.cluster_queue import JOBS
-from worldloom.app.compose import LAUNCHERS
+from worldloom.app.compose import LAUNCHERS, key_of
 from worldloom.app.hints import FLAGS
 from worldloom.app.saved_config import list_trusted
 from worldloom.app.sweep_folder import LOGS, SweepFolder, hold_sweep
@@ -28,6 +28,11 @@ from worldloom.app.validation import build_settings, validate_config
 
 # Hydra's own overrides that belong to the sweep and not to its jobs.
 OF_SWEEP = re.compile(r"\+*hydra[./](sweep|sweeper|launcher|run|mode)\b")
+
+REJECTED = {
+    "hydra.run.dir": "choose the folder of the sweep: folder=PATH or sweep=NAME",
+    "hydra.sweep.subdir": "runs are in folders that are named after what differs; leave it out",
+}
 
 
 class Processes(Launcher):
@@ -41,6 +46,7 @@ class Processes(Launcher):
 
     def __init__(self, **settings: Any) -> None:
         self.settings: Any = OmegaConf.to_container(OmegaConf.create(settings))
+        self.composed: dict[tuple[str, ...], DictConfig] = {}
 
     def _make_cluster(self) -> Cluster | None:
         """Return where the jobs are submitted, after checking the settings of the launcher."""
@@ -50,8 +56,20 @@ class Processes(Launcher):
         return None
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        """Store the configuration of the sweep."""
-        self.context, self.config = hydra_context, config
+        """Store the configuration of the sweep.
+
+        Hydra's sweeper composes each job to validate it; these compositions are kept for the jobs.
+        """
+        self.config = config
+        loader = hydra_context.config_loader
+        self.compose = loader.load_sweep_config
+
+        def compose(master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+            cfg: DictConfig = self.compose(master_config, sweep_overrides)
+            self.composed[tuple(sweep_overrides)] = cfg
+            return cfg
+
+        loader.load_sweep_config = compose
 
     def launch(
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
@@ -67,6 +85,9 @@ class Processes(Launcher):
                 "a sweep starts the processes of its jobs, but torchrun or srun has started "
                 "several of this command; start it once, without them"
             )
+        for word in self.config.hydra.overrides.hydra:
+            if (advice := REJECTED.get(key_of(word))) is not None:
+                raise ValueError(f"{word} has no effect with -m; {advice}")
         cluster = self._make_cluster()
         fixed = {
             part.key_or_group: text_of(part)
@@ -105,7 +126,7 @@ class Processes(Launcher):
         differs = {key: part for key, part in parts.items() if key in sweep.varied}
         name = name_run({key: text_of(part) for key, part in differs.items()})
         folder, log = sweep.path / name, sweep.path / LOGS / f"{name}.log"
-        cfg = self.context.config_loader.load_sweep_config(self.config, words)
+        cfg = self.composed.pop(tuple(words), None) or self.compose(self.config, words)
         with open_dict(cfg):
             cfg.folder, hydra = str(folder), cfg.pop("hydra")
         try:
@@ -145,6 +166,21 @@ class Local(Processes):
     executor = "local"
 
 
+class Returned(JobReturn):
+    """The end of a job; unlike Hydra's class it prints nothing, since the sweep has printed it."""
+
+    @property
+    def return_value(self) -> Any:
+        """Return the final return, or raise the error."""
+        if self.status == JobStatus.FAILED:
+            raise self._return_value
+        return self._return_value
+
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
+
+
 def _returns(jobs: Sequence[Job], sweep: SweepFolder) -> list[JobReturn]:
     """Return what Hydra's sweepers expect: final returns, and one error of all failed jobs."""
     states = [sweep.jobs[job.name] for job in jobs]
@@ -156,9 +192,9 @@ def _returns(jobs: Sequence[Job], sweep: SweepFolder) -> list[JobReturn]:
         f"{len(bad)} of {len(jobs)} jobs failed or were stopped: {', '.join(bad)}; what they "
         f"printed is in {sweep.path / LOGS}"
     )
-    returns = []
+    returns: list[JobReturn] = []
     for job, fails in zip(jobs, failed, strict=True):
-        held = JobReturn(job.overrides, job.cfg, working_dir=str(job.folder), task_name=job.name)
+        held = Returned(job.overrides, job.cfg, working_dir=str(job.folder), task_name=job.name)
         held.status = JobStatus.FAILED if fails else JobStatus.COMPLETED
         held.return_value = error if fails else job.score
         returns.append(held)

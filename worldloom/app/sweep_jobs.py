@@ -256,6 +256,7 @@ class Runner:
         env = {k: v for k, v in os.environ.items() if k != "HYDRA_FULL_ERROR"}
         env["WORLDLOOM_PARENT"] = str(os.getpid())  # if it is killed, the job saves and ends
         if self.most > 1:
+            env["WORLDLOOM_JOBS"] = str(self.most)
             env.setdefault("OMP_NUM_THREADS", str(max(1, count_cores() // self.most)))
         job.gpus = choose_gpus(self._gpus, self.running, job.cfg.trainer.get("devices"))
         if job.gpus:

@@ -1,5 +1,6 @@
 """Validation of a composed configuration before anything is built from it."""
 
+import functools
 import importlib.util
 import inspect
 import logging
@@ -359,16 +360,22 @@ def format_value(value: Any) -> str:
 
 def top_level_keys() -> tuple[list[str], list[str]]:
     """Return the keys of a whole configuration, and those of them that are groups."""
-    entries: Any = OmegaConf.load(config_dir() / "config.yaml").defaults
-    groups = [str(key) for entry in entries if isinstance(entry, DictConfig) for key in entry]
+    entries = _read_config()["defaults"]
+    groups = [str(key) for entry in entries if isinstance(entry, dict) for key in entry]
     groups = [group for group in groups if group != "experiment" and "hydra" not in group]
     return [*groups, *_base_config()], groups
 
 
 def _base_config() -> dict[str, Any]:
     """Return the keys that conf/config.yaml itself sets."""
+    return {k: v for k, v in _read_config().items() if k not in ("defaults", "hydra")}
+
+
+@functools.cache
+def _read_config() -> dict[str, Any]:
+    """Return conf/config.yaml, which callers do not change."""
     held: Any = OmegaConf.to_container(OmegaConf.load(config_dir() / "config.yaml"))
-    return {key: value for key, value in held.items() if key not in ("defaults", "hydra")}
+    return held
 
 
 def _choices(group: str) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ Letters used in shapes: N environments.
 """
 
 import logging
+import math
 import os
 import pickle
 import time
@@ -258,10 +259,15 @@ def _merge_infos(parts: Any, sizes: list[int]) -> dict[str, Any]:
 
 
 def count_cores() -> int:
-    """Return the number of cores for this process, which those of a run on a machine share."""
+    """Return the number of cores for this process.
+
+    The processes of a run on a machine share its cores, and so do the jobs of a sweep that run at a
+    time (WORLDLOOM_JOBS).
+    """
     affinity: Any = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    sharers = (int(os.environ.get(name, 1)) for name in ("LOCAL_WORLD_SIZE", "WORLDLOOM_JOBS"))
+    return max(1, cores // math.prod(sharers))
 
 
 def choose_workers(env: gym.Env, num_envs: int) -> int:

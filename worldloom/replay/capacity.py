@@ -57,7 +57,8 @@ def fit_rows(
 ) -> int:
     """Return the rows per stream after checking that memory and disk are large enough for them.
 
-    The processes of a run on this machine share both.
+    The processes of a run on this machine share both. Each of several jobs of a sweep at a time
+    (WORLDLOOM_JOBS) may use its share of all memory, since others may not have used theirs yet.
 
     in_memory, on_disk: bytes per step; folder: of the files; own: bytes of this run's files in the
     folder, which count as free; shrink: if the rows do not fit, return the number that does.
@@ -66,10 +67,12 @@ def fit_rows(
         ValueError: memory or disk are too small, and `shrink` is false or no row fits.
     """
     sharers = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    jobs = int(os.environ.get("WORLDLOOM_JOBS", 1))
     each = f" for each of {sharers} processes" if sharers > 1 else ""
-    room = [
-        (in_memory, available_memory() // sharers, f"the machine has {{:.1f}} GB available{each}")
-    ]
+    share = total_memory() // jobs if jobs > 1 else math.inf
+    memory = min(available_memory(), share) // sharers
+    of_jobs = f", shared by {jobs} jobs" if jobs > 1 else ""
+    room = [(in_memory, memory, f"the machine has {{:.1f}} GB available{each}{of_jobs}")]
     if folder is not None and on_disk:
         free = f"the disk of {folder} has {{:.1f}} GB free{each}"
         room.append((on_disk, (free_disk(folder) + own) // sharers, free))
@@ -134,13 +137,23 @@ def available_memory() -> int:
     return int(min(machine, _container_memory()))
 
 
-def _container_memory() -> float:
-    """Return the bytes left below the limit of this control group; infinite without a limit."""
+def total_memory() -> int:
+    """Return the bytes of memory of the machine, or of its container."""
+    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(min(machine, _container_memory(whole=True)))
+
+
+def _container_memory(whole: bool = False) -> float:
+    """Return the bytes left below the limit of this control group; infinite without a limit.
+
+    whole: return the limit itself.
+    """
     for *names, cache in CGROUP_FILES:
         try:
             limit, used, stat = ((CGROUPS / name).read_text() for name in names)
         except OSError:
             continue  # the other version, or no control groups at all
+        most = float(limit.replace("max", "inf"))
         found = re.search(rf"^{cache} (\d+)", stat, re.MULTILINE)
-        return float(limit.replace("max", "inf")) - int(used) + int(found[1] if found else 0)
+        return most if whole else most - int(used) + int(found[1] if found else 0)
     return math.inf
