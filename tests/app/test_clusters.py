@@ -100,7 +100,7 @@ def test_a_sweep_is_one_job_array_and_failures_do_not_stop_others(sweep, place):
     (place / "broken").unlink()
     again = sweep()
     assert again["code"] == 0 and "seed1: queued, job 1001" in again["out"]
-    assert len(starts(place)) == 4 and "array" not in submissions(place)[1]
+    assert len(starts(place)) == 4 and "--array" not in submissions(place)[1]
 
 
 def test_jobs_outlive_the_sweep_and_are_not_submitted_twice(sweep, slurm, place):
