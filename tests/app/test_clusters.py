@@ -75,7 +75,7 @@ def test_a_sweep_is_one_job_array_and_failures_do_not_stop_others(sweep, place):
     done = sweep(
         *(*THREE, "hydra.launcher.partition=gpu", "hydra.launcher.mem=16G"),
         *("hydra.launcher.array_parallelism=2", "hydra.launcher.account=mine"),
-        "hydra.launcher.cpus_per_task=3",
+        *("hydra.launcher.cpus_per_task=3", "trainer=gpu"),  # here is no GPU
         *("hydra.launcher.additional_parameters={reservation: night}",),
     )
     assert done["code"] == 1, done
@@ -98,15 +98,15 @@ def test_a_sweep_is_one_job_array_and_failures_do_not_stop_others(sweep, place):
     assert all(start["full"] is None for start in starts(place))
     assert states(place) == {"seed0": "finished", "seed1": "failed", "seed2": "finished"}
     (place / "broken").unlink()
-    again = sweep()
-    assert again["code"] == 0 and "seed1: queued, job 1001" in again["out"]
+    again = sweep(*THREE, "trainer=gpu")
+    assert again["code"] == 0 and "seed1: queued, job 1001" in again["out"], again
     assert len(starts(place)) == 4 and "--array" not in submissions(place)[1]
 
 
 def test_jobs_outlive_the_sweep_and_are_not_submitted_twice(sweep, slurm, place):
     (place / "slow").touch()
     killed = sweep(kill=("two", signal.SIGKILL))  # as soon as two jobs have begun
-    assert killed["code"] == -signal.SIGKILL
+    assert killed["code"] == -signal.SIGKILL, killed
     wait_for(lambda: states(place) == RUNNING)
     (place / "slurm" / "full").touch()
     # A preemption, as submitit's SlurmJob._interrupt sends it.

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from worldloom.app.command_line import USER_ERRORS, explain_error
 from worldloom.ranks import RankError
+from worldloom.starting import SIGNALS
 
 POLL = 0.2  # seconds between two looks at the other processes
 GRACE = 10.0  # seconds in which processes end by themselves after a failure, before they are killed
@@ -43,7 +44,7 @@ def is_broken_exchange(error: BaseException | None) -> bool:
 def describe_exit(code: int) -> str:
     """Return how a process ended, from its exit code; negative is a signal."""
     number = -code if code < 0 else code - 128
-    if number in (signal.SIGINT, signal.SIGTERM):
+    if number in SIGNALS:
         return f"was stopped by {signal.Signals(number).name}"
     if code >= 0:
         return f"ended with exit code {code}"

@@ -130,7 +130,7 @@ class Processes(Launcher):
         with open_dict(cfg):
             cfg.folder, hydra = str(folder), cfg.pop("hydra")
         try:
-            validate_config(cfg, hydra.runtime.choices, devices=cluster is None)
+            validate_config(cfg, hydra.runtime.choices, devices=self.executor != "slurm")
             if cluster is not None:
                 cluster.require_processes(cfg.trainer)
         except (ValueError, TypeError) as error:
