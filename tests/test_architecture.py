@@ -4,6 +4,7 @@ The sources are parsed, not imported. Each test lists all offenders.
 """
 
 import ast
+import re
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "worldloom"
@@ -12,7 +13,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Bottom to top. A file may import from its own entry and from those on earlier lines, at the top of
 # the file or inside a function. An entry is a module, a subpackage, or a command in a subpackage.
 LAYERS = [
-    {"errors", "starting", "trees", "files", "timing", "memory"},
+    {"errors", "starting", "trees", "timing", "memory"},
+    {"files"},
     {"protocol", "devices", "ranks"},
     {"random_batches"},
     {"nn"},
@@ -143,6 +145,26 @@ def test_model_families_are_independent():
         for name in imports(path)
         for family in families - {path.parent.name}
         if name.startswith(f"worldloom.models.{family}")
+    ]
+
+
+# Calls that read what others may have written or quote printed commands -> where they may be.
+GATES = {
+    r"\btorch\.load\(": ("files.py", "check/saving.py"),
+    r"\bnp\.load\(|format\.read_array\(": ("files.py",),
+    r"\byaml\.(load|parse)\(": ("files.py", "results/runs.py"),
+    r"OmegaConf\.load\(": ("presets.py", "app/validation.py"),  # of conf/
+    r"\bpickle\.loads?\(": ("app/launch.py", "envs/process.py"),  # of worldloom's own processes
+    r"\bshlex\b": ("errors.py",),
+}
+
+
+def test_files_of_others_are_read_and_commands_quoted_in_one_place():
+    assert not [
+        f"{name_of(path)} has {pattern}"
+        for pattern, places in GATES.items()
+        for path in FILES
+        if name_of(path) not in places and re.search(pattern, path.read_text())
     ]
 
 

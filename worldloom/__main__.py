@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import worldloom
 from worldloom import starting
-from worldloom.errors import find_similar
+from worldloom.errors import find_similar, quote
 
 COMMANDS = {
     "run": "train a model, or continue a run (resume=...)",
@@ -63,7 +63,7 @@ def _explain(args: Sequence[str]) -> str:
     """Return why the first argument is not a command, and what to write instead."""
     name = args[0]
     if "=" in name:
-        return f"{name!r} is not a command; to train write: worldloom run {' '.join(args)}"
+        return f"{name!r} is not a command; to train write: worldloom run {quote(*args)}"
     similar = find_similar(name, [*COMMANDS, *OTHER_NAMES])
     near = f" (did you mean {OTHER_NAMES.get(similar[0], similar[0])!r}?)" if similar else ""
     return f"unknown command {name!r}{near}; commands: {', '.join(COMMANDS)}"

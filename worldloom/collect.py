@@ -21,7 +21,7 @@ import torch
 
 from worldloom.acting import Act, make_act, play, share_episodes, use_seed
 from worldloom.app.command_line import parse_settings, run_command, split_settings
-from worldloom.app.compose import Overrides, compose_env
+from worldloom.app.compose import Overrides, compose_env, quote_value
 from worldloom.app.run_dir import reject_links
 from worldloom.app.saved_config import env_overrides
 from worldloom.app.task import Task, load_actor, open_saved_run
@@ -31,7 +31,7 @@ from worldloom.datasets.folder import read_about
 from worldloom.datasets.writer import FolderWriter
 from worldloom.envs.spaces import Obs
 from worldloom.envs.vector import RowStream
-from worldloom.errors import require_positive
+from worldloom.errors import quote, require_positive
 
 LOG_INTERVAL = 20.0  # seconds between two lines of progress
 
@@ -108,8 +108,8 @@ def collect(config: CollectConfig, args: Iterable[str] = ()) -> str:
     return (
         f"{progress.summary()}\n{out}: {len(held):,} episodes, {held.steps:,} steps, "
         f"{size / 1e6:,.1f} MB\ntrain on it: python -m worldloom.run data=offline "
-        f"data.path={out} model=dreamerv3_size1m training.total_steps=20000 "
-        f"{env_overrides(section)}".rstrip()
+        f"{quote(f'data.path={quote_value(str(out))}')} model=dreamerv3_size1m "
+        f"training.total_steps=20000 {env_overrides(section)}".rstrip()
     )
 
 

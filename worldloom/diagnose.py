@@ -30,8 +30,9 @@ from torch.utils import _pytree as pytree
 from worldloom.app.command_line import run_command
 from worldloom.app.compose import Overrides
 from worldloom.devices import require_device
-from worldloom.errors import list_names
+from worldloom.errors import escape, list_names
 from worldloom.factory import create_world_model
+from worldloom.files import read_tensors
 from worldloom.protocol import split_result
 from worldloom.records import REGISTERED
 from worldloom.training.nonfinite import bad_gradients, bad_terms, find_nonfinite
@@ -87,7 +88,8 @@ class Diagnosis:
             lines += [f"backward:  {self.backward}"]
         again = "fails again" if self.raised else "or a gradient is not finite again"
         lost = "not reproduced: the loss and all gradients are finite this time"
-        return "\n".join([*lines, "", f"reproduced: the loss {again}" if self.reproduced else lost])
+        lines += ["", f"reproduced: the loss {again}" if self.reproduced else lost]
+        return "\n".join(escape(line) for text in lines for line in text.split("\n"))
 
     def _loss_lines(self) -> Iterator[str]:
         width = max(map(len, self.losses))
@@ -261,7 +263,7 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{expected}does not exist; look in <run folder>/checkpoints")
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
+        saved = read_tensors(file)
     except Exception as error:
         reason = " ".join(str(error).split(". ")[0].split())
         raise ValueError(f"{expected}cannot be read: {reason}") from None

@@ -1,6 +1,8 @@
-"""Argument checks and suggestions of similar names for error messages."""
+"""Texts for messages: argument checks, suggestions, and strings from files made safe to show."""
 
 import difflib
+import os
+import shlex
 from collections.abc import Iterable
 
 
@@ -42,3 +44,31 @@ def list_names(names: Iterable[str], most: int = 5) -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def escape(text: object) -> str:
+    r"""Return a text on one line, without characters that control a terminal or its layout.
+
+    Control characters, also line breaks, and invisible ones such as those that reverse the
+    direction of writing become escapes such as \x1b and \u202e.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def quote(*words: object) -> str:
+    """Return words of a command line as bash reads them back: the only place that quotes them.
+
+    Words with control or invisible characters become $'...', so that no character of a pasted
+    line acts on the terminal.
+    """
+    return " ".join(map(_quote_word, map(str, words)))
+
+
+def _quote_word(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    parts = []
+    for c in word:
+        code = "".join(f"\\x{byte:02x}" for byte in os.fsencode(c))
+        parts.append(f"\\{c}" if c in "'\\" else c if c.isprintable() else code)
+    return f"$'{''.join(parts)}'"

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from worldloom.devices import require_device
-from worldloom.errors import suggest
+from worldloom.errors import escape, suggest
 from worldloom.presets import (
     aliases,
     describe_preset,
@@ -18,7 +18,13 @@ from worldloom.presets import (
     override_preset,
     preset_names,
 )
-from worldloom.records import REGISTERED, list_parameters, name_target, record_call
+from worldloom.records import (
+    REGISTERED,
+    build_bounded,
+    list_parameters,
+    name_target,
+    record_call,
+)
 from worldloom.saving import Tensors, load_tensors, read_weights
 from worldloom.trees import map_tree
 
@@ -126,14 +132,22 @@ def build_model(
     return construct(target, {**dict(spaces), **options}, SPACES)
 
 
-def construct(target: str, arguments: Mapping[str, Any], needed: Sequence[str] = ()) -> nn.Module:
+def construct(
+    target: str,
+    arguments: Mapping[str, Any],
+    needed: Sequence[str] = (),
+    most: tuple[int, int] | None = None,
+) -> nn.Module:
     """Call the class or function `target`, and record the call in the model.
 
     target: a name in REGISTERED, or an import path.
     needed: parameters that it must have.
+    most: numbers and tensors in the file with the model's weights, if there is one. A class of
+        worldloom that would have more is not built.
 
     Raises:
-        ValueError: the class cannot be imported, does not accept the arguments, or is not a module.
+        ValueError: the class cannot be imported, does not accept the arguments, or is not a module,
+            or a model of worldloom is larger than the file or the free memory.
     """
     cls = import_target(REGISTERED.get(target, target))
     parameters, takes_any = list_parameters(cls)
@@ -145,7 +159,10 @@ def construct(target: str, arguments: Mapping[str, Any], needed: Sequence[str] =
         if name in arguments
     }
     arguments = {**arguments, **spaces}
-    model = cls(**arguments)
+    if name_target(cls) in REGISTERED:
+        model = build_bounded(cls, arguments, most)
+    else:
+        model = cls(**arguments)
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"{target} returned a {type(model).__name__}, which is not a torch.nn.Module; "
@@ -264,7 +281,11 @@ def _load(
         now, saved = (map_tree(_to_python, x, sequence=tuple) for x in (given, known))
         if given is not None and now != saved:
             raise ValueError(f"{path} was saved with {name}={known}, not {given}")
-    model = construct(target, arguments)
+    most = sum(tensor.numel() for tensor in tensors.values()), len(tensors)
+    try:
+        model = construct(target, arguments, most=most)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     load_tensors(model, tensors, path)
     return model
 
@@ -329,7 +350,7 @@ class Transfer:
         lines += [f"  skipped {name}: {reason}" for name, reason in self.skipped.items()]
         if self.unused:
             lines.append(f"  only in the file: {', '.join(self.unused)}")
-        return "\n".join(lines)
+        return "\n".join(map(escape, lines))
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from worldloom.errors import require
+from worldloom.memory import require_memory
 from worldloom.nn import distributions
 from worldloom.protocol import LatentState, WorldModel
 
@@ -159,6 +160,8 @@ class SamplingPlanner:
         self.groups = _split_groups(self.action_dim, self.discrete)
         for name in ("horizon", "num_elites", "iterations"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        size = 4 * self.num_samples * self.horizon  # bytes of one number of each action
+        require_memory(size, f"num_samples={self.num_samples}, horizon={self.horizon}")
         limit = f"at most num_samples = {self.num_samples}"
         require(self.num_elites <= self.num_samples, "num_elites", self.num_elites, limit)
         require(0 <= self.discount <= 1, "discount", self.discount, "a number in [0, 1]")

@@ -3,16 +3,28 @@
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from worldloom.memory import available_memory, format_bytes
+from worldloom.trees import flatten_tree
 
 # Classes of worldloom, which saved models name by their family. The user has to allow any other.
 REGISTERED = {
     "dreamerv3": "worldloom.models.dreamerv3.model.DreamerV3",
     "tdmpc2": "worldloom.models.tdmpc2.model.TDMPC2",
 }
+TENSORS = 100_000  # that a model may have; the largest presets have a few hundred
+# What torch and Python raise for settings that fit no layer.
+UNBUILDABLE = (ArithmeticError, LookupError, RuntimeError, TypeError, AttributeError, MemoryError)
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
@@ -130,3 +142,56 @@ def restore_tuples(tree: Any, tuples: list[Any], path: tuple[Any, ...] = ()) -> 
         items = [restore_tuples(value, tuples, (*path, i)) for i, value in enumerate(tree)]
         return tuple(items) if list(path) in tuples else items
     return tree
+
+
+class TooLargeError(ValueError):
+    """A model that does not fit into memory, or does not fit its weights."""
+
+
+def build_bounded(
+    cls: type[nn.Module], arguments: Mapping[str, Any], most: tuple[int, int] | None = None
+) -> nn.Module:
+    """Build a model of worldloom, after counting its numbers without allocating them.
+
+    most: numbers and tensors in the file with its weights; None for what fits into memory.
+
+    Raises:
+        ValueError: the model has far more of them, or it cannot be built.
+    """
+    room, counts = available_memory(), [0, 0]
+    # Buffers that are not saved, and tensors that are replaced, are counted too.
+    limits = (2 * most[0] + 10**6, 2 * most[1] + 1000) if most else (room // 4, TENSORS)
+
+    def count(module: nn.Module, name: str, tensor: torch.Tensor | None) -> None:
+        counts[0] += 0 if tensor is None else tensor.numel()
+        counts[1] += 1
+        if counts[0] > limits[0] or counts[1] > limits[1]:
+            has = (
+                f"{format_bytes(room)} of memory have room for" if most is None else "the file has"
+            )
+            numbers, tensors = most or limits
+            raise TooLargeError(
+                f"the settings of {cls.__name__} need {counts[0]:,} numbers in {counts[1]:,} "
+                f"tensors or more, but {has} {numbers:,} in {tensors:,}; use smaller ones"
+            )
+
+    for name, value in flatten_tree(arguments, ".").items():
+        if name.endswith("layers") and isinstance(value, int) and value > limits[1]:
+            raise TooLargeError(f"{name} is {value:,}; expected fewer than {limits[1]:,} layers")
+    hooks = [
+        register_module_parameter_registration_hook(count),
+        register_module_buffer_registration_hook(count),
+    ]
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), suppress(*UNBUILDABLE):
+            cls(**arguments)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    try:
+        return cls(**arguments)
+    except UNBUILDABLE as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(
+            f"{cls.__name__} cannot be built ({reason}); correct its settings"
+        ) from error

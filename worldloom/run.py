@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import shlex
 import signal
 import sys
 import time
@@ -27,6 +26,7 @@ from worldloom.app.help import describe_run
 from worldloom.app.hints import flags_first
 from worldloom.app.run_dir import remove_empty
 from worldloom.app.validation import validate_config
+from worldloom.errors import quote
 from worldloom.memory import keep_freed_memory
 from worldloom.presets import config_dir
 
@@ -248,7 +248,7 @@ def report(run: "Run", scores: dict[str, float], seconds: float) -> None:
         final = f"final return {mean:.1f} ± {std:.1f} ({episodes} episodes){which}"
     lines = [f"\n{final}", f"trained in {seconds / 60:.1f} minutes", f"results:     {folder}"]
     if any(folder.rglob("events.out.tfevents.*")):
-        lines.append(f"watch it:    {shlex.join(['tensorboard', '--logdir', str(folder)])}")
+        lines.append(f"watch it:    {quote('tensorboard', '--logdir', folder)}")
     path = f"{str(folder)!r}{format_allow(plain)}"
     if scores:
         score = format_command("eval", f"checkpoint={folder}", config=plain)

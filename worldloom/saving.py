@@ -14,7 +14,14 @@ from omegaconf import OmegaConf
 from safetensors import safe_open
 from torch import nn
 
-from worldloom.files import atomic_write, check_format, read_yaml, reject_interpolations
+from worldloom.files import (
+    atomic_write,
+    check_format,
+    read_tensors,
+    read_yaml,
+    reject_interpolations,
+    require_regular,
+)
 from worldloom.records import find_obstacle, find_tuples, is_plain, record_call, restore_tuples
 
 # Version of the layout and names in saved models; raised whenever older files cannot be read.
@@ -162,6 +169,7 @@ def read_saved(folder: Path) -> tuple[dict[str, Any], Tensors]:
     fix = "load it with the version that wrote it, or train again"
     check_format(folder / CONFIG, config.pop("format", None), FORMAT, fix)
     try:
+        require_regular(folder / WEIGHTS)
         with safe_open(folder / WEIGHTS, "pt") as file:
             id_ = (file.metadata() or {}).get("id")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -187,9 +195,11 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Any], Tensors]:
             interpolations.
     """
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = read_tensors(file, mmap=True)
         config = checkpoint["hyper_parameters"]["model"]
-        state = checkpoint["state_dict"]
+        state = {name: value for name, value in checkpoint["state_dict"].items()}
+        if other := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+            raise ValueError(f"{other[0]} is not a tensor")
     except Exception as error:
         raise ValueError(
             f"{file} is not a readable worldloom checkpoint: {describe_damage(file, error)}; "
@@ -203,8 +213,9 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Any], Tensors]:
 
 def describe_damage(file: Path, error: Exception) -> str:
     """Return a short reason why torch could not read a file."""
-    if not zipfile.is_zipfile(file):
-        start = file.read_bytes()[:2] if file.is_file() else b""
+    if file.is_file() and not zipfile.is_zipfile(file):
+        with file.open("rb") as opened:
+            start = opened.read(2)
         reasons = {b"PK": "it is truncated", b"": "it is empty"}
         return reasons.get(start, "it is a file of another kind")
     if found := re.search(r"GLOBAL (\S+)", str(error)):

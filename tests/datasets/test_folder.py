@@ -273,9 +273,9 @@ def test_files_that_are_no_episodes(tmp_path):
     whole = (tmp_path / "000.npz").read_bytes()
     file = tmp_path / "001.npz"
     for content, message in [
-        (whole[:-30], "001.npz is a truncated zip file; expected arrays written by numpy.savez"),
-        (b"hello", "001.npz is not a zip file; expected"),
-        (b"", "001.npz is not a zip file"),
+        (whole[:-30], r"001.npz cannot be read \(it is a truncated zip file\); expected arrays"),
+        (b"hello", r"001.npz cannot be read \(it is not a zip file\); expected"),
+        (b"", "it is not a zip file"),
         (whole[:60] + bytes(40) + whole[100:], r"001.npz cannot be read \("),
     ]:
         file.write_bytes(content)
@@ -286,7 +286,7 @@ def test_files_that_are_no_episodes(tmp_path):
 def test_an_array_saved_alone(tmp_path):
     with (tmp_path / "a.npz").open("wb") as file:
         np.save(file, np.zeros(3))
-    with pytest.raises(ValueError, match=r"a.npz is not a zip file"):
+    with pytest.raises(ValueError, match=r"a.npz cannot be read \(it is not a zip file"):
         open_dataset(tmp_path)
 
 

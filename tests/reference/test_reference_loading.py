@@ -152,7 +152,7 @@ def test_reference_hostile_pickle_is_refused(place: str, function: Any, tmp_path
     }[place]
     path = tmp_path / "agent.pkl"
     path.write_bytes(pickle.dumps(content))
-    with pytest.raises(ValueError, match=r"agent\.pkl.*nothing in it was run"):
+    with pytest.raises(ValueError, match=r"agent\.pkl.*nothing in it was executed"):
         create_world_model(path, obs_shape=(3,), action_dim=2)
     assert not trace.exists()
     pickle.loads(path.read_bytes())  # the attack would have worked

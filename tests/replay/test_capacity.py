@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from worldloom import memory
 from worldloom.protocol import ReplayField
 from worldloom.replay import capacity
 from worldloom.training import ReplayBuffer
@@ -52,7 +53,7 @@ def test_more_than_the_free_memory_is_refused(monkeypatch):
     ],
 )
 def test_limit_of_a_container(monkeypatch, tmp_path, files, left):
-    monkeypatch.setattr(capacity, "CGROUPS", tmp_path)
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)

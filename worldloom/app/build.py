@@ -22,6 +22,7 @@ from worldloom.app.task import Evaluator, Task
 from worldloom.app.unsupported import require_supported
 from worldloom.datasets import Dataset, open_dataset
 from worldloom.envs.workers import count_cores
+from worldloom.errors import escape, quote
 from worldloom.factory import transfer
 from worldloom.ranks import Ranks, rank, seed_of_rank, world_size
 
@@ -71,7 +72,7 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
     resumes = bool(ranks.decide(resume and has_checkpoint(folder / "checkpoints")))
     if resume:
         changes = require_changeable(read_config(folder), config.saved)
-        print(f"resuming {folder}", *changes, sep="\n  ", flush=True)
+        print(f"resuming {folder}", *map(escape, changes), sep="\n  ", flush=True)
     if resume and not resumes:
         print("it was stopped before its first checkpoint, so it starts again", flush=True)
     if not resumes and rank() == 0:
@@ -342,7 +343,7 @@ def require_shapes(model: Any, checkpoint: dict[str, Any], folder: Path) -> None
         raise ValueError(
             f"the overrides change the model's shapes: {wrong[0]} has {before and tuple(before)} "
             f"in the checkpoint, and {after and tuple(after)} now; leave them out, or begin a new "
-            f"run from this one's weights: init_from={folder}"
+            f"run from this one's weights: {quote(f'init_from={folder}')}"
         )
 
 

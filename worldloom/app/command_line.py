@@ -30,7 +30,7 @@ from worldloom.app.help import list_choices
 from worldloom.app.hints import find_bare_word, find_dashes, hint_choice, hint_key
 from worldloom.app.run_dir import reject_links, remove_empty
 from worldloom.app.validation import RENAMED, SECTIONS, build_settings, suggest_key, top_level_keys
-from worldloom.errors import suggest
+from worldloom.errors import escape, quote, suggest
 from worldloom.memory import keep_freed_memory
 from worldloom.presets import config_dir
 
@@ -158,8 +158,8 @@ def reject_slips(args: Sequence[str]) -> None:
         )
     if run := overrides.value("checkpoint"):
         raise ValueError(
-            f"checkpoint={run} is not a setting of a run; to continue a run write resume={run}, to "
-            f"score it: worldloom eval checkpoint={run}"
+            f"checkpoint={run} is not a setting of a run; to continue a run write "
+            f"{quote(f'resume={run}')}, to score it: worldloom eval {quote(f'checkpoint={run}')}"
         )
 
 
@@ -205,9 +205,13 @@ def stop_on_errors() -> Iterator[None]:
 
 def explain_error(error: BaseException) -> str:
     """Return one line that gives the wrong value, what was expected and how to fix it."""
+    if isinstance(error, ChildProcessError):  # contains the traceback of a worker process
+        return "\n".join(map(escape, str(error).split("\n")))
+    return escape(_explain(error))
+
+
+def _explain(error: BaseException) -> str:
     text = str(error)
-    if isinstance(error, ChildProcessError):
-        return text  # contains the traceback of a worker process
     if "Config group override must be a string" in text:
         return (
             "a group takes the name of a choice, such as trainer=gpu; only the recipe can be "

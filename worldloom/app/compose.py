@@ -142,6 +142,14 @@ def key_of(argument: str) -> str:
     return argument.lstrip("+~").partition("=")[0]
 
 
+def quote_value(text: str) -> str:
+    """Return a text as Hydra reads it as one value."""
+    if re.fullmatch(r"[\w./:+-]*", text):
+        return text
+    text = re.sub(r"(\\+)(?='|$)", r"\1\1", text)
+    return "'" + text.replace("'", r"\'") + "'"
+
+
 def register_defaults() -> None:
     """Add training=default, evaluation=default and the launchers of sweeps to Hydra's choices."""
     for name, cls in (("training", TrainingConfig), ("evaluation", EvaluationConfig)):

@@ -25,8 +25,10 @@ from worldloom.app.failures import GRACE, POLL, Peers
 from worldloom.app.run_dir import LOG
 from worldloom.app.saved_config import ResolvedConfig, format_command
 from worldloom.app.shares import require_divisible
+from worldloom.memory import require_memory
 from worldloom.ranks import Ranks
 
+PROCESS_BYTES = 2**27  # lower limit of the memory of a process that has imported torch
 CONNECT = timedelta(seconds=300)  # that rank 0 has to start
 
 
@@ -332,6 +334,8 @@ def _plan(config: ResolvedConfig, resumes: bool, outside: bool) -> Job | None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     names = ("accelerator", "devices")
     chosen = {name: trainer[name] for name in names if name in trainer}
+    if isinstance(devices, int):
+        require_memory(PROCESS_BYTES * (devices * nodes - 1), f"trainer.devices={devices}")
     try:
         probe = lightning.Trainer(
             **chosen, logger=False, enable_checkpointing=False, plugins=[LightningEnvironment()]

@@ -1,7 +1,6 @@
 """Hydra's launcher for `-m`: each job of a sweep is a worldloom command in its own process."""
 
 import re
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,13 +17,14 @@ from worldloom.app.cluster import Cluster
 from worldloom.app.cluster_config import ProcessesConfig
 from worldloom.app.cluster_jobs import list_cancel
 from worldloom.app.cluster_queue import JOBS
-from worldloom.app.compose import LAUNCHERS, key_of
+from worldloom.app.compose import LAUNCHERS, key_of, quote_value
 from worldloom.app.hints import FLAGS
 from worldloom.app.saved_config import list_trusted
 from worldloom.app.sweep_folder import LOGS, SweepFolder, hold_sweep
 from worldloom.app.sweep_jobs import Job, JobList, Runner
 from worldloom.app.sweep_names import name_run, parse_overrides, text_of
 from worldloom.app.validation import build_settings, validate_config
+from worldloom.errors import quote
 
 # Hydra's own overrides that belong to the sweep and not to its jobs.
 OF_SWEEP = re.compile(r"\+*hydra[./](sweep|sweeper|launcher|run|mode)\b")
@@ -110,7 +110,7 @@ class Processes(Launcher):
             done = sum(job.finished for job in jobs)
             print(f"{done} of {len(jobs)} jobs are finished; results: {sweep.path}", flush=True)
             if done < len(jobs):
-                again = f"python -m worldloom.run {shlex.join(self.arguments)}"
+                again = f"python -m worldloom.run {quote(*self.arguments)}"
                 how = "wait for the jobs again" if runner.running else "continue"
                 print(f"to {how}:\n{again}", flush=True)
             if held := [job.process for job in runner.running]:
@@ -145,8 +145,8 @@ class Processes(Launcher):
             *flags,
             *(word for word in self.config.hydra.overrides.hydra if not OF_SWEEP.match(word)),
             *(re.sub(r"^(~.*)=null$", r"\1", word) for word in words),
-            f"sweep={_quote(sweep.path.name)}",
-            f"hydra.run.dir={_quote(str(folder))}",
+            f"sweep={quote_value(sweep.path.name)}",
+            f"hydra.run.dir={quote_value(str(folder))}",
         ]
         plain: Any = OmegaConf.to_container(cfg, resolve=True)
         resume = [f"resume={folder}", *list_trusted(plain)]
@@ -199,11 +199,6 @@ def _returns(jobs: Sequence[Job], sweep: SweepFolder) -> list[JobReturn]:
         held.return_value = error if fails else job.score
         returns.append(held)
     return returns
-
-
-def _quote(text: str) -> str:
-    """Return a text as Hydra reads it as one value."""
-    return text if re.fullmatch(r"[\w./+-]+", text) else "'" + text.replace("'", r"\'") + "'"
 
 
 def register_launcher(arguments: Sequence[str]) -> None:

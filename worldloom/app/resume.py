@@ -15,6 +15,7 @@ from worldloom.app.saved_config import (
     resolve_config,
     resolve_saved,
 )
+from worldloom.errors import escape
 from worldloom.files import read_yaml
 from worldloom.presets import config_dir, read_choice
 from worldloom.trees import flatten_tree
@@ -113,7 +114,7 @@ def find_unfinished(overrides: Overrides) -> Path | None:
         try:
             same = comparable(read_config(folder)) == comparable(wanted)
         except ValueError as error:
-            print(f"resume=auto: skipped {folder}: {error}")
+            print(escape(f"resume=auto: skipped {folder}: {error}"))
             continue
         if same and not is_claimed(folder):
             return folder

@@ -13,6 +13,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
+from worldloom.errors import quote
 from worldloom.files import check_format, read_yaml, write_text
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def claim_folder(folder: Path, resumes: bool) -> Iterator[bool]:
         if not resumes and (folder / CONFIG).exists():
             raise ValueError(
                 f"{folder} already contains a run, which would be overwritten; continue it with "
-                f"resume={folder}, or choose another folder: hydra.run.dir=…"
+                f"{quote(f'resume={folder}')}, or choose another folder: hydra.run.dir=…"
             )
         yield all(path.name == LOCK or path.match(LOGS) for path in folder.iterdir())
 

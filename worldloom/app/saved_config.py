@@ -6,8 +6,8 @@ code which is not part of worldloom is accepted only if the user repeats it on t
 """
 
 import functools
+import os
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +16,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from worldloom.app.command_line import join_lines
-from worldloom.app.compose import key_of
+from worldloom.app.compose import key_of, quote_value
 from worldloom.app.run_dir import WRITTEN
-from worldloom.app.validation import RUNNING
+from worldloom.app.validation import RUNNING, build_settings, validate_env
 from worldloom.datasets.folder import read_about
+from worldloom.errors import quote
 from worldloom.files import reject_interpolations
+from worldloom.memory import require_memory
 from worldloom.presets import config_dir, read_choice
+from worldloom.training.config import EvaluationConfig
 
 # Keys to which Hydra and the environments give a meaning of their own, at any depth.
 RESERVED = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
@@ -30,6 +33,10 @@ PLACES = re.compile(
     r"(?:(model|env|optimizer|planner|trainer)|(callbacks|logger)\.\w+|"
     rf"(trainer)\.strategy(?:\.timeout)?)\.({'|'.join(RESERVED)})"
 )
+THREAD_BYTES = 2**20  # lower limit of the memory of a thread
+# Sections whose classes write files, and the names of arguments that say where.
+WRITERS = re.compile(r"(callbacks|logger|trainer)\.")
+WHERE = re.compile(r"(folder|dir|dirpath|path|root|location|uri|url)$")
 REFERENCE = re.compile(r"(?<!\\)\$\{[A-Za-z_][\w.]*\}")
 
 
@@ -89,47 +96,82 @@ def resolve_saved(saved: Mapping[str, Any], file: Path | str) -> dict[str, Any]:
 
     Raises:
         ValueError: it contains interpolations other than references, one in a reserved key such as
-            `_target_`, or `defaults` or `hydra`, which would select other files.
+            `_target_`, or `defaults`, `hydra` or a flag, which would select other files.
     """
-    for key in ("defaults", "hydra"):
-        if key in saved:
-            raise ValueError(f"{file} has {key!r}, which would select other files; delete it")
+    for key in map(str, saved):
+        if key in ("defaults", "hydra") or not re.fullmatch(r"[A-Za-z_]\w*", key):
+            raise ValueError(f"{file} has {key!r}, which is no setting of a run; delete it")
     for key, value in _leaves(saved):
         if "${" in key or not has_only_references(value) or ("${" in str(value) and _reserved(key)):
             raise ValueError(
                 f"{key} in {file} is {value!r}; expected a value, or a reference to another key "
                 "such as ${training.learning_rate}; replace it by its value"
             )
-    here = {"folder": str(Path(file).parent)} if "folder" in saved else {}
+    located = {**saved, "folder": str(Path(file).parent)}
     try:
-        plain: Any = OmegaConf.to_container(OmegaConf.create({**saved, **here}), resolve=True)
+        plain: Any = OmegaConf.to_container(OmegaConf.create(located), resolve=True)
     except OmegaConfBaseException as error:
         raise ValueError(f"{file} cannot be resolved ({join_lines(error)}); {WRITTEN}") from None
     reject_interpolations(plain, file)  # references may have been joined to one
+    try:
+        if isinstance(plain.get("env"), dict):
+            validate_env(plain["env"])
+        threads = plain.get("threads") or 0
+        require_memory(THREAD_BYTES * threads, f"{threads=}")
+        build_settings("evaluation", plain.get("evaluation") or {}, EvaluationConfig)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
     return plain
 
 
 def require_trusted(config: Mapping[str, Any], overrides: Iterable[str]) -> None:
-    """Reject a resolved configuration from a file that names code which is not part of worldloom.
+    """Reject a resolved configuration from a file that names foreign code or writes elsewhere.
 
-    Every `_target_` must be one that conf/ has in the same section, and no value of the environment
-    may import a module ("module:id"), unless the user gives the same override.
+    Every `_target_` must be one that conf/ has in the same section, no value of the environment may
+    import a module ("module:id"), and callbacks, loggers and trainer must write to the folder of
+    the run, unless the user gives the same override.
 
     Raises:
         ValueError: gives the overrides that are missing.
     """
     given = {key_of(arg): arg.partition("=")[2].strip("'\"") for arg in overrides}
     foreign = find_foreign_code(config)
-    if missing := {k: v for k, v in foreign.items() if given.get(k, "").lower() != f"{v}".lower()}:
+    missing = {k: v for k, v in foreign.items() if given.get(k, "").lower() != f"{v}".lower()}
+    if missing:
         raise ValueError(
             "worldloom never imports third-party code just because a saved file names it; if you "
-            f"trust it, add: {shlex.join(_overrides(missing))}"
+            f"trust it, add: {quote(*_overrides(missing))}"
+        )
+    if places := {k: v for k, v in find_foreign_places(config).items() if k not in given}:
+        raise ValueError(
+            "worldloom never writes outside of the run's folder just because a saved file says so; "
+            f"if you want that, add: {quote(*_overrides(places))}"
         )
 
 
 def find_foreign_code(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what in a resolved configuration would run code that is not worldloom's."""
     return {key: value for key, value in _leaves(config) if _is_foreign(key, value)}
+
+
+def find_foreign_places(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the paths and addresses outside of the run's folder to which a run would write.
+
+    config: resolved; `folder` is that of the run. Only its callbacks, loggers and trainer are
+        searched.
+    """
+    root = os.path.realpath(config.get("folder") or "")
+    leaves = ((k, v) for k, v in _leaves(config) if WRITERS.match(k) and isinstance(v, str))
+    return {key: value for key, value in leaves if _is_outside(key, value, root)}
+
+
+def _is_outside(key: str, value: str, root: str) -> bool:
+    named = WHERE.search(re.sub(r"(\.\d+)+$", "", key)) is not None
+    parts = re.split(r"[/\\]", value)
+    if not named and not (value.startswith(("/", "~", "file:")) or ".." in parts):
+        return "://" in value
+    target = os.path.realpath(os.path.expanduser(value))
+    return "://" in value or os.path.commonpath([root, target]) != root
 
 
 def _is_foreign(key: str, value: Any) -> bool:
@@ -161,12 +203,12 @@ def format_command(name: str, *args: str, config: Mapping[str, Any]) -> str:
     `run` uses the whole configuration, the other commands only what acts.
     """
     trusted = list_trusted(config if name == "run" else acting_sections(config))
-    return f"python -m worldloom.{name} {shlex.join([*args, *trusted])}"
+    return f"python -m worldloom.{name} {quote(*args, *trusted)}"
 
 
 def list_trusted(config: Mapping[str, Any]) -> list[str]:
-    """Return the overrides that a saved run's third-party code needs."""
-    return _overrides(find_foreign_code(config))
+    """Return the overrides that a saved run's third-party code and places to write to need."""
+    return _overrides(find_foreign_code(config) | find_foreign_places(config))
 
 
 def format_allow(config: Mapping[str, Any]) -> str:
@@ -218,11 +260,15 @@ def env_overrides(env: Mapping[str, Any]) -> str:
     options = {k: v for k, v in env.items() if k not in ("_target_", *RUNNING)}
     named = [f"env={suite[1]}"] if suite else ["env=custom", f"env._target_={env['_target_']}"]
     given = {f"++env.{key}": value for key, value in _leaves(options) if value is not None}
-    return shlex.join([*named, *_overrides(given)])
+    return quote(*named, *_overrides(given))
 
 
 def _overrides(values: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={value}" for key, value in values.items()]
+    """Return overrides to print; a key that would be read as several arguments is rejected."""
+    for key in values:
+        if not re.fullmatch(r"[\w.+/-]+", key):
+            raise ValueError(f"{key!r} is not a key of a configuration; delete it")
+    return [f"{key}={quote_value(str(value))}" for key, value in values.items()]
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -105,7 +105,15 @@ def read_record(path: Path) -> dict[str, Any]:
         ValueError: it is damaged, or of another version.
     """
     record = read_yaml(path / RECORD, ADVICE, interpolations=True)
-    check_format(path / RECORD, record.get("format"), FORMAT, ADVICE)
+    is_record = isinstance(record, dict)
+    check_format(path / RECORD, record.get("format") if is_record else None, FORMAT, ADVICE)
+    kinds: dict[str, type] = {"jobs": dict, "fixed": dict, "varied": list}
+    record = {key: kind() for key, kind in kinds.items()} | record
+    wrong = [key for key, kind in kinds.items() if not isinstance(record[key], kind)]
+    jobs = {} if "jobs" in wrong else {str(name): job for name, job in record["jobs"].items()}
+    wrong += [n for n, job in jobs.items() if Path(n).name != n or not isinstance(job, dict)]
+    if wrong:
+        raise ValueError(f"{path / RECORD} has no valid {wrong[0]!r}; {ADVICE}")
     return record
 
 

@@ -20,6 +20,7 @@ from worldloom.app.cluster_queue import LIVE, QUEUED, RUNNING
 from worldloom.app.run_dir import CONFIG, SCORES, is_claimed
 from worldloom.app.sweep_folder import STOPPED, SweepFolder
 from worldloom.envs.workers import count_cores
+from worldloom.errors import escape
 from worldloom.files import read_yaml
 from worldloom.starting import handling_signals
 
@@ -339,4 +340,4 @@ def _now() -> str:
 
 
 def _print(text: str) -> None:
-    print(text, flush=True)
+    print(escape(text), flush=True)

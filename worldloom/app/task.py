@@ -25,6 +25,7 @@ from worldloom.envs.suites.custom import make_env as make_custom_env
 from worldloom.envs.suites.custom import split_options
 from worldloom.envs.vector import episode_length, frames_per_step, make_vector_env
 from worldloom.envs.workers import choose_workers
+from worldloom.errors import escape
 from worldloom.factory import build_model, create_world_model, import_target
 from worldloom.protocol import REQUIRED, find_missing_methods
 from worldloom.ranks import Ranks
@@ -109,8 +110,8 @@ class Task:
 
     def describe(self, model: nn.Module) -> str:
         """Return a few lines about the model, its observations and its actions."""
-        lines = [f"  {key or 'obs':<16} {self.obs.describe(key)}" for key in self.obs.parts]
-        lines += [f"  {key:<16} not used" for key in self.obs.dropped]
+        lines = [f"  {escape(key or 'obs'):<16} {self.obs.describe(key)}" for key in self.obs.parts]
+        lines += [f"  {escape(key):<16} not used" for key in self.obs.dropped]
         kind = "one-hot choices" if self.actions.discrete else "continuous in [-1, 1]"
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return "\n".join(

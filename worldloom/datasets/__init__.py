@@ -13,6 +13,7 @@ from worldloom.datasets.folder import open_folder
 from worldloom.datasets.hdf5 import SUFFIXES, open_hdf5
 from worldloom.datasets.minari import open_minari
 from worldloom.envs.spaces import ActionSpec, ObsSpec
+from worldloom.memory import require_memory
 
 __all__ = ["Dataset", "Episode", "open_dataset"]
 
@@ -36,6 +37,8 @@ def open_dataset(
     dataset = reader(found, obs, actions)
     if obs is not None and actions is not None:
         require_same_spaces(dataset, obs, actions)
+    longest, width = max(dataset.lengths, default=0), dataset.actions.width
+    require_memory(4 * longest * width, f"{path}: {longest} actions of {width} numbers each")
     return dataset
 
 

@@ -3,6 +3,7 @@
 Letters used in shapes: N steps of an episode, A = width of an action.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from gymnasium import Space, spaces
 
 from worldloom.envs.spaces import ActionSpec, Obs, ObsSpec
+from worldloom.memory import require_memory
 from worldloom.trees import flatten_tree
 
 Arrays = dict[str, np.ndarray]
@@ -147,6 +149,7 @@ class Schema:
                 f"{what} is {array.dtype}; expected images as uint8 from 0 to 255, as in "
                 f"{self.reference}"
             )
+        require_memory(4 * len(array) * math.prod(part.shape), what)
         try:
             encoded = part.encode(array)
         except (ValueError, IndexError) as error:  # an invalid choice, or a wrong number of axes

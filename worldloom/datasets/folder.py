@@ -20,8 +20,6 @@ the configuration that made the environment); `episodes` and `steps` are only in
 it, the first file determines the shapes, and the largest integer the number of choices.
 """
 
-import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +39,7 @@ from worldloom.datasets.episode import (
     require_numbers,
 )
 from worldloom.envs.spaces import ActionSpec, ObsSpec
-from worldloom.files import check_format, read_yaml
+from worldloom.files import check_format, read_arrays, read_yaml
 from worldloom.trees import map_tree
 
 ABOUT = "dataset.yaml"
@@ -98,32 +96,25 @@ def read_about(path: Path) -> dict[str, Any]:
     check_format(file, found, FORMAT, fix)
     about = {key: value for key, value in about.items() if value is not None}
     for key, kind in KINDS.items():
-        if key in about and not isinstance(about[key], kind):
+        given = about.get(key)
+        sizes = (given if isinstance(given, list) else [given]) if key == "action_dim" else []
+        positive = all(type(n) is int and n >= 1 for n in sizes)
+        if key in about and not (isinstance(given, kind) and positive):
             raise ValueError(f"{file} has {key} {about[key]!r}, which is not valid; {LAYOUT}")
     return about
 
 
 def _load(file: Path, names: Sequence[str] | None = None) -> Arrays:
     """Read all arrays of a file, or those with the given names."""
-    if not zipfile.is_zipfile(file):
-        with file.open("rb") as opened:
-            truncated = opened.read(2) == b"PK"
-        raise ValueError(
-            f"{file} is {'a truncated' if truncated else 'not a'} zip file; expected arrays "
-            "written by numpy.savez; copy it again or delete it"
-        )
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            available = arrays.files
-            names = available if names is None else names
-            found = {name: arrays[name] for name in names if name in available}
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        found, available = read_arrays(file, names)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{file} cannot be read ({error}); expected arrays of numbers written by numpy.savez; "
             "copy it again or delete it"
         ) from error
     for name in ("actions", "rewards", "obs"):
-        required = name != "obs" or names is available
+        required = name != "obs" or names is None
         if required and not any(key == name or key.startswith(f"{name}/") for key in found):
             raise ValueError(
                 f"{file} has no array {name}, only {', '.join(available) or 'nothing'}; {LAYOUT}"

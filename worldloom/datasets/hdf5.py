@@ -12,6 +12,7 @@ observation, and at the end of the file. Without next_observations, the last act
 cannot be used, because the observation after it is not known.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from worldloom.datasets.episode import (
 )
 from worldloom.envs.extras import suggest_extra
 from worldloom.envs.spaces import ActionSpec, ObsSpec
+from worldloom.files import require_regular
+from worldloom.memory import require_memory
 
 SUFFIXES = (".hdf5", ".h5")
 REQUIRED = ("observations", "actions", "rewards", "terminals")
@@ -80,6 +83,8 @@ def _read_episodes(file: Path, ends: np.ndarray, schema: Schema) -> Iterator[Epi
     with _open_file(file) as data:
         start = 0
         for end in ends.tolist():
+            size = data["observations"].nbytes // len(data["observations"]) * (end - start)
+            require_memory(size, f"{file}: rows {start} to {end - 1} of observations")
             obs = data["observations"][start:end]
             if "next_observations" in data:
                 obs = np.concatenate([obs, data["next_observations"][end - 1 : end]])
@@ -116,7 +121,7 @@ def _find_ends(file: Path) -> np.ndarray:
 
 
 def _require_layout(file: Path, data: Any) -> None:
-    shapes = {name: getattr(data[name], "shape", ()) for name in data}
+    shapes: dict[str, Any] = {name: getattr(data[name], "shape", ()) for name in data}
     for name in REQUIRED:
         if not shapes.get(name):
             raise ValueError(
@@ -132,6 +137,14 @@ def _require_layout(file: Path, data: Any) -> None:
                 f"{file}: {name} has shape {shape} but actions {shapes['actions']}; expected the "
                 f"same number of rows{', with one number each' if flat else ''}"
             )
+    for name in filter(shapes.get, (*REQUIRED, "timeouts", "next_observations")):
+        array, count, row = data[name], shapes[name][0], shapes[name][1:]
+        link = type(data.get(name, getlink=True)).__name__
+        if link != "HardLink" or array.is_virtual or array.external:
+            raise ValueError(f"{file}: {name} is stored in another file; write it into this one")
+        count = min(count, CHUNK) if name.endswith("observations") else count
+        size = math.prod(row) * array.dtype.itemsize * count
+        require_memory(size, f"{file}: {name} of shape {shapes[name]}")
     if rows in ((), (0,)):
         raise ValueError(f"{file} has no steps; expected at least one; delete it")
 
@@ -139,6 +152,7 @@ def _require_layout(file: Path, data: Any) -> None:
 def _open_file(file: Path) -> Any:
     with suggest_extra(str(file)):
         import h5py
+    require_regular(file)
     try:
         return h5py.File(file, "r")
     except OSError as error:

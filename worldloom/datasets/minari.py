@@ -12,6 +12,7 @@ from gymnasium import spaces
 from worldloom.datasets.episode import Dataset, Episode, Schema
 from worldloom.envs.extras import suggest_extra
 from worldloom.envs.spaces import ActionSpec, ObsSpec
+from worldloom.files import read_text
 
 
 def open_minari(
@@ -70,7 +71,7 @@ def _name_dataset(path: Path) -> Iterator[None]:
     """Turn Minari's errors into a ValueError that names the dataset."""
     try:
         yield
-    except (OSError, ValueError, KeyError, AssertionError, StopIteration) as error:
+    except Exception as error:
         raise ValueError(
             f"{path} cannot be read by Minari ({error!r}); copy the dataset again"
         ) from error
@@ -79,8 +80,8 @@ def _name_dataset(path: Path) -> Iterator[None]:
 def _require_spaces(folder: Path) -> None:
     """Reject data without spaces: Minari would make the environment, which may run any code."""
     try:
-        about = json.loads((folder / "metadata.json").read_text())
-    except ValueError as error:
+        about = json.loads(read_text(folder / "metadata.json"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{folder / 'metadata.json'} is not valid JSON ({error}); copy the dataset again"
         ) from error

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from worldloom.replay.block_files import Block, BlockFiles
+from worldloom.replay.block_files import NAME, Block, BlockFiles
 from worldloom.replay.row_format import Arrays, to_numpy
 from worldloom.replay.snapshot import Snapshot
 from worldloom.replay.store import RowStore
@@ -175,9 +175,14 @@ class Archive:
         A block whose rows cannot be read is lost. Rewritable fields that cannot be read are zero.
         """
         self._reset()
-        store, files = self.store, state["files"]
+        store = self.store
+        files = {name: crc for name, crc in state["files"].items() if NAME.fullmatch(name)}
         store.lost = {(env, number) for env, number in state["lost"]}
-        current = {self.files.parse_block(name): name for name in files if "fields" in name}
+        current = {
+            self.files.parse_block(name): name
+            for name in files
+            if "fields" in name and NAME.fullmatch(name)
+        }
         lost_rows, lost_fields = [], []
         for block in self._blocks():
             known = block in store.lost or self.digest is not None

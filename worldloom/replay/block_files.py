@@ -20,7 +20,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from worldloom.files import atomic_write, sync_folder
+from worldloom.files import atomic_write, require_regular, sync_folder
 from worldloom.replay.row_format import Arrays, Fields, row_bytes
 
 Block = tuple[int, int]  # stream, number
@@ -180,9 +180,12 @@ class BlockFiles:
             yield from (entry.name for entry in entries if NAME.fullmatch(entry.name))
 
     def _read_checked(self, name: str, crc: int | None) -> bytes | None:
+        if NAME.fullmatch(name) is None:  # a path, in a forged checkpoint
+            return None
         try:
+            require_regular(self.path / name)
             data = (self.path / name).read_bytes()
-        except OSError:
+        except (OSError, ValueError):
             return None
         return data if zlib.crc32(data) == crc else None
 

@@ -7,23 +7,12 @@ import re
 import shutil
 from pathlib import Path
 
+from worldloom.memory import available_memory, format_bytes, total_memory
+
 log = logging.getLogger(__name__)
 
 FILL = 0.9  # fraction of the free memory or disk that a replay may use
 BYTES = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-# Memory of a container: limit, usage, statistics and, in these, the page cache that the system
-# frees when memory is needed. For control groups of version 2, then of version 1.
-CGROUPS = Path("/sys/fs/cgroup")
-CGROUP_FILES = (
-    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
-    (
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "memory/memory.stat",
-        "total_inactive_file",
-    ),
-)
 
 
 def rows_per_stream(capacity: int | float | str, bytes_per_step: int, num_envs: int) -> int:
@@ -116,44 +105,7 @@ def describe_resources(
     return f"replay: {steps:,} steps x " + ", x ".join(parts)
 
 
-def format_bytes(size: float) -> str:
-    """Format a number of bytes in GB or MB."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
-
-
 def free_disk(folder: Path) -> int:
     """Return the free bytes on the disk of a folder, which need not exist yet."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(there).free
-
-
-def available_memory() -> int:
-    """Return the bytes that can be allocated without swapping, within a container's limit."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        machine = next(int(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(min(machine, _container_memory()))
-
-
-def total_memory() -> int:
-    """Return the bytes of memory of the machine, or of its container."""
-    machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(min(machine, _container_memory(whole=True)))
-
-
-def _container_memory(whole: bool = False) -> float:
-    """Return the bytes left below the limit of this control group; infinite without a limit.
-
-    whole: return the limit itself.
-    """
-    for *names, cache in CGROUP_FILES:
-        try:
-            limit, used, stat = ((CGROUPS / name).read_text() for name in names)
-        except OSError:
-            continue  # the other version, or no control groups at all
-        most = float(limit.replace("max", "inf"))
-        found = re.search(rf"^{cache} (\d+)", stat, re.MULTILINE)
-        return most if whole else most - int(used) + int(found[1] if found else 0)
-    return math.inf

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from worldloom.files import atomic_write
 from worldloom.results.tables import Rows
 
 PUBLISHED = ", published "  # in the names of published curves
@@ -46,7 +47,8 @@ def save_figure(file: Path, draw: Callable[[Any], None], rows: float = 1) -> Non
     with matplotlib.rc_context(SETTINGS):  # type: ignore[arg-type]
         figure = Figure(figsize=(WIDTH, 1.2 + 3.8 * rows), dpi=DPI, layout="constrained")
         draw(figure)
-        figure.savefig(file)
+        with atomic_write(file) as stream:
+            figure.savefig(stream, format=file.suffix[1:])
 
 
 def draw_curves(figure: Any, rows: Rows, xlabel: str, ylabel: str) -> None:

@@ -3,6 +3,7 @@
 import csv
 import os
 import re
+from array import array
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,10 +23,10 @@ from worldloom.app.sweep_folder import (
     RECORD,
     decide_state,
 )
+from worldloom.files import LOADER, read_text, require_plain, require_regular
+from worldloom.memory import require_memory
 from worldloom.trees import flatten_tree
 
-# Reading 150 configurations takes 6 s with the pure Python loader. Both create plain data only.
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 EPISODES = 20  # newest training episodes whose mean is the score of a run without evaluations
 
 
@@ -134,7 +135,9 @@ def _read_records(sweep: Path) -> dict[str, dict[str, Any]]:
 
 def _is_run(config: Path) -> bool:
     """Return whether a config.yaml is that of a run, and not that of a saved model."""
-    return re.search(rb"^env:", config.read_bytes(), re.MULTILINE) is not None
+    with suppress(OSError, ValueError):
+        return re.search("^env:", read_text(config), re.MULTILINE) is not None
+    return False
 
 
 def _by_number(name: str) -> list[Any]:
@@ -159,11 +162,12 @@ def _read_job(folder: Path, source: Path, metric: str, record: Mapping[str, Any]
     steps, seconds, final, evals, episodes = job.columns(
         *("step", "seconds", f"final/{metric}", f"eval/{metric}", f"episode/{metric}")
     )
-    if len(steps):
-        job.step, job.seconds = int(np.nanmax(steps)), float(np.nanmax(seconds))
-    job.step = int(scores.get("step", job.step))
+    if (numbers := steps[np.isfinite(steps)]).size:
+        job.step, job.seconds = int(numbers.max()), float(np.nanmax(seconds))
+    if isinstance(step := scores.get("step"), int):
+        job.step = step
     if state == FINISHED and f"final/{metric}" in scores:
-        final = np.array([float(scores[f"final/{metric}"])])
+        final = np.array([_number(str(scores[f"final/{metric}"]))])
     for kind, values, last in (
         ("final", final if state == FINISHED else final[:0], 1),
         ("eval", evals, 1),
@@ -178,7 +182,7 @@ def _read_job(folder: Path, source: Path, metric: str, record: Mapping[str, Any]
 def _read_yaml(file: Path) -> dict[str, Any]:
     """Return a file of a run; empty if it does not exist or is damaged."""
     with suppress(OSError, ValueError, yaml.YAMLError):
-        contents = yaml.load(file.read_text(encoding="utf-8"), LOADER)
+        contents = yaml.load(require_plain(read_text(file)), LOADER)
         if isinstance(contents, dict):
             return contents
     return {}
@@ -187,10 +191,11 @@ def _read_yaml(file: Path) -> dict[str, Any]:
 def read_error(folder: Path) -> str:
     """Return the error with which the newest start of a run ended, according to its log, or ""."""
     try:
+        require_regular(folder / LOG)  # a pipe would never open
         with (folder / LOG).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
             text = file.read().decode(errors="replace")
-    except OSError:
+    except (OSError, ValueError):
         return ""
     # What a start prints when everything is built; earlier lines belong to an earlier start.
     newest = re.split(r"^(?:resuming |all results are in )", text, flags=re.MULTILINE)[-1]
@@ -205,17 +210,22 @@ def read_columns(file: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Return columns [rows] of a metrics.csv; all NaN for a name that it lacks.
 
     A last line that is being written, and lines of another length, are left out. Without the file,
-    columns are empty.
+    or if it is damaged, columns are empty.
+
+    Raises:
+        ValueError: the columns of a file of gigabytes do not fit in memory.
     """
-    names, rows = list(names), []
-    with suppress(OSError):
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        reader = csv.reader(line for line in lines if line.endswith("\n"))
-        header = next(reader, [])
-        places = [header.index(name) if name in header else None for name in names]
-        for row in reader:
-            if len(row) == len(header):
-                rows.append([_number(row[i]) if i is not None else np.nan for i in places])
+    names, rows = list(names), array("d")
+    if file.is_file():
+        with suppress(OSError, csv.Error), file.open(encoding="utf-8", errors="replace") as lines:
+            reader = csv.reader(line for line in lines if line.endswith("\n"))
+            header = next(reader, [])
+            most = file.stat().st_size // max(1, len(header))  # a column takes a byte of a row
+            require_memory(8 * len(names) * most, f"{file}, {file.stat().st_size:,} bytes,")
+            places = [header.index(name) if name in header else None for name in names]
+            for row in reader:
+                if len(row) == len(header):
+                    rows.extend(np.nan if i is None else _number(row[i]) for i in places)
     table = np.array(rows, dtype=float).reshape(-1, len(names))
     return dict(zip(names, table.T, strict=True))
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from worldloom.app.sweep_folder import FAILED, FINISHED, INTERRUPTED, RUNNING, WAITING
-from worldloom.errors import list_names
+from worldloom.errors import escape, list_names
 from worldloom.results.runs import Job
 from worldloom.results.statistics import (
     bootstrap_interval,
@@ -136,7 +136,7 @@ def describe_progress(jobs: Sequence[Job]) -> str:
     counts = Counter(job.state for job in jobs)
     order = (FINISHED, RUNNING, WAITING, INTERRUPTED, FAILED)
     states = sorted(counts, key=lambda state: order.index(state) if state in order else len(order))
-    return f"{len(jobs)} runs: " + ", ".join(f"{counts[state]} {state}" for state in states)
+    return escape(f"{len(jobs)} runs: " + ", ".join(f"{counts[name]} {name}" for name in states))
 
 
 def describe_errors(jobs: Sequence[Job]) -> list[str]:
@@ -146,7 +146,7 @@ def describe_errors(jobs: Sequence[Job]) -> list[str]:
         if job.error:
             failed.setdefault(job.error, []).append(job)
     return [
-        f"failed: {list_names(job.name for job in held)}: {error} (log: {held[0].log})"
+        escape(f"failed: {list_names(job.name for job in held)}: {error} (log: {held[0].log})")
         for error, held in failed.items()
     ]
 
@@ -166,7 +166,7 @@ def write_csv(rows: Rows) -> str:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
     writer.writeheader()
-    writer.writerows({key: _plain(value, "") for key, value in row.items()} for row in rows)
+    writer.writerows({key: _safe(_plain(value, "")) for key, value in row.items()} for row in rows)
     return text.getvalue()
 
 
@@ -176,7 +176,11 @@ def write_json(tables: Mapping[str, Rows]) -> str:
         name: [{key: _plain(value, None) for key, value in row.items()} for row in rows]
         for name, rows in tables.items()
     }
-    return json.dumps(plain, indent=1, ensure_ascii=False)
+    return json.dumps(plain, indent=1)  # in ASCII, which contains nothing that acts on a terminal
+
+
+def _safe(value: Any) -> Any:
+    return escape(value) if isinstance(value, str) else value
 
 
 def _plain(value: Any, nothing: Any) -> Any:
@@ -189,7 +193,7 @@ def write_table(rows: Rows, markdown: bool = False) -> str:
     names = [name for name in cells[0] if any(row[name] for row in cells)]
     lines = [names, *([row[name] for name in names] for row in cells)]
     if markdown:
-        lines = [[text.replace("|", "\\|") for text in line] for line in lines]
+        lines = [[text.replace("|", "\\|").replace("<", "&lt;") for text in row] for row in lines]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = [
         [
@@ -220,7 +224,7 @@ def _shorten(row: Mapping[str, Any]) -> dict[str, str]:
         low, high, gap = map(shown.pop, ("low", "high", "gap"))
         shown["95 % interval of iqm"] = " to ".join(filter(None, map(_round, (low, high))))
         shown["gap"] = gap
-    return {key: _round(v) if isinstance(v, float) else str(v) for key, v in shown.items()}
+    return {key: _round(v) if isinstance(v, float) else escape(v) for key, v in shown.items()}
 
 
 def _round(number: float) -> str:

@@ -10,14 +10,14 @@ import contextlib
 import errno
 import logging
 import os
-import zipfile
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from worldloom.files import atomic_write
+from worldloom.errors import escape
+from worldloom.files import atomic_write, read_tensors
 from worldloom.ranks import Ranks
 from worldloom.trees import map_tree
 
@@ -84,7 +84,7 @@ def read_part(checkpoint: Path, name: str) -> dict[str, Any]:
     Raises:
         DamagedCheckpoint: the part is missing or damaged.
     """
-    path = checkpoint.parent / PARTS / name
+    path = checkpoint.parent / PARTS / Path(name).name
     try:
         return _read(path, lambda part: (part[DATA]["updates"], part["callbacks"]))
     except FileNotFoundError:
@@ -103,12 +103,9 @@ def keep_parts(folder: Path, names: Container[str]) -> None:
 def _read(path: Path, check: Callable[[Any], Any]) -> dict[str, Any]:
     """Return tensors and plain data after verifying checksums and, with `check`, the content."""
     try:
-        with zipfile.ZipFile(path) as file:
-            if record := file.testzip():
-                raise DamagedCheckpoint(f"{path} is damaged: the checksum of {record} differs")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read_tensors(path, verify=True)
         check(checkpoint)
-    except (FileNotFoundError, DamagedCheckpoint):
+    except FileNotFoundError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split(". ")[0].split())
@@ -144,13 +141,13 @@ def find_usable(
         checkpoint, problems, bad = _verify(path, damaged, ranks)
         if problems:
             for problem in filter(None, problems):
-                log.warning("%s", problem)
+                log.warning("%s", escape(problem))
             continue
         found[path] = checkpoint
         if not bad:
             intact = path
             break
-        log.warning("%s needs damaged files of the replay: %s", path, ", ".join(bad))
+        log.warning("%s needs damaged files of the replay: %s", path, escape(", ".join(bad)))
     if not found:
         raise ValueError(
             f"{folder} contains no intact checkpoint ({LAST}, {PREVIOUS}); start a new run, from "

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from worldloom.errors import require, require_positive
+from worldloom.memory import require_memory
+
+# Lower limits of the memory that anything takes, to find settings that no machine can have.
+ENV_BYTES, WORKER_BYTES, ROW_BYTES = 2**14, 2**25, 16
 
 
 @dataclass
@@ -53,6 +57,8 @@ class TrainingConfig:
         for name in ("random_steps", "seed_episodes", "warmup", "anneal"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _require_size("learning_rate", self.learning_rate, "")
+        batch = f"batch_size={self.batch_size}, sequence_length={self.sequence_length}"
+        require_memory(ROW_BYTES * self.batch_size * self.sequence_length, batch)
         if self.train_ratio is not None:
             _require_size("train_ratio", self.train_ratio, ", or null for one update per step")
         if self.grad_clip is not None:
@@ -88,6 +94,8 @@ class EvaluationConfig:
         """Raise ValueError for a value outside its range."""
         names = ("episodes", "episodes_during", "num_envs")
         require_positive(**{name: getattr(self, name) for name in names})
+        most = min(self.num_envs, max(self.episodes, self.episodes_during))
+        require_memory(ENV_BYTES * most, f"num_envs={self.num_envs}")
         require(self.every >= 0, "every", self.every, "at least 0")
         require(0 <= self.seed < 2**32, "seed", self.seed, f"from 0 to {2**32 - 1}")
 
@@ -159,6 +167,12 @@ class EnvConfig:
             value = getattr(self, name)
             off = "" if name == "num_envs" else ", or null"
             require(value is None or value >= 1, name, value, f"at least 1{off}")
+        observation = max(4, 3 * (self.image_size or 0) ** 2) * (self.frame_stack or 1)
+        text = f"num_envs={self.num_envs}, image_size={self.image_size}, frame_stack="
+        require_memory(self.num_envs * (ENV_BYTES + observation), f"{text}{self.frame_stack}")
+        if isinstance(self.workers, int):
+            size = WORKER_BYTES * min(self.workers, self.num_envs)
+            require_memory(size, f"workers={self.workers}")
         known = self.workers == "auto" or (isinstance(self.workers, int) and self.workers >= 0)
         require(known, "workers", self.workers, "auto, or at least 0")
         require(self.timeout > 0, "timeout", self.timeout, "seconds, above 0")

@@ -11,7 +11,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import MLFlowLogger
 
-from worldloom.files import remember
+from worldloom.files import read_id, remember
 from worldloom.trees import flatten_tree
 
 LONGEST = 500  # characters of a parameter; servers before MLflow 2.8 accept no more
@@ -60,7 +60,7 @@ class MLflow(MLFlowLogger):
         if not self._initialized:
             file = self._folder / "run_id"
             if file.exists():
-                self._run_id = file.read_text().strip()
+                self._run_id = read_id(file)
             client = self._mlflow_client
             if client.get_experiment_by_name(self._experiment_name) is None:
                 client.create_experiment(self._experiment_name, self._artifact_location)

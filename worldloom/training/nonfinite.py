@@ -5,7 +5,6 @@ no field of the replay.
 """
 
 import logging
-import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from worldloom.errors import list_names
+from worldloom.errors import list_names, quote
 from worldloom.ranks import RankError, rank, world_size
 from worldloom.records import REGISTERED
 from worldloom.saving import get_config
@@ -261,8 +260,8 @@ class NonFiniteGuard:
                 f"print(diagnose({str(self.file)!r}, model=model))"
             )
         target = str(config["model"])
-        model = "" if target in REGISTERED else f" {shlex.quote(f'model._target_={target}')}"
-        return f"{start}:\npython -m worldloom.diagnose {shlex.quote(str(self.file))}{model}"
+        model = [] if target in REGISTERED else [f"model._target_={target}"]
+        return f"{start}:\npython -m worldloom.diagnose {quote(self.file, *model)}"
 
     def _content(
         self, what: str, losses: dict[str, Tensor], update: int, precision: str

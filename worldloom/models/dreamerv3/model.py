@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from worldloom.memory import require_memory
 from worldloom.models.dreamerv3.behavior import (
     Imagined,
     Normalizers,
@@ -125,6 +126,7 @@ class DreamerV3(ExtraLosses, SavableModel):
     def _build_networks(self, options: Mapping[str, Any]) -> None:
         latent_width = options["stoch"] * options["classes"]
         self.feature_dim = features = options["deter"] + latent_width
+        require_memory(4 * self.imag_length * features, f"imag_length={self.imag_length}")
         units = {"units": options["units"]}
         images = units | {"depth": options["depth"]}
 

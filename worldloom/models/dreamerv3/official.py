@@ -4,9 +4,7 @@ Official arrays have flat names such as `dyn/dynin0/kernel`. Linear kernels are 
 convolution kernels (height, width, in, out). Nothing but arrays is unpickled.
 """
 
-import io
 import math
-import pickle
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from worldloom.files import read_arrays as read_npz
+from worldloom.files import read_text
 from worldloom.models.dreamerv3.model import DreamerV3
 from worldloom.models.dreamerv3.networks import module_name
+from worldloom.models.dreamerv3.pickles import ArrayUnpickler
 from worldloom.models.spaces import ActSpaces
 
 # Layers PREFIX[N].{linear,conv,norm}.PART, which the official code names THEIRS[N][norm]/PART.
@@ -166,64 +167,23 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     if path.is_dir():
         path = path / "ckpt" if (path / "ckpt").is_dir() else path
         if (path / "latest").exists():
-            path = path / (path / "latest").read_text().strip()
+            path = path / read_text(path / "latest").strip()
         path = path / "agent.pkl"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; official checkpoint folders contain agent.pkl")
-    if path.suffix == ".npz":
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
-        except Exception as error:
-            raise ValueError(
-                f"{path} is not a readable npz file of plain arrays: {error}; nothing in it was "
-                "run. Copy it again"
-            ) from None
-    else:
-        arrays = _ArraysOnly(io.BytesIO(path.read_bytes())).read(path)
+    try:
+        arrays = read_npz(path)[0] if path.suffix == ".npz" else ArrayUnpickler(path).read_arrays()
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be read as plain arrays: {error}; nothing in it was executed. Expected "
+            "weights of the official DreamerV3; copy them again"
+        ) from None
     if "dyn/dyngru/kernel" not in arrays:
         raise ValueError(
             f"{path} does not contain 'dyn/dyngru/kernel'; it is not a parameter set of the "
             "official DreamerV3"
         )
     return arrays
-
-
-class _ArraysOnly(pickle.Unpickler):
-    """An unpickler that builds numpy arrays and plain containers only."""
-
-    _ALLOWED = frozenset(
-        {("numpy", "ndarray"), ("numpy", "dtype")}
-        | {
-            (f"numpy.{core}.{module}", name)
-            for core in ("core", "_core")
-            for module, name in (
-                ("multiarray", "_reconstruct"),
-                ("multiarray", "scalar"),
-                ("numeric", "_frombuffer"),
-            )
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Return an allowed class or function; reject all others."""
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return super().find_class(module, name)
-
-    def read(self, path: Path) -> dict[str, np.ndarray]:
-        """Return the arrays of an official agent.pkl."""
-        try:
-            params = self.load()["params"]
-            arrays = {str(name): np.asarray(value) for name, value in params.items()}
-        except Exception as error:
-            raise ValueError(
-                f"{path} is not an official checkpoint of plain arrays: {error}; nothing in it "
-                "was run"
-            ) from None
-        if any(array.dtype == object for array in arrays.values()):
-            raise ValueError(f"{path} contains Python objects; expected arrays of numbers")
-        return arrays
 
 
 def infer_sizes(arrays: Mapping[str, np.ndarray], stoch: int | None = None) -> dict[str, Any]:

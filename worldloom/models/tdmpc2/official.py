@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from worldloom.files import read_tensors
 from worldloom.models.tdmpc2.model import TDMPC2
 from worldloom.saving import describe_damage
 
@@ -69,7 +70,7 @@ def read_arrays(path: Path) -> dict[str, Tensor]:
         ValueError: the file is damaged, contains other objects than tensors, or is not a TD-MPC2.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_tensors(path)
     except Exception as error:
         raise ValueError(
             f"{path} cannot be read as tensors alone: {describe_damage(path, error)}; nothing in "
