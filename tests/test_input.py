@@ -122,7 +122,7 @@ CASES = {
     "run env._target_=my_code": "cannot import 'my_code': … give the full path, such as my_pkg.MyM",
     "run env._target_=my_code.nothing": "make_env returned a … expected a gymnasium.Env",
     "run env._target_=my_code.Old": "make_env returned a my_code.Old; expected a gymnasium.Env, wh",
-    "run env._target_=my_code.raises": "raised RuntimeError … not licensed; … fix it (HYD",
+    "run env._target_=my_code.raises": "raised RuntimeError … not licensed … fix it (HYD",
     "run env._target_=my_code.Env +env.acton=two": "'env.acton' (did you mean 'env.action'",
     "run env._target_=my_code.Env +env.action=unbounded": "infinite bounds; expected finite ones",
     "run env._target_=my_code.Env +env.action=tuple": "is not supported; expected Discrete, Multi",

@@ -350,6 +350,9 @@ class Faulty(gym.Wrapper):
         self.steps += 1
         if self.steps == 40 and self.fault == "no number":
             obs = np.full_like(obs, np.nan)
+        elif self.fault == "never a number":
+            if self.steps >= 40:
+                obs = np.full_like(obs, np.nan)
         elif self.steps == 40 and not os.path.exists("failed"):
             open("failed", "w").close()
             if self.fault == "killed":
@@ -381,10 +384,20 @@ def test_a_broken_worker_is_replaced_and_the_run_goes_on(server, tmp_path, fault
     assert int(metrics(tmp_path / "run")[-1]["step"]) >= 140
 
 
-def test_a_nan_in_an_observation_stops_the_run_saved_and_named(server, tmp_path):
-    done = server.run(faulty("no number", tmp_path), tmp_path)
+def test_a_nan_in_an_observation_ends_its_episode_and_the_run_goes_on(server, tmp_path):
+    done = server.good(faulty("no number", tmp_path), tmp_path)
+    assert (done["out"] + done["err"]).count("returned nan in the observation") == 1
+    last = metrics(tmp_path / "run")[-1]
+    assert int(last["step"]) >= 140
+    restarts = [row["restarts"] for row in metrics(tmp_path / "run") if row["restarts"]]
+    assert float(restarts[-1]) == 2  # one in each environment
+
+
+def test_repeated_nans_stop_the_run_saved_and_named(server, tmp_path):
+    done = server.run(faulty("never a number", tmp_path), tmp_path)
     assert done["code"] == 1 and done["err"].count("error:") == 1
-    assert "obs of env 0 holds nan" in done["err"] and "Traceback" not in done["err"]
+    assert "error: environment 0 returned nan in the observation" in done["err"]
+    assert "3 times without a finished episode" in done["err"] and "Traceback" not in done["err"]
     go_on = f"python -m worldloom.run resume={tmp_path / 'run'} env._target_=my_env.make_env"
     assert done["out"].splitlines()[-1] == go_on
     checkpoint = read_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")

@@ -168,6 +168,15 @@ def share_episodes(episodes: int, num_envs: int) -> list[int]:
     return [len(range(i, episodes, num_envs)) for i in range(num_envs)]
 
 
+class EvaluationStopped(Exception):
+    """An evaluation was stopped before its end, in all ranks."""
+
+
+# Called after every step of an evaluation with the number of episodes that have ended and of steps,
+# both of this rank; returns whether to stop.
+Watch = Callable[[int, int], bool]
+
+
 def evaluate(
     actor: Actor,
     env: VectorEnv | None,
@@ -177,6 +186,7 @@ def evaluate(
     seed: int,
     deterministic: bool = True,
     ranks: Ranks | None = None,
+    watch: Watch = lambda ended, steps: False,
 ) -> list[dict[str, float]]:
     """Run exactly `episodes` episodes and return {"return", "length", "success"} of each.
 
@@ -187,6 +197,9 @@ def evaluate(
     episodes: of all environments together, or of each one.
     ranks: the others, which evaluate at the same time and step by step; all return the episodes of
         all.
+
+    Raises:
+        EvaluationStopped: `watch` returned True in one of the ranks.
     """
     ranks = ranks or Ranks()
     if isinstance(episodes, int):
@@ -199,23 +212,27 @@ def evaluate(
             rows = RowStream(env, obs_spec, action_spec)
             rows.reset(seed)
             steps = play(make_act(actor, deterministic), rows, episodes)
-        for _, ended in in_step(steps, ranks):
+        taken = 0
+        for _, ended in in_step(steps, ranks, lambda: watch(sum(map(len, done)), taken)):  # noqa: B023
+            taken += len(episodes)
             for index, episode in ended:
                 done[index].append(episode)
     everywhere = ranks.gather([episode for episodes_of_env in done for episode in episodes_of_env])
     return [episode for found in everywhere for episode in found]
 
 
-def in_step(items: Iterator[Any], ranks: Ranks) -> Iterator[Any]:
+def in_step(items: Iterator[Any], ranks: Ranks, stops: Callable[[], bool]) -> Iterator[Any]:
     """Iterate, one item at a time, while any rank has items left.
 
     No rank then waits for long, so one that does not answer is noticed.
+
+    Raises:
+        EvaluationStopped: `stops` returned True in one of the ranks.
     """
-    if ranks.size == 1:
-        yield from items
-        return
     item = next(items, None)
-    while ranks.share(item is not None).any():
+    while (states := ranks.share(item is not None, stops()))[:, 0].any():
+        if states[:, 1].any():
+            raise EvaluationStopped
         if item is not None:
             yield item
             item = next(items, None)

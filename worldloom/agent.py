@@ -12,6 +12,7 @@ import torch
 from gymnasium import Space, spaces
 
 from worldloom.acting import Actor, Memory
+from worldloom.envs.contract import describe_value, to_array
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.trees import flatten_tree
 
@@ -114,7 +115,12 @@ class Agent:
                     f"{', '.join(self._leaves)} of the run's environment; make it with "
                     "run.make_env()"
                 )
-            array = np.asarray(given[key])
+            array = to_array(given[key])
+            if array is None:
+                raise ValueError(
+                    f"the observation{f' {key!r}' * bool(key)} is {describe_value(given[key])}; "
+                    f"expected an array of {space}; pass what the run's environment returns"
+                )
             ranks[key] = array.ndim - len(space.shape)
             arrays[key] = _read_array(
                 f"observation '{key}'" if key else "observation", array, space

@@ -10,6 +10,7 @@ unless another is chosen. The folder receives one .npz per episode and a dataset
 worldloom/datasets/folder.py). append=true adds to a folder with episodes of the same environment.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class CollectConfig:
     seed: of environments and policy; the number of episodes already in `out` is added to it.
     deterministic: the policy's mode instead of samples.
     num_envs: None for the number in the environment's configuration.
+    max_steps: actions after which an episode is cut off, if there is no shorter time limit.
     append: add to the episodes that are in `out`.
     """
 
@@ -55,11 +57,12 @@ class CollectConfig:
     seed: int = 0
     deterministic: bool = False
     num_envs: int | None = None
+    max_steps: int = 100_000
     append: bool = False
 
     def __post_init__(self) -> None:
         """Raise ValueError for impossible numbers."""
-        require_positive(episodes=self.episodes)
+        require_positive(episodes=self.episodes, max_steps=self.max_steps)
         if self.num_envs is not None:
             require_positive(num_envs=self.num_envs)
         if not 0 <= self.seed < 2**32:
@@ -91,7 +94,9 @@ def collect(config: CollectConfig, args: Iterable[str] = ()) -> str:
         actor = load_actor(run, settings, task)
     writer = FolderWriter(out, task.obs, task.actions, section)
     seed = config.seed + writer.existing
-    vector_env, progress = task.vector_env(), Progress(config.episodes)
+    vector_env = task.vector_env(config.max_steps)
+    limited = (task.episode_length or math.inf) <= config.max_steps
+    progress = Progress(config.episodes, math.inf if limited else config.max_steps)
     try:
         with use_seed(seed, torch.device("cpu") if actor is None else actor.device):
             rows = RowStream(vector_env, task.obs, task.actions)
@@ -160,16 +165,21 @@ class _Open:
 
 
 class Progress:
-    """Counts recorded steps and returns, and prints a line from time to time."""
+    """Counts recorded steps and returns, and prints a line from time to time.
 
-    def __init__(self, wanted: int) -> None:
-        self.wanted, self.steps = wanted, 0
+    max_steps: number after which episodes are cut off.
+    """
+
+    def __init__(self, wanted: int, max_steps: float = math.inf) -> None:
+        self.wanted, self.max_steps = wanted, max_steps
+        self.steps = self.cut = 0
         self.returns: list[float] = []
         self._start = self._logged = time.monotonic()
 
     def count(self, steps: int, ended: Sequence[Episode]) -> None:
         """Add the steps and ended episodes of one step of the environments."""
         self.steps += steps
+        self.cut += sum(len(e.actions) >= self.max_steps for e in ended)
         self.returns += [float(e.rewards.sum(dtype=np.float64)) for e in ended]
         if time.monotonic() - self._logged > LOG_INTERVAL:
             self._logged = time.monotonic()
@@ -182,9 +192,10 @@ class Progress:
 
     def summary(self) -> str:
         """Return one line about all new episodes."""
+        cut = f", of which {self.cut} were cut off after {self.max_steps:,} steps (max_steps)"
         return (
             f"return {np.mean(self.returns):.2f} ± {np.std(self.returns):.2f} over "
-            f"{len(self.returns):,} new episodes"
+            f"{len(self.returns):,} new episodes{cut if self.cut else ''}"
         )
 
 

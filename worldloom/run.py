@@ -103,7 +103,7 @@ def finish(run: "Run") -> dict[str, float]:
             logger.log_hyperparams({**settings, "differs": differs} if differs else settings)
         if not fit(run):
             return {}
-        scores = evaluate(run)
+        scores = evaluate_last(run)
     report(run, scores, time.monotonic() - start)
     return scores
 
@@ -180,6 +180,27 @@ def _describe_saved(trainer: Any, module: Any, data: Any, between: bool) -> str:
     if not between:
         return "progress since the last checkpoint is lost"
     return f"saved after {data.env_steps:,} environment steps and {module.updates:,} updates"
+
+
+def evaluate_last(run: "Run") -> dict[str, float]:
+    """Score the final model; a signal ends the process, with a line on how to continue."""
+    from worldloom.acting import EvaluationStopped
+    from worldloom.app.saved_config import format_command
+    from worldloom.training.interruption import Interrupted, Interruption
+
+    interruption = Interruption("stopping the evaluation")
+    run.evaluator.stops = lambda: interruption.number is not None
+    try:
+        with interruption.listening():
+            return evaluate(run)
+    except (EvaluationStopped, Interrupted) as raised:
+        numbers: list[Any] = [interruption.number]
+        if isinstance(raised, EvaluationStopped):
+            numbers = run.data.ranks.gather(interruption.number)
+        stopped = Interrupted(next(number for number in numbers if number is not None))
+    resume = format_command("run", f"resume={run.folder}", config=run.config.plain)
+    print(f"{stopped} in the final evaluation; to continue:\n{resume}", flush=True)
+    sys.exit(stopped.exit_code)
 
 
 def evaluate(run: "Run") -> dict[str, float]:

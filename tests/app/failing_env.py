@@ -29,9 +29,10 @@ class Failing(gym.Wrapper):
         steps += 1
         obs, reward, *rest = self.env.step(action)
         rank, kind, number = os.environ.get("FAULT", "- - 0").split()
-        if os.environ.get("RANK", "0") == rank and steps == int(number):
-            fail(kind)
-            reward = float("nan") if kind == "nan" else reward
+        if os.environ.get("RANK", "0") == rank and steps >= int(number):
+            if steps == int(number):
+                fail(kind)
+            reward = float("nan") if kind == "nan" else reward  # from now on
         return obs, reward, *rest
 
 

@@ -77,7 +77,7 @@ def test_a_failing_process_is_named_and_the_run_continues_with_the_printed_comma
     # Local step 28 of rank 1 is after updates and checkpoints.
     code, out, err = end(start([*ARGS, *TWO, "folder=run"], tmp_path, FAULT="1 raise 28"))
     assert code == 1
-    assert err.count("rank 1: the lever is stuck") == 1
+    assert err.count("rank 1: environment 0 raised ValueError: the lever is stuck in step") == 1
     assert err.endswith("error: stopped, because rank 1 failed\n")
     (command,) = re.findall(r"^python -m worldloom.run (resume=.*)", err, re.MULTILINE)
     code, out, err = end(start(command.split(), tmp_path))
@@ -95,7 +95,7 @@ def test_values_that_do_not_divide_are_named_before_a_process_starts(tmp_path):
 
 FAULTS = {
     "1 raise 0": "rank 1 failed",
-    "0 raise 5": "error: the lever is stuck",
+    "0 raise 5": "error: environment 0 raised ValueError: the lever is stuck in step",
     "1 nan 15": "rank 1 failed",
     "1 kill 5": "rank 1 was killed by SIGKILL",
     "1 kill 28": "rank 1 was killed by SIGKILL",

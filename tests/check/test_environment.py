@@ -7,6 +7,7 @@ import pytest
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 
+from tests.envs import misbehaving
 from worldloom.check.environment import EnvProblems, check_env
 from worldloom.envs.suites.catch import Catch
 from worldloom.envs.suites.gymnasium import make_env
@@ -119,8 +120,8 @@ CASES = {
     "keys": ({"step": step_with(obs={"a": np.zeros(2)})}, r"observation has the keys \['a'\], but"),
     "flag": ({"step": step_with(terminated=0)}, "terminated is 0; expected True or False"),
     "reward": ({"step": step_with(reward=float("inf"))}, "the reward is inf; expected a finite"),
-    "rewards": ({"step": step_with(reward=np.zeros(2))}, "expected one number"),
-    "raises": ({"step": raising}, r"raised RuntimeError in \w+.py:\d+: motor 3 is hot"),
+    "rewards": ({"step": step_with(reward=np.zeros(2))}, "as the reward; expected a number"),
+    "raises": ({"step": raising}, r"raised RuntimeError: motor 3 is hot in step \(\w+.py:\d+\)"),
     "seed": ({"reset": unseeded}, "and the same actions differ; expected equal ones"),
     "action": ({"action_space": spaces.Box(-np.inf, np.inf, (1,))}, "infinite bounds"),
     "text": ({"observation_space": spaces.Text(3)}, "which models cannot read"),
@@ -190,3 +191,15 @@ def test_the_command_fails_where_something_is_wrong(tmp_path):
     assert (
         "problem 1: the reward is nan; expected a finite number" in out and "problem 2" not in out
     )
+
+
+@pytest.mark.parametrize("name", misbehaving.CASES)
+def test_it_finds_what_would_end_or_disturb_a_run(name):
+    space, _, outcome = misbehaving.CASES[name]
+    wrong = isinstance(outcome, tuple) and (outcome[0] != "same without success" or outcome[1:])
+    try:
+        check_env(lambda: misbehaving.Odd(name, space), steps=30)
+    except EnvProblems as found:
+        assert found.problems and all("\n" not in problem for problem in found.problems)
+    else:
+        assert not wrong

@@ -146,3 +146,13 @@ def test_files_that_are_cut_off(tmp_path):
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(ValueError, match=r"a.hdf5 cannot be read as HDF5 \("):
         open_dataset(tmp_path)
+
+
+@pytest.mark.parametrize("timeouts", [None, ()])
+def test_a_file_that_does_not_tell_where_episodes_end_is_refused(tmp_path, timeouts):
+    unmarked = table(terminals=(), timeouts=timeouts, following=False)
+    file = write(tmp_path / "a.hdf5", **unmarked)
+    with pytest.raises(ValueError, match=r"a.hdf5 does not tell where its 10 steps.*episode_len"):
+        open_dataset(file)
+    assert open_dataset(file, episode_length=4).lengths == [4, 4, 2]
+    assert open_dataset(file, episode_length=99).lengths == [10]

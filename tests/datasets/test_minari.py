@@ -150,3 +150,14 @@ def test_data_that_are_gone(make):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(ValueError, match=r"thing-v0 cannot be read by Minari"):
         list(open_dataset(folder))
+
+
+def test_texts_can_be_left_out(make):
+    space = spaces.Dict(mission=spaces.Text(9), now=VECTOR)
+    recorded = episode(3, spaces.Dict(now=VECTOR), BOX)
+    recorded["observations"]["mission"] = ["go", "to", "the", "door"]
+    path = make([recorded], space, BOX)
+    with pytest.raises(ValueError, match=r"'mission'.*env.obs.keep='now', or record the dataset"):
+        open_dataset(path)
+    data = open_dataset(path, choice={"keep": "now"})
+    assert data.obs.shape == {"now": (3,)} and next(iter(data)).obs["now"].shape == (4, 3)

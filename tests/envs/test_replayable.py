@@ -331,8 +331,9 @@ def test_what_raises_while_it_is_played_again_begins_anew(caplog):
     rows.reset(0)
     rows.step(np.array([[0.9]], np.float32))  # 1.8 in the environment's units
     again.load_state_dict(rows.state_dict())
-    assert "environment 0 could not be replayed (ZeroDivisionError: of the simulator)" in (
-        caplog.text
+    assert (
+        "environment 0 could not be replayed (it raised ZeroDivisionError: of the simulator in step"
+        in (caplog.text)
     )
     assert again.is_first.all() and len(again.step(np.zeros((1, 1)))) == 0
 
@@ -341,7 +342,7 @@ def test_a_shorter_time_limit_begins_anew(caplog):
     rows, again = (rows_of(partial(make_env, "Pendulum-v1", time_limit=n)) for n in (9, 5))
     moved(rows, 0, 7)
     again.load_state_dict(rows.state_dict())
-    assert "(ValueError: it ended after 5 of 7 steps)" in caplog.text and again.is_first.all()
+    assert "(it ended after 5 of 7 steps)" in caplog.text and again.is_first.all()
 
 
 def test_an_episode_that_is_over_must_be_over_again(caplog):

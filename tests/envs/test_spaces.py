@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -340,3 +341,54 @@ def test_actions_that_are_no_numbers_are_refused():
     spec = ActionSpec.from_space(spaces.Box(-1, 1, (1,)))
     with pytest.raises(ValueError, match=r"contain NaN or infinity.*diverged"):
         spec.decode(np.array([[np.nan]], np.float32))
+
+
+@pytest.mark.parametrize("high", [1, 9, 254])
+def test_boards_and_masks_are_vectors_of_the_same_values(high):
+    space = spaces.Box(0, high, (16, 16, 3), np.uint8)
+    spec = ObsSpec.from_space(space)
+    assert spec.shape == (768,) and spec.parts[""].dtype == "float32"
+    board = np.random.default_rng(0).integers(0, high + 1, (2, 16, 16, 3), np.uint8)
+    assert (spec.encode(board).reshape(board.shape) == board).all()
+    (remark,) = spec.remarks
+    assert f"values up to {high}" in remark and "env.obs.image='.*'" in remark
+    picture = ObsSpec.from_space(space, image=".*")
+    assert picture.shape == (3, 16, 16) and picture.encode(board).max() == 255
+    assert not picture.remarks and not ObsSpec.from_space(space, vector=".*").remarks
+
+
+@pytest.mark.parametrize(
+    ("side", "words"), [(32, "env.obs.image='camera'"), (84, "ReshapeObservation.*image_size=64")]
+)
+def test_grey_boxes_are_vectors_and_the_remark_says_how_to_change_it(side, words):
+    space = spaces.Dict(camera=spaces.Box(0, 255, (side, side), np.uint8), arm=spaces.Box(-1, 1))
+    spec = ObsSpec.from_space(space)
+    assert spec.shape["camera"] == (side * side,)
+    (remark,) = spec.remarks
+    assert re.search(words, remark) and "env.obs.vector='camera'" in remark
+    assert not ObsSpec.from_space(space, keep="arm").remarks
+
+
+def test_names_that_are_equal_when_flattened_are_refused():
+    box = spaces.Box(-1, 1, (2,))
+    for inner in ({"a/b": box, "a": spaces.Dict(b=box)}, {"1": box, 1: box}):
+        with pytest.raises(ValueError, match=r"two observations that are flattened to '(a/b|1)'"):
+            ObsSpec.from_space(SimpleDict(inner))
+    with pytest.raises(ValueError, match=r"has an empty key"):
+        ObsSpec.from_space(spaces.Dict({"": box}))
+
+
+class SimpleDict(spaces.Dict):
+    """A Dict of keys of any type, which gymnasium would sort."""
+
+    def __init__(self, inner):
+        super().__init__(list(inner.items()))
+
+
+def test_what_models_cannot_read_can_be_left_out():
+    space = spaces.Dict(mission=spaces.Text(9), view=spaces.Box(-1, 1, (2,)))
+    with pytest.raises(ValueError, match=r"'mission'.*env.obs.keep='view', or convert it with"):
+        ObsSpec.from_space(space)
+    with pytest.raises(ValueError, match=r"env.obs.keep='view', or record the dataset without it"):
+        ObsSpec.from_space(space, recorded=True)
+    assert ObsSpec.from_space(space, keep="view").dropped == ("mission",)

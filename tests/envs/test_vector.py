@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers import NormalizeObservation, NormalizeReward
 
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.suites.gymnasium import make_env
@@ -191,3 +192,36 @@ def test_frames_are_counted_through_the_wrappers(repeat, frames):
 
 def test_without_a_time_limit_there_is_no_length():
     assert episode_length(Scripted([3])) is None
+
+
+@pytest.mark.parametrize("wrapper", [NormalizeObservation, NormalizeReward])
+def test_running_statistics_are_refused_unless_they_are_fixed(wrapper):
+    def make(fixed):
+        env = wrapper(gym.make("Pendulum-v1"))
+        env.update_running_mean = not fixed
+        return env
+
+    with pytest.raises(ValueError, match=rf"wrapper {wrapper.__name__}, whose running statistics"):
+        make_vector_env(partial(make, False))
+    make_vector_env(partial(make, True)).close()
+
+
+def test_running_statistics_of_vector_environments_are_refused():
+    inner = SyncVectorEnv([catch], autoreset_mode=AutoresetMode.NEXT_STEP)
+    with pytest.raises(ValueError, match=r"wrapper NormalizeReward, whose running statistics"):
+        rows_of(gym.wrappers.vector.NormalizeReward(inner))
+
+
+def test_only_the_kept_observations_are_read():
+    class Robot(Scripted):
+        observation_space = spaces.Dict(a=spaces.Box(-9, 9, (2,)), log=spaces.Box(-9, 9, (3,)))
+
+        def _obs(self):
+            return {"a": super()._obs(), "log": [np.nan] * self.count}
+
+    env = make_vector_env(lambda: Robot([3]), keys=["a"])
+    rows = RowStream(env, ObsSpec.from_space(Robot.observation_space, keep="a"),
+                     ActionSpec.from_space(Robot.action_space))  # fmt: skip
+    rows.reset(0)
+    rows.step(np.zeros((1, 1)))
+    assert rows.obs["a"].tolist() == [[0, 1]] and rows.restarts == 0

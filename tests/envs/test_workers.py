@@ -397,10 +397,18 @@ def test_fresh_seeds_reproduce_and_differ(tmp_path):
     [
         ("kill", 3, r"the process was killed by SIGKILL .*"),
         ("exit", 3, r"the process ended with exit code 7"),
-        ("raise", 3, r"ValueError: a simulated bug"),
+        (
+            "raise",
+            3,
+            r"environment . raised ValueError: a simulated bug in step \(.*:\d+\)",
+        ),
         ("hang", 3, r"no answer within 1\.5 seconds"),
         # The sixth call is the reset that follows four steps.
-        ("raise", 6, r"ValueError: a simulated bug"),
+        (
+            "raise",
+            6,
+            r"environment . raised ValueError: a simulated bug in reset \(.*:\d+\)",
+        ),
         ("exit", 6, r"the process ended with exit code 7"),
     ],
 )
@@ -424,7 +432,7 @@ def test_whatever_happens_to_a_worker(tmp_path, caplog, fate, call, reason):
     assert record.levelno == logging.WARNING and record.name == "worldloom.envs.workers"
     first, *trace = record.getMessage().splitlines()
     assert re.fullmatch(rf"restarting environment {hit}: {reason}", first)
-    assert bool(trace) == reason.startswith("ValueError")  # what raised says where
+    assert bool(trace) == ("ValueError" in reason)  # what raised says where
 
 
 def test_a_later_reset_may_crash_too(tmp_path):
@@ -437,7 +445,7 @@ def test_a_later_reset_may_crash_too(tmp_path):
 
 @pytest.mark.parametrize(
     ("fate", "words"),
-    [("raise", [r"ValueError: a simulated bug; fix", r"in step\n", r"a simulated\nbug$"]),
+    [("raise", [r"a simulated bug in step \(", r"in step\n", r"a simulated\nbug$"]),
      ("kill", [r"killed by SIGKILL", r"env\.workers=0, which runs it in the main process$"])],
 )  # fmt: skip
 def test_crash_after_crash_is_no_accident(tmp_path, caplog, fate, words):
@@ -492,7 +500,7 @@ def test_failing_construction_ends_at_once(tmp_path):
         WorkerError, match=r"could not be made .*NameError: name 'nothing'"
     ) as error:
         make_vector_env(lambda: nothing(), 2, 2)  # noqa: F821
-    assert "Traceback" in str(error.value)
+    assert "line " in str(error.value)
     with pytest.raises(WorkerError, match=r"returned the same .* more than once for num_envs=2"):
         make_vector_env(lambda: shared, 2, 1)
     with pytest.raises(ValueError, match=r"environment with the spaces .* expected equal ones"):

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 
 from worldloom import create_world_model, timing
+from worldloom.acting import EvaluationStopped
 from worldloom.ranks import Ranks
 from worldloom.saving import read_saved
 from worldloom.timing import Timer, phase
@@ -287,6 +288,22 @@ def test_evaluates_at_every_so_many_env_steps_and_at_the_end():
     assert notes.of("eval/return") == [(20, 1.0), (40, 2.0), (60, 3.0)]
     notes = fit(online(), Evaluation(Scores(1.0, 2.0, 3.0), every=25))
     assert notes.of("eval/return") == [(28, 1.0), (52, 2.0), (60, 3.0)]
+
+
+def test_an_evaluation_that_was_stopped_is_repeated_with_the_same_model():
+    class Stopped(Scores):
+        def __call__(self):
+            score = super().__call__()
+            if score["return"] < 0:
+                raise EvaluationStopped
+            return score
+
+    evaluation = Evaluation(Stopped(-1.0, 1.0, 2.0, 3.0), every=20)
+    notes = fit(online(), evaluation)
+    assert notes.of("eval/return") == [(20, 1.0), (40, 2.0), (60, 3.0)]
+    again = Evaluation(Scores(), every=20)
+    again.load_state_dict({**evaluation.state_dict(), "owed": 40})
+    assert again.state_dict()["owed"] == 40
 
 
 def test_no_evaluation_unless_asked():

@@ -1,5 +1,7 @@
 """Training in several real processes: what they decide together, and what each does for itself."""
 
+import re
+
 import gymnasium
 import lightning
 import numpy as np
@@ -8,9 +10,11 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
+import worldloom.app.task
 from tests.rank_processes import run_ranks
-from worldloom.acting import Actor
+from worldloom.acting import Actor, EvaluationStopped
 from worldloom.app.task import Evaluator, Task
+from worldloom.envs.contract import EnvError
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.vector import make_vector_env
 from worldloom.protocol import LatentState, ReplayField
@@ -259,8 +263,9 @@ def break_env(rank, overlap):
 @pytest.mark.parametrize("overlap", [False, True])
 def test_an_environment_that_fails_in_one_rank_stops_all_in_a_complete_state(overlap):
     one, two = run_ranks(break_env, 2, overlap)
-    assert one[0] is RankError and one[1] == "rank 1 failed: OSError: the simulator is gone"
-    assert two[:2] == (OSError, "the simulator is gone")
+    said = "environment 0 raised OSError: the simulator is gone in step (test_ranks.py:"
+    assert one[0] is RankError and one[1].startswith(f"rank 1 failed: {said}")
+    assert two[0] is EnvError and two[1].startswith(said)
     assert one[2:] == two[2:] and one[4]
 
 
@@ -298,6 +303,7 @@ def task():
 
 def score(rank, num_envs, episodes):
     settings = {"num_envs": num_envs, "episodes_during": 3, "seed": 11, "deterministic": True}
+    settings["max_steps"] = 1000
     evaluator = Evaluator(task(), Actor(Line()), settings)
     evaluator.ranks.connect()
     return evaluator(episodes), evaluator.score_unfinished()
@@ -317,9 +323,33 @@ def test_ranks_without_an_episode_take_part_in_an_evaluation():
     assert all(scores == one for scores in others) and one[0]["length"] == EPISODE
 
 
+def stop_in_one(rank):
+    """One rank asks to stop after some steps; the lines about the progress."""
+    said, calls = [], []
+
+    def stops():
+        calls.append(rank)
+        return rank == 1 and len(calls) > 5
+
+    settings = {"num_envs": 2, "seed": 11, "deterministic": True, "max_steps": 1000}
+    evaluator = Evaluator(task(), Actor(Line()), settings, stops=stops, say=said.append)
+    evaluator.ranks.connect()
+    worldloom.app.task.LOG_INTERVAL = 0.0
+    with pytest.raises(EvaluationStopped):
+        evaluator(100)
+    return len(calls), said
+
+
+def test_a_rank_that_asks_to_stop_ends_an_evaluation_in_all():
+    (one, lines), (two, none) = run_ranks(stop_in_one, 2)
+    assert one == two == 6 and not none and len(lines) == 6
+    assert re.match(r"evaluating: \d of 50 episodes \| 5 steps \|", lines[-1])
+
+
 def keep_best(rank, folder):
     model, data = make(total_steps=300)
     settings = {"num_envs": 2, "episodes_during": 4, "seed": 11, "deterministic": True}
+    settings["max_steps"] = 1000
     evaluator = Evaluator(task(), data.collector.actor, settings, data.ranks)
     evaluation = Evaluation(evaluator.score_unfinished, 100, folder)
     fit(model, data, evaluation)

@@ -59,9 +59,10 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
     from worldloom.app.forecast import Forecast
     from worldloom.training.callbacks import Evaluation
     from worldloom.training.checkpoint_files import has_checkpoint
-    from worldloom.training.interruption import Limits
+    from worldloom.training.interruption import Limits, asks_to_stop
     from worldloom.training.module import WorldModelModule
     from worldloom.training.precision import require_precision
+    from worldloom.training.progress import print_line
 
     plain, folder = take_share(config.plain, world_size()), Path(config.plain["folder"])
     require_precision(plain["trainer"].get("precision"))
@@ -93,7 +94,8 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
         nonfinite=plain["nonfinite"],
         folder=folder,
     )
-    evaluator = Evaluator(task, actor, plain["evaluation"], data.ranks)
+    stops = lambda: asks_to_stop(data.check_interruption)  # noqa: E731
+    evaluator = Evaluator(task, actor, plain["evaluation"], data.ranks, stops, print_line)
     evaluation = Evaluation(
         evaluator.score_unfinished,
         plain["evaluation"]["every"] if task.make_env is not None else 0,
@@ -222,10 +224,12 @@ def open_task(plain: Mapping[str, Any]) -> tuple[Task, Dataset | None]:
     if path is None:
         return Task.from_config(env), None
     if env["_target_"] is None:
-        dataset = open_dataset(path)
+        choice, length = env.get("obs"), plain["data"].get("episode_length")
+        dataset = open_dataset(path, choice=choice, episode_length=length)
         return Task.from_dataset(dataset), dataset
     task = Task.from_config(env, collects=False)
-    return task, open_dataset(path, task.obs, task.actions)
+    length = plain["data"].get("episode_length")
+    return task, open_dataset(path, task.obs, task.actions, episode_length=length)
 
 
 def build_data(

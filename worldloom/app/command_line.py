@@ -30,6 +30,7 @@ from worldloom.app.help import list_choices
 from worldloom.app.hints import find_bare_word, find_dashes, hint_choice, hint_key
 from worldloom.app.run_dir import reject_links, remove_empty
 from worldloom.app.validation import RENAMED, SECTIONS, build_settings, suggest_key, top_level_keys
+from worldloom.envs.contract import guarding_exit
 from worldloom.errors import escape, quote, suggest
 from worldloom.memory import keep_freed_memory
 from worldloom.presets import config_dir
@@ -172,7 +173,8 @@ def print_errors() -> Iterator[None]:
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
     try:
-        yield
+        with guarding_exit():
+            yield
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)
         sys.exit(130)

@@ -241,6 +241,8 @@ def adopt_dataset_env(plain: dict[str, Any]) -> None:
         return
     found = read_about(folder).get("env", {})
     reject_interpolations(found, folder)
+    if not any((env.get("obs") or {}).values()):
+        env.pop("obs", None)  # those of the dataset
     plain["env"] = {"_target_": None, **found, **{k: v for k, v in env.items() if k != "_target_"}}
     if plain["env"]["_target_"] is not None and (named := env_overrides(plain["env"])):
         raise ValueError(

@@ -1,6 +1,8 @@
 """Tasks: the spaces, environment and model that a configuration describes, and their scores."""
 
 import functools
+import math
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,23 +15,35 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from worldloom.acting import Actor, evaluate, share_episodes
+from worldloom.acting import Actor, Watch, evaluate, share_episodes
 from worldloom.app.compose import Overrides, compose_env, key_of
 from worldloom.app.run_dir import CONFIG, find_run, read_config
 from worldloom.app.saved_config import require_trusted, resolve_saved
 from worldloom.app.validation import RUNNING, check_arguments
 from worldloom.datasets import Dataset
+from worldloom.envs.contract import EnvError
 from worldloom.envs.film import Film
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.suites.custom import make_env as make_custom_env
 from worldloom.envs.suites.custom import split_options
-from worldloom.envs.vector import episode_length, frames_per_step, make_vector_env
+from worldloom.envs.vector import (
+    episode_length,
+    frames_per_step,
+    make_limited_env,
+    make_vector_env,
+)
 from worldloom.envs.workers import choose_workers
 from worldloom.errors import escape
 from worldloom.factory import build_model, create_world_model, import_target
 from worldloom.protocol import REQUIRED, find_missing_methods
 from worldloom.ranks import Ranks
 from worldloom.saving import get_config
+
+LOG_INTERVAL = 20.0  # seconds between two lines about a long evaluation
+NO_LIMIT = (
+    "episodes: no time limit is known, so they may be endless; env.time_limit=STEPS sets one; "
+    "evaluations cut episodes off (evaluation.max_steps)"
+)
 
 
 @dataclass
@@ -79,10 +93,16 @@ class Task:
         """Return obs_shape, action_dim and discrete, as models take them."""
         return self.obs.shape, self.actions.action_dim, self.actions.discrete
 
-    def vector_env(self, **changes: int) -> Any:
-        """Make the environments of a run, with changes of num_envs or workers."""
+    def vector_env(self, max_steps: int | None = None, **changes: int) -> Any:
+        """Make the environments of a run, with changes of num_envs or workers.
+
+        max_steps: actions after which episodes are truncated, if there is no shorter time limit.
+        """
         assert self.make_env is not None
-        return make_vector_env(self.make_env, **{**self.running, **changes})
+        make = self.make_env
+        if max_steps is not None and max_steps < (self.episode_length or math.inf):
+            make = functools.partial(make_limited_env, make, max_steps)
+        return make_vector_env(make, keys=self.obs.parts, **{**self.running, **changes})
 
     def build_model(self, config: Mapping[str, Any]) -> nn.Module:
         """Build the model section's class for this task.
@@ -112,6 +132,7 @@ class Task:
         """Return a few lines about the model, its observations and its actions."""
         lines = [f"  {escape(key or 'obs'):<16} {self.obs.describe(key)}" for key in self.obs.parts]
         lines += [f"  {escape(key):<16} not used" for key in self.obs.dropped]
+        lines += [f"  {escape(remark)}" for remark in self.obs.remarks]
         kind = "one-hot choices" if self.actions.discrete else "continuous in [-1, 1]"
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return "\n".join(
@@ -122,6 +143,7 @@ class Task:
                 *lines,
                 f"actions: {self.actions.action_dim} ({kind})",
                 *self._describe_workers(),
+                *([] if self.episode_length or self.make_env is None else [NO_LIMIT]),
             ]
         )
 
@@ -158,6 +180,8 @@ def name_failing_env(target: str) -> Iterator[None]:
     """Name the function whose environment cannot be made, if its error does not."""
     try:
         yield
+    except EnvError as error:
+        raise ValueError(f"{target}: {error}") from error.__cause__
     except (ValueError, TypeError, ImportError):
         raise  # raised by worldloom, or names the wrong option
     except Exception as error:
@@ -224,13 +248,21 @@ class Evaluator:
     """Scores an actor in its own environments.
 
     ranks: the other processes of a run, which share the episodes and return the same scores.
+    stops: returns whether this process asks to stop; called after every step.
+    say: prints lines about the progress.
     """
 
     def __init__(
-        self, task: Task, actor: Actor, settings: Mapping[str, Any], ranks: Ranks | None = None
+        self,
+        task: Task,
+        actor: Actor,
+        settings: Mapping[str, Any],
+        ranks: Ranks | None = None,
+        stops: Callable[[], bool] = lambda: False,
+        say: Callable[[str], None] = print,
     ) -> None:
         self.task, self.actor, self.settings = task, actor, settings
-        self.ranks = ranks or Ranks()
+        self.ranks, self.stops, self.say = ranks or Ranks(), stops, say
 
     def score_unfinished(self) -> dict[str, float]:
         """Score an unfinished run, with other seeds than the final evaluation."""
@@ -242,12 +274,16 @@ class Evaluator:
         """Return the means "return", "length" and, if known, "success", and "return_std".
 
         film: records the episodes of the first environment.
+
+        Raises:
+            EvaluationStopped: a process asked to stop.
         """
         # Environment i has the same seed and episodes, whichever rank runs it.
         count, size = min(self.settings["num_envs"], episodes), self.ranks.size
         shares = share_episodes(episodes, min(max(count, size), episodes))
         first, end = (rank * len(shares) // size for rank in (self.ranks.rank, self.ranks.rank + 1))
-        env = self.task.vector_env(num_envs=end - first) if end > first else None
+        most = self.settings["max_steps"]
+        env = self.task.vector_env(most, num_envs=end - first) if end > first else None
         model: Any = self.actor.model
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
@@ -263,15 +299,39 @@ class Evaluator:
                 (self.settings["seed"] if seed is None else seed) + first,
                 self.settings["deterministic"],
                 self.ranks,
+                self._watch(sum(shares[first:end])),
             )
         finally:
             for module, mode in modes:
                 module.training = mode
             if env is not None:
                 env.close()
+        cut = sum(result["length"] >= most for result in results)
+        if cut and self.ranks.rank == 0 and (self.task.episode_length or math.inf) > most:
+            self.say(
+                f"{cut} of the {len(results)} evaluated episodes were cut off after {most:,} steps "
+                "(evaluation.max_steps), and their returns are those up to there"
+            )
         names = sorted({name for result in results for name in result})
         scores = {
             n: float(np.mean([result[n] for result in results if n in result])) for n in names
         }
         scores["return_std"] = float(np.std([r["return"] for r in results]))
         return scores
+
+    def _watch(self, episodes: int) -> Watch:
+        """Return a function that prints a line from time to time, and whether to stop."""
+        start = last = time.monotonic()
+
+        def watch(ended: int, steps: int) -> bool:
+            nonlocal last
+            now = time.monotonic()
+            if self.ranks.rank == 0 and now >= last + LOG_INTERVAL:
+                last = now
+                self.say(
+                    f"evaluating: {ended} of {episodes} episodes | {steps:,} steps | "
+                    f"{steps / max(now - start, 1e-9):,.0f} steps/s"
+                )
+            return self.stops()
+
+        return watch

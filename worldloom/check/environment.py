@@ -2,20 +2,33 @@
 
 import math
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
+from worldloom.envs.contract import (
+    FLOAT32_MAX,
+    EnvError,
+    describe_value,
+    explain_exception,
+    raise_failure,
+    read_step,
+    read_success,
+    to_array,
+)
+from worldloom.envs.reader import KNOWN, shorten_space
 from worldloom.envs.spaces import ActionSpec, ObsSpec
-from worldloom.envs.vector import episode_length
+from worldloom.envs.vector import episode_length, reject_running_statistics
 from worldloom.envs.workers import SLOW_STEP
 from worldloom.trees import flatten_tree
 
+REUSES = (
+    "an observation changes with the next step, because the environment uses its array again; "
+    "worldloom copies observations at once, but other programs may not; return a copy"
+)
 COMPARED_STEPS = 25  # steps of an episode that are repeated with the same seed
 MAX_SECONDS = 10.0
 
@@ -80,22 +93,39 @@ def check_env(
         EnvProblems: a ValueError with the table and every problem: what is wrong, what was expected
             and how to fix it.
     """
-    made: Any = env if isinstance(env, gym.Env) else env()
-    report = EnvReport(str(made))
+    report = EnvReport("the environment")
+    made: Any = env
     try:
+        made = env if isinstance(env, gym.Env) else _call(env, "when it was made")
+        report.name = describe_value(made)
         if isinstance(made, gym.Env):
+            report.name = str(made)
+            reject_running_statistics(made)
             _Check(report, made, seed).run(steps, keep=keep, image=image, vector=vector)
         else:
             report.add(
                 f"the environment is a {type(made).__module__}.{type(made).__qualname__}; expected "
                 "a gymnasium.Env; derive it from gymnasium.Env"
             )
+    except ValueError as error:
+        report.add(str(error))
     finally:
         if made is not env and hasattr(made, "close"):
-            made.close()
+            try:
+                _call(made.close, "in close")
+            except EnvError as error:
+                report.add(str(error))
     if report.problems:
         raise EnvProblems(report)
     return report
+
+
+def _call(function: Callable[..., Any], place: str, *args: Any, **options: Any) -> Any:
+    """Call an environment; exceptions of any type become EnvError."""
+    try:
+        return function(*args, **options)
+    except BaseException as error:
+        raise_failure(error, place)
 
 
 class _StopCheck(Exception):
@@ -114,11 +144,13 @@ class _Check:
         self.terminated = 0
         self.has_success = False
         self.seconds = 0.0
+        self._newest: Any = None  # observation
 
     def run(self, steps: int, **choice: str | None) -> None:
         """Check spaces, seeds and steps, and fill the report."""
         try:
-            obs_spec = ObsSpec.from_space(self.env.observation_space, **choice)
+            options: Any = choice
+            obs_spec = ObsSpec.from_space(self.env.observation_space, **options)
             self.actions = ActionSpec.from_space(self.env.action_space)
         except ValueError as error:
             self.report.add(str(error))
@@ -129,11 +161,8 @@ class _Check:
         except _StopCheck:
             pass
         except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{Path(frame.filename).name}:{frame.lineno}"
-            self.report.add(
-                f"the environment raised {type(error).__name__} in {place}: {error}; fix this first"
-            )
+            self.report.add(str(error) if isinstance(error, EnvError) else explain_exception(error))
+        self.report.remarks += obs_spec.remarks
         self._describe_spaces(obs_spec)
         if self.rewards:
             self._describe_steps()
@@ -175,10 +204,9 @@ class _Check:
             before = time.perf_counter()
             self._check_obs(obs)
             checking += time.perf_counter() - before
-            obs, reward, terminated, truncated, info = self._step(rng)
+            obs, reward, terminated, truncated, _ = self._step(rng)
             length += 1
-            self.rewards.append(float(reward))
-            self.has_success |= "success" in info
+            self.rewards.append(reward)
             if terminated or truncated:
                 self.lengths.append(length)
                 self.terminated += bool(terminated)
@@ -189,7 +217,7 @@ class _Check:
                 break
 
     def _reset(self, seed: int | None) -> Any:
-        result: Any = self.env.reset(seed=seed)
+        result = _call(self.env.reset, "in reset", seed=seed)
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
             self.report.add(
                 f"reset returned {_describe_type(result)}; expected the tuple (obs, info) with a "
@@ -200,7 +228,10 @@ class _Check:
 
     def _step(self, rng: np.random.Generator) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         action = self.actions.decode(self.actions.sample(rng, 1))[0]
-        result: Any = self.env.step(action)
+        before, copied = self._newest, _make_comparable(self._newest)
+        result = _call(self.env.step, "in step", action)
+        if _make_comparable(before) != copied and REUSES not in self.report.remarks:
+            self.report.remarks.append(REUSES)
         if not (isinstance(result, tuple) and len(result) == 5 and isinstance(result[4], dict)):
             self.report.add(
                 f"step returned {_describe_type(result)}; expected the tuple (obs, reward, "
@@ -208,16 +239,24 @@ class _Check:
                 "terminated"
             )
             raise _StopCheck
-        _, reward, terminated, truncated, _ = result
+        self._newest, reward, terminated, truncated, info = result
+        try:
+            _, number, *flags, _ = read_step(result)
+        except EnvError as error:
+            self.report.add(str(error))
+            raise _StopCheck from None
         for name, flag in (("terminated", terminated), ("truncated", truncated)):
             if not isinstance(flag, bool | np.bool_):
-                self.report.add(f"{name} is {flag!r}; expected True or False; return bool({name})")
-        if not np.isscalar(reward) and np.size(reward) != 1:
-            self.report.add(f"the reward is {reward!r}; expected one number; return float(reward)")
-            raise _StopCheck
-        if not math.isfinite(float(reward)):
+                text = describe_value(flag)
+                self.report.add(f"{name} is {text}; expected True or False; return bool({name})")
+        if not abs(number) <= FLOAT32_MAX:
             self.report.add(f"the reward is {reward}; expected a finite number")
-        return result
+        notes: list[tuple[str, str]] = []
+        if any(flags):
+            self.has_success |= read_success(info, notes) is not None
+        for _, note in notes:
+            self.report.add(note)
+        return self._newest, number, *flags, info
 
     def _check_obs(self, obs: Any) -> None:
         """Compare one observation with its space, key by key."""
@@ -233,8 +272,15 @@ class _Check:
 
     def _check_array(self, key: str, value: Any, space: gym.Space) -> None:
         what = f"the observation '{key}'" if key else "the observation"
-        array = np.asarray(value)
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if not isinstance(space, KNOWN):
+            return  # models do not see it
+        array = to_array(value)
+        if array is None:
+            self.report.add(
+                f"{what} is {describe_value(value)}, but its space {space}; return an array"
+            )
+            raise _StopCheck
+        if array.dtype.kind == "f" and not (abs(array) <= FLOAT32_MAX).all():
             self.report.add(f"{what} holds NaN or infinity; expected finite numbers")
             return
         if array.shape != (space.shape or ()):
@@ -255,9 +301,9 @@ class _Check:
         for key, space in flatten_tree(self.env.observation_space).items():
             values = f"{self.low[key]:.4g} to {self.high[key]:.4g}" if key in self.low else "none"
             model = obs_spec.describe(key) if key in obs_spec.parts else "nothing (left out)"
-            self.report.rows.append((key or "obs", _format_space(space), values, model))
+            self.report.rows.append((key or "obs", shorten_space(space), values, model))
         kind = "one-hot choices" if self.actions.discrete else "continuous in [-1, 1]"
-        space = _format_space(self.env.action_space)
+        space = shorten_space(self.env.action_space)
         self.report.facts["actions"] = f"{space}: {self.actions.action_dim}, {kind}"
 
     def _describe_steps(self) -> None:
@@ -289,20 +335,11 @@ class _Check:
 
 def _make_comparable(obs: Any) -> dict[str, Any]:
     """Return the arrays of an observation as bytes, so that NaN equals NaN."""
-    arrays = {key: np.asarray(value) for key, value in flatten_tree(obs).items()}
+    arrays = {key: (value, to_array(value)) for key, value in flatten_tree(obs).items()}
     return {
-        key: (x.shape, x.dtype, x.tolist() if x.dtype == object else x.tobytes())
-        for key, x in arrays.items()
+        key: describe_value(value) if x is None else (x.shape, x.dtype, x.tobytes())
+        for key, (value, x) in arrays.items()
     }
-
-
-def _format_space(space: gym.Space) -> str:
-    """Format a space on one short line; array bounds as their extremes."""
-    if isinstance(space, gym.spaces.MultiDiscrete):
-        return f"MultiDiscrete({space.nvec.size} choices of up to {space.nvec.max()})"
-    if not isinstance(space, gym.spaces.Box):
-        return " ".join(str(space).split())
-    return f"Box({space.low.min():.4g}, {space.high.max():.4g}, {space.shape}, {space.dtype})"
 
 
 def _describe_type(value: Any) -> str:

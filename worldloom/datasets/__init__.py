@@ -5,8 +5,9 @@ format that worldloom writes.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from worldloom.datasets.episode import Dataset, Episode, require_same_spaces
 from worldloom.datasets.folder import open_folder
@@ -17,16 +18,23 @@ from worldloom.memory import require_memory
 
 __all__ = ["Dataset", "Episode", "open_dataset"]
 
-Reader = Callable[[Path, ObsSpec | None, ActionSpec | None], Dataset]
+Reader = Callable[..., Dataset]
 
 
 def open_dataset(
-    path: str | Path, obs: ObsSpec | None = None, actions: ActionSpec | None = None
+    path: str | Path,
+    obs: ObsSpec | None = None,
+    actions: ActionSpec | None = None,
+    *,
+    choice: Mapping[str, str | None] | None = None,
+    episode_length: int | None = None,
 ) -> Dataset:
     """Open a folder of episodes, HDF5 files in D4RL's layout, or a Minari dataset.
 
     path: folder, file, or id of a Minari dataset.
     obs, actions: of the environment in which a model will act; the data must match them.
+    choice: without obs, the observations of models: keep, image and vector of `ObsSpec.from_space`.
+    episode_length: steps per episode of HDF5 files that do not tell where episodes end.
 
     Raises:
         FileNotFoundError: nothing exists at the path.
@@ -34,7 +42,15 @@ def open_dataset(
         ImportError: h5py or minari is missing; names the extra that installs it.
     """
     reader, found = _find_reader(Path(path).expanduser())
-    dataset = reader(found, obs, actions)
+    options: dict[str, Any] = {"choice": choice or {}}
+    if episode_length is not None:
+        if reader is not open_hdf5:
+            raise ValueError(
+                f"data.episode_length is {episode_length}, but the episodes of {path} are separate "
+                "already; expected HDF5 files; leave it out"
+            )
+        options["episode_length"] = episode_length
+    dataset = reader(found, obs, actions, **options)
     if obs is not None and actions is not None:
         require_same_spaces(dataset, obs, actions)
     longest, width = max(dataset.lengths, default=0), dataset.actions.width

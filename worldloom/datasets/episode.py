@@ -4,8 +4,9 @@ Letters used in shapes: N steps of an episode, A = width of an action.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -204,8 +205,16 @@ def require_numbers(what: str, array: np.ndarray) -> None:
         )
 
 
-def infer_obs(source: str, arrays: Arrays, name: str = "obs") -> ObsSpec:
-    """Infer the observations from an episode's arrays: images if 3-D uint8, else vectors."""
+def infer_obs(
+    source: str,
+    arrays: Arrays,
+    name: str = "obs",
+    choice: Mapping[str, str | None] = MappingProxyType({}),
+) -> ObsSpec:
+    """Infer the observations from an episode's arrays: images if 3-D uint8, else vectors.
+
+    choice: the observations of models, as in `ObsSpec.from_space`.
+    """
     boxes: dict[str, Space] = {}
     for key, array in arrays.items():
         require_numbers(f"{source}: {key}", array)
@@ -214,7 +223,8 @@ def infer_obs(source: str, arrays: Arrays, name: str = "obs") -> ObsSpec:
         shape = () if image else (array.shape[1:],)
         boxes[key.removeprefix(name).removeprefix("/")] = spaces.Box(*bounds, *shape)
     try:
-        return ObsSpec.from_space(boxes[""] if "" in boxes else spaces.Dict(boxes))
+        space = boxes[""] if "" in boxes else spaces.Dict(boxes)
+        return ObsSpec.from_space(space, recorded=True, **choice)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 

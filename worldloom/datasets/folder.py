@@ -20,9 +20,10 @@ the configuration that made the environment); `episodes` and `steps` are only in
 it, the first file determines the shapes, and the largest integer the number of choices.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -50,18 +51,25 @@ KINDS = {"action_dim": int | list, "discrete": bool, "obs_shape": list | dict, "
 
 
 def open_folder(
-    path: Path, obs: ObsSpec | None = None, actions: ActionSpec | None = None
+    path: Path,
+    obs: ObsSpec | None = None,
+    actions: ActionSpec | None = None,
+    choice: Mapping[str, str | None] = MappingProxyType({}),
 ) -> Dataset:
     """Open a folder of episodes, or a single episode.
 
     obs, actions: of the environment, if it is known: the keys that models do not see, and the
         number of choices.
+    choice: without obs, the observations of models, as in `ObsSpec.from_space`.
     """
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     about = read_about(path)
     first = _load(files[0])
     dropped = () if obs is None else obs.dropped
-    spec = replace(infer_obs(str(files[0]), drop_keys(_get_obs(first), dropped)), dropped=dropped)
+    arrays, options = drop_keys(_get_obs(first), dropped), choice if obs is None else {}
+    spec = infer_obs(str(files[0]), arrays, choice=options)
+    dropped = (*dropped, *spec.dropped)
+    spec = replace(spec, dropped=dropped)
     inferred = map_tree(int, spec.shape, sequence=list)
     shape = about.get("obs_shape", inferred)
     if isinstance(shape, dict):

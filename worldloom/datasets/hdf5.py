@@ -9,12 +9,14 @@
 
 An episode ends at a terminal, at a timeout, where next_observations differs from the following
 observation, and at the end of the file. Without next_observations, the last action of each episode
-cannot be used, because the observation after it is not known.
+cannot be used, because the observation after it is not known. A file in which nothing tells where
+episodes end is rejected, unless `data.episode_length` does.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -38,17 +40,25 @@ REQUIRED = ("observations", "actions", "rewards", "terminals")
 CHUNK = 65_536  # rows compared at once
 
 
-def open_hdf5(path: Path, obs: ObsSpec | None = None, actions: ActionSpec | None = None) -> Dataset:
+def open_hdf5(
+    path: Path,
+    obs: ObsSpec | None = None,
+    actions: ActionSpec | None = None,
+    choice: Mapping[str, str | None] = MappingProxyType({}),
+    episode_length: int | None = None,
+) -> Dataset:
     """Open one file, or all files of a folder.
 
     obs, actions: of the environment, in whose spaces the data is. Without them observations are
         images if 3-D uint8, else vectors, and actions are in [-1, 1] or choices.
+    choice: without obs, the observations of models, as in `ObsSpec.from_space`.
+    episode_length: steps after which an episode ends, where the file does not tell.
     """
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-    ends = {file: _find_ends(file) for file in files}
-    schema = _make_schema(files, obs, actions)
+    ends = {file: _find_ends(file, episode_length) for file in files}
+    schema = _make_schema(files, obs, actions, choice)
     lengths = [int(n) for file in files for n in np.diff(ends[file], prepend=0)]
 
     def read() -> Iterator[Episode]:
@@ -58,10 +68,16 @@ def open_hdf5(path: Path, obs: ObsSpec | None = None, actions: ActionSpec | None
     return Dataset(str(path), schema.obs, schema.actions, lengths, read)
 
 
-def _make_schema(files: list[Path], obs: ObsSpec | None, actions: ActionSpec | None) -> Schema:
+def _make_schema(
+    files: list[Path],
+    obs: ObsSpec | None,
+    actions: ActionSpec | None,
+    choice: Mapping[str, str | None],
+) -> Schema:
     first = str(files[0])
     with _open_file(files[0]) as data:
-        obs = obs or infer_obs(first, {"observations": data["observations"][:1]}, "observations")
+        arrays = {"observations": data["observations"][:1]}
+        obs = obs or infer_obs(first, arrays, "observations", choice)
         example = data["actions"][:1]
         require_numbers(f"{first}: actions", example)
     if actions is not None:
@@ -101,8 +117,12 @@ def _read_episodes(file: Path, ends: np.ndarray, schema: Schema) -> Iterator[Epi
             start = end
 
 
-def _find_ends(file: Path) -> np.ndarray:
-    """Return the index after the last row of each episode."""
+def _find_ends(file: Path, episode_length: int | None) -> np.ndarray:
+    """Return the index after the last row of each episode.
+
+    Raises:
+        ValueError: nothing in the file tells where episodes end, and episode_length is None.
+    """
     with _open_file(file) as data:
         _require_layout(file, data)
         rows = len(data["actions"])
@@ -117,6 +137,15 @@ def _find_ends(file: Path) -> np.ndarray:
                 stop = min(start + CHUNK, rows - 1)
                 differ = next_obs[start:stop] != obs[start + 1 : stop + 1]
                 last[start:stop] |= differ.reshape(stop - start, -1).any(1)
+        elif episode_length is not None:
+            last[episode_length - 1 :: episode_length] = True
+        elif not last[:-1].any() and not data["terminals"][-1]:
+            raise ValueError(
+                f"{file} does not tell where its {rows:,} steps are divided into episodes: no "
+                "terminal or timeout is set, and there are no next_observations; set "
+                "data.episode_length to the steps of an episode (to a larger number if each file "
+                "is one episode)"
+            )
     return np.flatnonzero(last) + 1
 
 

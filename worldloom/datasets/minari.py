@@ -1,9 +1,10 @@
 """Minari datasets on this machine, in any of Minari's formats."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,16 @@ from worldloom.files import read_text
 
 
 def open_minari(
-    path: Path, obs: ObsSpec | None = None, actions: ActionSpec | None = None
+    path: Path,
+    obs: ObsSpec | None = None,
+    actions: ActionSpec | None = None,
+    choice: Mapping[str, str | None] = MappingProxyType({}),
 ) -> Dataset:
     """Open a dataset by its folder (or the folder "data" in it), which contains its spaces.
 
     obs, actions: of the environment in which a model will act; its observations are converted as
         there, and its actions must have the same bounds.
+    choice: without obs, the observations of models, as in `ObsSpec.from_space`.
     """
     folder = path / "data" if (path / "data").is_dir() else path
     _require_spaces(folder)
@@ -33,7 +38,7 @@ def open_minari(
             about = list(data.storage.get_episode_metadata(data.episode_indices))
     lengths = [int(episode["total_steps"]) for episode in about]
     schema = Schema(
-        obs or ObsSpec.from_space(data.observation_space),
+        obs or _choose_obs(path, data.observation_space, choice),
         ActionSpec.from_space(data.action_space),
         "the dataset's spaces" if obs is None else "the environment",
         "The dataset contradicts its action space; copy it again.",
@@ -49,6 +54,13 @@ def open_minari(
             yield _make_episode(f"{path}, episode {episode.id}", episode, steps, schema)
 
     return Dataset(str(path), schema.obs, schema.actions, lengths, read)
+
+
+def _choose_obs(path: Path, space: Any, choice: Mapping[str, str | None]) -> ObsSpec:
+    try:
+        return ObsSpec.from_space(space, recorded=True, **choice)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _make_episode(source: str, episode: Any, steps: int, schema: Schema) -> Episode:

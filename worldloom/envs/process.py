@@ -1,8 +1,9 @@
 """A process that runs environments, and the pipe between it and its parent.
 
 Each request (name, argument) gets one answer (done, value). If done is False, value is (summary,
-traceback) of an exception and the process ends. The process also ends when its pipe is closed, so
-it does not outlive its parent. During a long request it sends (None, None) as a heartbeat.
+traceback, EnvError or None) of an exception and the process ends. The process also ends when its
+pipe is closed, so it does not outlive its parent. During a long request it sends (None, None) as a
+heartbeat.
 """
 
 import faulthandler
@@ -21,11 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from worldloom.envs.contract import EnvError, explain_exception
 from worldloom.envs.replayable import LocalVectorEnv
 from worldloom.starting import SIGNALS
 
-# The keys of infos that are sent to the parent: those that `RowStream` reads. Others can be huge.
-INFOS = ("success", "_success", "lost")
 # Time allowed for making the environments, even if the timeout of a step is shorter.
 START_SECONDS = 120.0
 CLOSE_SECONDS = 5.0  # time that a process has to end before it is killed
@@ -33,10 +33,14 @@ HEARTBEAT_SECONDS = 0.25
 
 
 class Crash(NamedTuple):
-    """A process died, raised or did not answer; reason is one line, trace may be empty."""
+    """A process died, raised or did not answer; reason is one line, trace may be empty.
+
+    error: what its environment did, if a new one would not help.
+    """
 
     reason: str
     trace: str = ""
+    error: EnvError | None = None
 
 
 class EnvProcess:
@@ -72,7 +76,7 @@ class EnvProcess:
             context.set_forkserver_preload([__name__])  # imported once for all processes
         # A new pipe, so that late messages from the previous process are dropped.
         pipe, theirs = context.Pipe()
-        arguments = (theirs, self._make_envs, dict(os.environ))
+        arguments = (theirs, self._make_envs, self.indices.start, dict(os.environ))
         process = context.Process(target=_run_envs, args=arguments, daemon=True)
         with _prepare_parent():
             process.start()
@@ -154,8 +158,11 @@ def _prepare_parent() -> Iterator[None]:
             del os.environ["OMP_NUM_THREADS"]
 
 
-def _run_envs(pipe: Any, make_envs: bytes, environ: dict[str, str]) -> None:
-    """Make environments and answer the parent's requests; the main function of the process."""
+def _run_envs(pipe: Any, make_envs: bytes, first: int, environ: dict[str, str]) -> None:
+    """Make environments and answer the parent's requests; the main function of the process.
+
+    first: number of the first environment.
+    """
     for number in SIGNALS:
         # Signals to the process group are handled by the parent. SIG_IGN would be inherited by
         # simulators that an environment starts as programs.
@@ -167,6 +174,8 @@ def _run_envs(pipe: Any, make_envs: bytes, environ: dict[str, str]) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     done, value = _attempt(lambda: pickle.loads(make_envs)())
     envs = value if done else None
+    if envs is not None:
+        envs.first = first
     try:
         while done:
             request = pipe.recv()
@@ -177,7 +186,7 @@ def _run_envs(pipe: Any, make_envs: bytes, environ: dict[str, str]) -> None:
     except (EOFError, OSError):
         pass  # the parent has closed the pipe, or is dead
     if envs is not None:
-        envs.close()
+        _attempt(envs.close)  # nobody waits for an answer
 
 
 def _end_with_parent() -> None:
@@ -191,9 +200,13 @@ def _end_with_parent() -> None:
 def _attempt(fn: Callable[..., Any], *args: Any) -> tuple[bool, Any]:
     try:
         return True, fn(*args)
-    except BaseException as error:  # also sys.exit in an environment
-        summary = " ".join(f"{type(error).__name__}: {error}".split())
-        return False, (summary, traceback.format_exc())
+    except BaseException as error:
+        cause = error.__cause__ or error
+        lines = traceback.format_exception(type(cause), cause, cause.__traceback__, chain=False)
+        trace = "".join(lines[1:])  # without the heading
+        if not isinstance(error, EnvError):
+            return False, (explain_exception(error), trace, None)
+        return False, (error.fact, trace, error if error.fatal else None)
 
 
 def _make_heartbeat(pipe: Any) -> Callable[[], None]:
@@ -222,4 +235,4 @@ def _answer(envs: LocalVectorEnv, name: str, argument: Any, beat: Callable[[], N
     else:
         obs, infos = envs.reset(seed=argument)
         arrays = [obs, np.zeros(envs.num_envs), *np.zeros((2, envs.num_envs), bool)]
-    return *arrays, {key: infos[key] for key in INFOS if key in infos}
+    return *arrays, infos

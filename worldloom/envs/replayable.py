@@ -5,17 +5,33 @@ A simulator cannot be saved, but an episode follows from its seed and its action
 Letters used in shapes: N environments, T steps.
 """
 
+import logging
 import zlib
-from collections.abc import Callable
-from copy import deepcopy
+from collections.abc import Callable, Collection
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from gymnasium.vector.utils import concatenate
 
+from worldloom.envs.contract import (
+    FLOAT32_MAX,
+    MAX_FAULTS,
+    EnvError,
+    Fault,
+    explain_exception,
+    raise_failure,
+    read_reset,
+    read_step,
+    read_success,
+    report_once,
+    require_finite,
+    to_array,
+)
+from worldloom.envs.reader import ObsReader
 from worldloom.trees import flatten_tree
+
+log = logging.getLogger(__name__)
 
 # One environment's episode: "seed" and "episode" (as in `episode_seed`), "actions" [T, ...] of the
 # environment, and "checksum" of their result (None: the episode could not be saved).
@@ -45,6 +61,9 @@ class ReplayableEpisodes(gym.Wrapper):
     reset(seed=s) starts the episode of seed s, and each reset without a seed the next one of the
     sequence that follows from s. An episode is then a function of its seed and its actions, if
     the environment draws all random numbers from the seed of its reset.
+
+    Rewards and flags become plain numbers and bools. What cannot be read, and exceptions of any
+    type, are raised as EnvError; an exception in `close` is only a warning.
     """
 
     def __init__(self, env: gym.Env) -> None:
@@ -71,11 +90,25 @@ class ReplayableEpisodes(gym.Wrapper):
         if len(self._actions) <= MAX_STEPS:
             # A vector environment may reuse the array for its next actions.
             self._actions.append(action.copy() if isinstance(action, np.ndarray) else action)
-        result = self.env.step(action)
+        try:
+            result = self.env.step(action)
+        except BaseException as error:
+            raise_failure(error, "in step")
+        result = read_step(result)
         self._obs, reward, terminated, truncated, _ = result
-        self._return += float(reward)
+        self._return += reward
         self._ended = terminated or truncated
         return result
+
+    def close(self) -> None:
+        """Close the environment; it is not needed any more, so errors are only reported."""
+        try:
+            super().close()
+        except Exception as error:
+            text = f"the environment raised {explain_exception(error)} in close; results are kept"
+            report_once([("close", text)])
+        except BaseException as error:
+            raise_failure(error, "in close")
 
     def save(self) -> SavedEpisode:
         """Return the current episode up to now; reset must have been called."""
@@ -106,17 +139,22 @@ class ReplayableEpisodes(gym.Wrapper):
             row = self._replay(saved["actions"], beat)
             same = self._checksum() == saved["checksum"]
             lost = "" if same else "its seed and actions led to a different result"
-        except Exception as error:
-            lost = " ".join(f"{type(error).__name__}: {error}".split())
+        except EnvError as error:
+            lost = f"it {error.problem}"
+        except ValueError as error:
+            lost = str(error)
         return (row, "") if not lost else ((self.reset()[0], 0.0, False, False), lost)
 
     def _start(self, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         assert self._seed is not None
         self._actions, self._return, self._ended = [], 0.0, False
         seed = episode_seed(self._seed, self._episode)
-        obs, info = self.env.reset(seed=seed, options=options)
-        self._obs = obs
-        return obs, info
+        try:
+            result = self.env.reset(seed=seed, options=options)
+        except BaseException as error:
+            raise_failure(error, "in reset")
+        self._obs, info = read_reset(result)
+        return self._obs, info
 
     def _replay(
         self, actions: np.ndarray, beat: Callable[[], None]
@@ -133,19 +171,43 @@ class ReplayableEpisodes(gym.Wrapper):
         """Return the checksum of the newest observation and of the return, for the rows before."""
         crc = zlib.crc32(np.float64(self._return).tobytes(), int(self._ended))
         for _, value in sorted(flatten_tree(self._obs, lists=True).items()):
-            array = np.asarray(value)
-            if array.dtype != object:  # the bytes of an object are its address
+            array = to_array(value)
+            if array is not None:  # the bytes of other objects are their address
                 crc = zlib.crc32(array.tobytes(), crc)
         return crc
 
 
 class LocalVectorEnv(SyncVectorEnv):
-    """N environments that are stepped one after the other; can be saved and restored."""
+    """N environments that are stepped one after the other; can be saved and restored.
 
-    def __init__(self, make_env: Callable[[], gym.Env], num_envs: int) -> None:
+    It returns what a SyncVectorEnv does, except for infos, which have only these keys, and only
+    where there is something to say:
+
+    success: [N] float of episodes that have ended; _success: [N] bool, whether there is one.
+    faulty: [N] bool, environments that returned NaN or infinity. Their row is the first one of a
+        new episode, with reward 0, as after a restart of a worker.
+    notes: pairs (kind, text) for `report_once`.
+
+    keys: of the flattened observations that are read; None for all. Others are left out.
+    first: number of the first environment, for messages.
+
+    Raises:
+        EnvError: an environment fails, in any method, or has several faults without a finished
+            episode in between.
+    """
+
+    def __init__(
+        self,
+        make_env: Callable[[], gym.Env],
+        num_envs: int,
+        keys: Collection[str] | None = None,
+    ) -> None:
         makers = [lambda: ReplayableEpisodes(make_env())] * num_envs
         super().__init__(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+        self.first = 0
         self._seed: int | None = None
+        self._reader = ObsReader(self.single_observation_space, num_envs, keys)
+        self._faults = [0] * num_envs  # since an episode has ended
 
     def reset(
         self,
@@ -155,7 +217,102 @@ class LocalVectorEnv(SyncVectorEnv):
     ) -> tuple[Any, dict[str, Any]]:
         """Start new episodes, as a SyncVectorEnv does."""
         self._seed = seed if isinstance(seed, int) else None
-        return super().reset(seed=seed, options=options)
+        faults = {}
+        for index in range(self.num_envs):
+            own = seed[index] if isinstance(seed, list) else seed
+            own = own + index if isinstance(seed, int) and own is not None else own
+            if problem := self._start(index, seed=own, options=options):
+                faults[index] = problem
+        obs, *_, infos = self._finish_step(faults, {})
+        return obs, infos
+
+    def step(self, actions: Any) -> StepResult:
+        """Step all environments; actions [N, ...]."""
+        faults: dict[int, str] = {}
+        last: dict[int, Any] = {}  # infos of the episodes that end
+        ends, read, envs = self._autoreset_envs.tolist(), self._reader.read, self._get_envs()
+        self._terminations[:] = self._truncations[:] = False
+        for index, env in enumerate(envs):
+            if ends[index]:
+                if problem := self._start(index):
+                    faults[index] = problem
+                continue
+            try:
+                obs, reward, terminated, truncated, info = env.step(actions[index])
+                read(index, obs)  # at once: environments may share or reuse the array
+                if not -FLOAT32_MAX <= reward <= FLOAT32_MAX:
+                    require_finite(reward)
+            except EnvError as error:
+                raise error.at(self.first + index) from error.__cause__
+            except Fault as fault:
+                faults[index] = str(fault)
+                continue
+            self._rewards[index] = reward
+            if terminated or truncated:
+                self._terminations[index], self._truncations[index] = terminated, truncated
+                last[index] = info
+        return self._finish_step(faults, last)
+
+    def _start(self, index: int, **options: Any) -> str:
+        """Start an episode; return the fault of its first row, or ""."""
+        try:
+            self._set_row(index, self.envs[index].reset(**options)[0], 0.0, False, False)
+        except EnvError as error:
+            raise error.at(self.first + index) from error.__cause__
+        except Fault as fault:
+            return str(fault)
+        return ""
+
+    def _set_row(
+        self, index: int, obs: Any, reward: float, terminated: bool, truncated: bool
+    ) -> None:
+        require_finite(reward)
+        self._reader.read(index, obs)
+        self._rewards[index] = reward
+        self._terminations[index], self._truncations[index] = terminated, truncated
+
+    def _finish_step(self, faults: dict[int, str], last: dict[int, Any]) -> StepResult:
+        """Return the rows, after those with faults are replaced.
+
+        faults: by environment. last: the infos of the episodes that have ended.
+        """
+        infos: dict[str, Any] = {}
+        notes = self._reader.find_outside(self.first)
+        if faults := {**self._reader.find_faults(), **faults}:
+            infos["faulty"] = np.isin(np.arange(self.num_envs), [*faults])
+            for index, problem in faults.items():
+                last.pop(index, None)
+                self._replace(index, problem, notes)
+        for index, info in last.items():
+            self._faults[index] = 0
+            if (success := read_success(info, notes)) is not None:
+                blank = np.zeros(self.num_envs), np.zeros(self.num_envs, bool)
+                values = infos.setdefault("success", blank[0])
+                known = infos.setdefault("_success", blank[1])
+                values[index], known[index] = success, True
+        if notes:
+            infos["notes"] = notes
+        self._autoreset_envs = self._terminations | self._truncations
+        flags = self._terminations.copy(), self._truncations.copy()
+        return self._reader.copy(), self._rewards.copy(), *flags, infos
+
+    def _replace(self, index: int, problem: str, notes: list[tuple[str, str]]) -> None:
+        """Start new episodes in an environment until one has no fault in its first row."""
+        while problem:
+            self._faults[index] += 1
+            if self._faults[index] >= MAX_FAULTS:
+                raise EnvError(
+                    f"{problem}, {MAX_FAULTS} times without a finished episode in between; fix the "
+                    "environment",
+                    self.first + index,
+                )
+            kind = f"fault {problem.partition(' ')[2].partition(' ')[2].partition(';')[0]}"
+            text = (
+                f"environment {self.first + index} {problem}; its episode ends without this row, "
+                "and a new one starts; later faults are only counted (restarts)"
+            )
+            notes.append((kind, text))
+            problem = self._start(index) or self._reader.find_faults().get(index, "")
 
     def save(self) -> dict[str, Any]:
         """Return the state of all environments, as arrays and plain data.
@@ -177,19 +334,22 @@ class LocalVectorEnv(SyncVectorEnv):
         beat: called after every step, because the replay may take long.
         """
         self._seed = state["seed"]
+        lost, faults = [], {}
         pairs = zip(self._get_envs(), state["episodes"], strict=True)
-        rows, lost = zip(*[env.restore(episode, beat) for env, episode in pairs], strict=True)
-        obs, rewards, terminated, truncated = (list(column) for column in zip(*rows, strict=True))
-        # As after a step of SyncVectorEnv; its flags decide which environments the next one resets.
-        self._env_obs = obs
-        self._rewards = np.array(rewards, np.float64)
-        self._terminations = np.array(terminated, bool)
-        self._truncations = np.array(truncated, bool)
-        self._autoreset_envs = self._terminations | self._truncations
-        self._observations = concatenate(self.single_observation_space, obs, self._observations)
-        flags = self._terminations.copy(), self._truncations.copy()
-        infos = {"lost": np.array(lost)} if any(lost) else {}
-        return deepcopy(self._observations), self._rewards.copy(), *flags, infos
+        for index, (env, episode) in enumerate(pairs):
+            try:
+                row, reason = env.restore(episode, beat)
+                self._set_row(index, *row)
+            except EnvError as error:
+                raise error.at(self.first + index) from error.__cause__
+            except Fault as fault:
+                faults[index], reason = str(fault), "it has a fault"
+            lost.append(reason)
+        # The flags decide which environments the next step resets.
+        *row, infos = self._finish_step(faults, {})
+        if any(lost):
+            infos["lost"] = np.array(lost)
+        return *row, infos
 
     def _get_envs(self) -> list[Any]:
         return self.envs

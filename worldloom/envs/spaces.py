@@ -12,14 +12,20 @@ from typing import Any
 import numpy as np
 from gymnasium import Space, spaces
 
+from worldloom.envs.advice import UnreadableError, advise, remark_vector, require_distinct
 from worldloom.trees import flatten_tree
 
 Obs = np.ndarray | dict[str, np.ndarray]
 
 
 def is_image(space: Space) -> bool:
-    """Return whether a space is an image: a box of three axes of uint8."""
-    return isinstance(space, spaces.Box) and space.dtype == np.uint8 and len(space.shape) == 3
+    """Return whether a space is an image: a box of three axes of uint8, with values up to 255.
+
+    Boxes with a lower bound, such as boards and masks, are vectors.
+    """
+    if not isinstance(space, spaces.Box) or space.dtype != np.uint8 or len(space.shape) != 3:
+        return False
+    return bool(space.high.max(initial=0) == 255)
 
 
 def is_channels_last(shape: tuple[int, ...]) -> bool:
@@ -42,11 +48,13 @@ class ObsSpec:
 
     space: of a single environment.
     parts: the arrays that a model sees, by key; "" for a single array. dropped: all other keys.
+    remarks: observations that may be meant as images but are read as vectors, and what changes it.
     """
 
     space: Space
     parts: dict[str, _Part]
     dropped: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @classmethod
     def from_space(
@@ -56,18 +64,25 @@ class ObsSpec:
         keep: str | None = None,
         image: str | None = None,
         vector: str | None = None,
+        recorded: bool = False,
     ) -> "ObsSpec":
         """Derive the arrays that a model sees from a single environment's observation space.
 
-        Images (3-D uint8 boxes) stay uint8 and become channels first; other boxes become float32
-        vectors; Discrete and MultiDiscrete become one-hot vectors and MultiBinary a vector of
-        zeros and ones; a Dict becomes a flat dict of these, its nested keys joined by "/".
+        Images (3-D uint8 boxes up to 255) stay uint8 and become channels first; other boxes become
+        float32 vectors; Discrete and MultiDiscrete become one-hot vectors and MultiBinary a vector
+        of zeros and ones; a Dict becomes a flat dict of these, its nested keys joined by "/".
 
         keep: regular expression for the keys that models see; None for all.
         image: for keys of images in another form: a box of two axes (grey), or of floats, whose
             bounds become 0 and 255.
         vector: for keys of vectors in the form of images, such as maps of symbols.
+        recorded: whether the space is that of a dataset, for the advice in messages.
+
+        Raises:
+            ValueError: models cannot read a kept observation, two have the same flattened name, or
+                an argument matches none.
         """
+        require_distinct(space)
         leaves = flatten_tree(space)
         if not leaves:
             raise ValueError(
@@ -81,14 +96,20 @@ class ObsSpec:
             raise ValueError(
                 f"env.obs.image and env.obs.vector both match '{min(both)}'; change one of them"
             )
-        parts = {}
+        parts, remarks = {}, []
         for key, leaf in leaves.items():
             if key in kept:
                 name = f"The observation '{key}'" if key else "The observation"
                 make = _make_image if key in images else _make_part
                 is_vector = key in vectors and isinstance(leaf, spaces.Box)
-                parts[key] = _make_vector(leaf) if is_vector else make(name, leaf)
-        return cls(space, parts, tuple(key for key in leaves if key not in kept))
+                try:
+                    parts[key] = _make_vector(leaf) if is_vector else make(name, leaf)
+                except UnreadableError as error:
+                    raise ValueError(f"{error}; {advise(error, key, leaves, recorded)}") from None
+                if key not in images | vectors and not is_image(leaf):
+                    remarks += remark_vector(key, name, leaf)
+        dropped = tuple(key for key in leaves if key not in kept)
+        return cls(space, parts, dropped, tuple(remarks))
 
     @property
     def shape(self) -> tuple[int, ...] | dict[str, tuple[int, ...]]:
@@ -146,7 +167,7 @@ def _make_image(name: str, space: Space) -> _Part:
         )
     grey = len(space.shape) == 2
     part = _make_uint8_image(name, (1, *space.shape) if grey else space.shape)
-    bounds = None if space.dtype == np.uint8 else (low, high)
+    bounds = None if space.dtype == np.uint8 and high == 255 else (low, high)
     encode = partial(_encode_image, grey=grey, bounds=bounds, then=part.encode)
     return _Part(part.shape, "uint8", encode)
 
@@ -174,19 +195,19 @@ def _make_part(name: str, space: Space) -> _Part:
     if is_image(space):
         return _make_uint8_image(name, space.shape or ())
     box = isinstance(space, spaces.Box)
-    if isinstance(space, spaces.MultiBinary) or (box and len(space.shape or ()) <= 2):
+    few = box and (len(space.shape or ()) <= 2 or space.dtype == np.uint8)
+    if isinstance(space, spaces.MultiBinary) or (few and len(space.shape or ()) <= 3):
         return _make_vector(space)
     if box:
-        raise ValueError(
+        raise UnreadableError(
             f"{name} is a box of shape {space.shape} and dtype {space.dtype}; expected up to two "
-            "axes, or an image: three axes of uint8 from 0 to 255; convert images with "
-            "gymnasium.wrappers.TransformObservation, stack frames along their channels, or "
-            "flatten other arrays with gymnasium.wrappers.FlattenObservation."
+            "axes, or an image: three axes of uint8 from 0 to 255",
+            "convert images with gymnasium.wrappers.TransformObservation, stack frames along their "
+            "channels, or read other arrays as vectors with env.obs.vector",
         )
-    raise ValueError(
+    raise UnreadableError(
         f"{name} has the space {space}, which models cannot read; expected Box, Discrete, "
-        "MultiDiscrete, MultiBinary or a Dict of these; convert it with "
-        "gymnasium.wrappers.TransformObservation."
+        "MultiDiscrete, MultiBinary or a Dict of these"
     )
 
 
@@ -196,16 +217,17 @@ def _make_uint8_image(name: str, shape: tuple[int, ...]) -> _Part:
     elif shape[0] < min(shape[1:]):
         encode = _identity
     else:
-        raise ValueError(
+        raise UnreadableError(
             f"{name} is an image of shape {shape} without an axis that can be its channels; "
             "expected [H, W, C] with at most 12 channels, or [C, H, W] with fewer channels than "
-            "pixels a side; move the channels first with gymnasium.wrappers.TransformObservation."
+            "pixels a side",
+            "move the channels first with gymnasium.wrappers.TransformObservation",
         )
     if shape[1] % 16 or shape[2] % 16:
-        raise ValueError(
-            f"{name} is an image of {shape[1]}x{shape[2]} pixels; expected sides divisible by 16; "
-            "resize it with env.image_size=64, or, if it is not an image, flatten it with "
-            "gymnasium.wrappers.FlattenObservation."
+        raise UnreadableError(
+            f"{name} is an image of {shape[1]}x{shape[2]} pixels; expected sides divisible by 16",
+            "resize it with env.image_size=64, or, if it is not an image, read it as a vector with "
+            "env.obs.vector",
         )
     return _Part(shape, "uint8", encode)
 

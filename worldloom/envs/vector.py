@@ -5,7 +5,7 @@ Letters used in shapes: N environments, A = width of a model's action.
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, Literal
 
@@ -14,7 +14,8 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.wrappers import TimeLimit
 
-from worldloom.envs.replayable import LocalVectorEnv
+from worldloom.envs.contract import raise_failure, read_success, report_once
+from worldloom.envs.replayable import LocalVectorEnv, ReplayableEpisodes
 from worldloom.envs.spaces import ActionSpec, Obs, ObsSpec
 from worldloom.envs.workers import WorkerVectorEnv, choose_workers
 from worldloom.envs.wrappers import ActionRepeat
@@ -23,6 +24,8 @@ from worldloom.errors import require_positive
 log = logging.getLogger(__name__)
 
 MakeEnv = Callable[[], gym.Env]
+# Attributes in which wrappers of gymnasium and of others keep running statistics.
+RUNNING_STATISTICS = ("obs_rms", "return_rms", "ret_rms")
 MAX_TIMEOUT = 86_400  # seconds; select() does not accept infinity
 
 
@@ -53,11 +56,17 @@ def frames_per_step(env: gym.Env) -> int:
     return frames
 
 
+def make_limited_env(make_env: MakeEnv, steps: int) -> gym.Env:
+    """Make an environment whose episodes are truncated after a number of steps."""
+    return TimeLimit(make_single_env(make_env), steps)
+
+
 def make_vector_env(
     make_env: MakeEnv,
     num_envs: int = 1,
     workers: int | Literal["auto"] = 0,
     timeout: float = 120.0,
+    keys: Collection[str] | None = None,
 ) -> VectorEnv:
     """Make N copies of an environment that are stepped together.
 
@@ -65,6 +74,7 @@ def make_vector_env(
     workers: number of processes that step the copies, which pays if a step takes over 1 ms; 0
         steps them one after the other in this process; "auto" measures a step and chooses.
     timeout: seconds for a step before a worker is replaced, as after a crash.
+    keys: of the flattened observations ("a/b") that are read and returned; None for all.
 
     The step after the end of an episode ignores its action and returns the next episode's first
     observation (gymnasium's NEXT_STEP autoreset); `RowStream` turns that into rows.
@@ -83,18 +93,18 @@ def make_vector_env(
             "set it to several times the duration of the slowest reset"
         )
     if workers == "auto":
-        probe = make_single_env(make_env)
+        probe = ReplayableEpisodes(make_single_env(make_env))
         workers = choose_workers(probe, num_envs)
         probe.close()
-    make_envs = partial(_make_envs, make_env)
+    make_envs = partial(_make_envs, make_env, None if keys is None else {*keys})
     if workers:
         return WorkerVectorEnv(make_envs, num_envs, workers, timeout)
     return make_envs(num_envs)
 
 
-def _make_envs(make_env: MakeEnv, num_envs: int) -> LocalVectorEnv:
+def _make_envs(make_env: MakeEnv, keys: set[str] | None, num_envs: int) -> LocalVectorEnv:
     """Make environments that are stepped one after the other in this process."""
-    env = LocalVectorEnv(partial(make_single_env, make_env), num_envs)
+    env = LocalVectorEnv(partial(make_single_env, make_env), num_envs, keys)
     if len({id(copy.unwrapped) for copy in env.envs}) < num_envs:
         raise ValueError(
             f"make_env returned the same {env.envs[0]} more than once for num_envs={num_envs}; "
@@ -105,8 +115,12 @@ def _make_envs(make_env: MakeEnv, num_envs: int) -> LocalVectorEnv:
 
 def make_single_env(make_env: MakeEnv) -> gym.Env:
     """Call `make_env`, or raise TypeError if it returns anything but a gymnasium environment."""
-    env: Any = make_env()
+    try:
+        env: Any = make_env()
+    except BaseException as error:
+        raise_failure(error, "when it was made")
     if isinstance(env, gym.Env):
+        reject_running_statistics(env)
         return env
     kind = f"{type(env).__module__}.{type(env).__qualname__}"
     old = any(base.__module__.split(".")[0] == "gym" for base in type(env).__mro__)
@@ -115,6 +129,27 @@ def make_single_env(make_env: MakeEnv) -> gym.Env:
         "gymnasium.Env, whose reset returns (obs, info) and whose step returns (obs, reward, "
         "terminated, truncated, info); derive it from gymnasium.Env"
     )
+
+
+def reject_running_statistics(env: Any) -> None:
+    """Raise ValueError for a wrapper that normalises with statistics of the steps so far.
+
+    Each copy of the environment would have its own, evaluations would start without any, and a
+    resumed run would begin anew.
+    """
+    while env is not None:
+        held = getattr(env, "__dict__", {})
+        running = any("RunningMeanStd" in type(value).__name__ for value in held.values())
+        if (running or held.keys() & {*RUNNING_STATISTICS}) and getattr(
+            env, "update_running_mean", True
+        ):
+            raise ValueError(
+                f"the environment has the wrapper {type(env).__name__}, whose running statistics "
+                "differ between copies and evaluations and are not saved; expected observations "
+                "and rewards that do not depend on earlier episodes; remove it, because the models "
+                "normalise their inputs, or fix its statistics: wrapper.update_running_mean = False"
+            )
+        env = held.get("env")
 
 
 class RowStream:
@@ -140,17 +175,20 @@ class RowStream:
                 f"{env} has autoreset mode {mode}; expected AutoresetMode.NEXT_STEP; make it with "
                 "worldloom.envs.vector.make_vector_env"
             )
+        reject_running_statistics(env)
         self.env, self.obs_spec, self.action_spec = env, obs_spec, action_spec
         self.num_envs = env.num_envs
+        self._faults = 0  # episodes that ended because an environment returned NaN or infinity
 
     @property
     def restarts(self) -> int:
-        """Count the environment processes that were replaced so far."""
-        return getattr(self.env, "restarts", 0)
+        """Count the environment processes that were replaced, and the faults, so far."""
+        return getattr(self.env, "restarts", 0) + self._faults
 
     def reset(self, seed: int | None = None) -> None:
         """Start a new episode in every environment; environment i gets seed + i."""
-        obs, _ = self.env.reset(seed=seed)
+        obs, infos = self.env.reset(seed=seed)
+        self._find_started(infos)
         self.obs = self.obs_spec.encode(obs)
         self.rewards = np.zeros(self.num_envs, np.float32)
         self.is_first = np.ones(self.num_envs, bool)
@@ -168,7 +206,7 @@ class RowStream:
         the episodes that ended.
         """
         *row, infos = self.env.step(self.action_spec.decode(actions))
-        self.is_first = self.is_last | infos.get("restarted", False)
+        self.is_first = self.is_last | self._find_started(infos)
         rewards = self._set_row(*row)
         self._returns = np.where(self.is_first, 0.0, self._returns + rewards)
         self._lengths = np.where(self.is_first, 0, self._lengths + 1)
@@ -186,6 +224,7 @@ class RowStream:
             "is_first": self.is_first,
             "returns": self._returns,
             "lengths": self._lengths,
+            "faults": self._faults,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -210,11 +249,19 @@ class RowStream:
                 index,
                 lost[index],
             )
-        started = (lost != "") | infos.get("restarted", False)
+        self._faults = state["faults"]
+        started = (lost != "") | self._find_started(infos)
         self._set_row(*row)
         self.is_first = state["is_first"] | started
         self._returns = np.where(started, 0.0, state["returns"])
         self._lengths = np.where(started, 0, state["lengths"])
+
+    def _find_started(self, infos: dict[str, Any]) -> Any:
+        """Return which environments had to start a new episode, after reporting why."""
+        report_once(infos.get("notes", []))
+        faulty = infos.get("faulty", False)
+        self._faults += int(np.sum(faulty))
+        return infos.get("restarted", False) | faulty
 
     def _set_row(
         self, obs: Any, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray
@@ -228,5 +275,9 @@ class RowStream:
     def _summarize(self, index: int, infos: dict[str, Any]) -> dict[str, float]:
         episode = {"return": float(self._returns[index]), "length": int(self._lengths[index])}
         if "success" in infos and infos["_success"][index]:
-            episode["success"] = float(infos["success"][index])
+            notes: list[tuple[str, str]] = []
+            success = read_success({"success": infos["success"][index]}, notes)
+            if success is not None:
+                episode["success"] = success
+            report_once(notes)
         return episode

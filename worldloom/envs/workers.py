@@ -19,7 +19,7 @@ from gymnasium.error import ClosedEnvironmentError
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 
-from worldloom.envs.process import INFOS, Crash, EnvProcess
+from worldloom.envs.process import Crash, EnvProcess
 from worldloom.envs.replayable import StepResult, make_unsaved
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,8 @@ class WorkerVectorEnv(VectorEnv):
     def _get_spaces(self, worker: EnvProcess) -> tuple[gym.Space, gym.Space]:
         answer = worker.answer()
         if isinstance(answer, Crash):
-            raise _make_error("environments could not be made in a worker process", answer)
+            problem = "environments could not be made in a worker process"
+            raise answer.error or _make_error(problem, answer)
         return answer
 
     def _set_spaces(self, spaces: list[tuple[gym.Space, gym.Space]]) -> None:
@@ -217,6 +218,9 @@ class WorkerVectorEnv(VectorEnv):
 
     def _require_recoverable(self, worker: EnvProcess, crash: Crash) -> None:
         problem = None
+        if crash.error is not None:
+            self.close()
+            raise crash.error
         if not self._was_reset:
             problem = "environments could not be reset in a worker process"
         elif worker.crashes >= MAX_CRASHES:
@@ -241,20 +245,23 @@ def _make_error(problem: str, crash: Crash) -> WorkerError:
 
 
 def _concatenate(parts: Any) -> Any:
-    """Concatenate the arrays of all workers; dicts by key."""
+    """Concatenate the arrays, or tuples of objects, of all workers; dicts by key."""
     if isinstance(parts[0], dict):
         return {key: _concatenate([part[key] for part in parts]) for key in parts[0]}
-    return np.concatenate(parts)
+    return sum(parts, ()) if isinstance(parts[0], tuple) else np.concatenate(parts)
 
 
 def _merge_infos(parts: Any, sizes: list[int]) -> dict[str, Any]:
     """Concatenate infos; workers without a key get zeros."""
-    infos = {}
-    for name in INFOS:
-        if given := [part[name] for part in parts if name in part]:
-            blanks = [np.zeros(size, given[0].dtype) for size in sizes]
-            pairs = zip(parts, blanks, strict=True)
-            infos[name] = np.concatenate([part.get(name, blank) for part, blank in pairs])
+    infos: dict[str, Any] = {}
+    for name in {name: None for part in parts for name in part}:
+        given = [part[name] for part in parts if name in part]
+        if name == "notes":
+            infos[name] = [note for notes in given for note in notes]
+            continue
+        blanks = [np.zeros(size, given[0].dtype) for size in sizes]
+        pairs = zip(parts, blanks, strict=True)
+        infos[name] = np.concatenate([part.get(name, blank) for part, blank in pairs])
     return infos
 
 

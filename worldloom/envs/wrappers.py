@@ -12,6 +12,7 @@ from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 from PIL import Image
 
+from worldloom.envs.contract import read_step
 from worldloom.envs.renderer import place_camera, render_rgb
 from worldloom.envs.spaces import is_channels_last, is_image
 from worldloom.trees import flatten_tree
@@ -64,8 +65,10 @@ class ActionRepeat(gym.Wrapper):
         """Return the last observation and info, and the sum of the rewards."""
         total = 0.0
         for _ in range(self.repeat):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            total += float(reward)
+            # A copy, because an environment may change its action.
+            given = action.copy() if isinstance(action, np.ndarray) else action
+            obs, reward, terminated, truncated, info = read_step(self.env.step(given))
+            total += reward
             if terminated or truncated:
                 break
         return obs, total, terminated, truncated, info
@@ -98,7 +101,7 @@ class _ImageWrapper(gym.ObservationWrapper):
         if not any(is_image(leaf) for leaf in flatten_tree(space).values()):
             raise ValueError(
                 f"{setting} was given, but the observation space of {env.unwrapped}, {space}, has "
-                f"no images; expected a 3-D box of uint8; {advice}"
+                f"no images; expected a 3-D box of uint8 up to 255; {advice}"
             )
         self.observation_space = self._change_space(space)
 

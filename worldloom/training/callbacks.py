@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from worldloom.acting import EvaluationStopped
 from worldloom.saving import read_saved, save_model
 from worldloom.timing import Timer, phase, timer_for
 from worldloom.training.checkpoint_files import copy_to_cpu
@@ -142,6 +143,7 @@ class Evaluation(Callback):
         self.evaluate, self.every, self.folder = evaluate, every, folder
         self.best: dict[str, float] | None = None
         self._next = every
+        self._owed: int | None = None  # step of an evaluation that was stopped by a signal
         self._highest: float | None = None  # return so far
         self.evaluated = -1  # updates of the model that was evaluated last
         # Weights of the best model while the folder does not have them: after a resume, or if the
@@ -159,6 +161,13 @@ class Evaluation(Callback):
         self._save_best(pl_module)
         if self._changed:
             self._schedule(current_step(trainer))
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Repeat an evaluation that was stopped; the model is still the same."""
+        if self._owed is not None:
+            self._evaluate(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -181,13 +190,15 @@ class Evaluation(Callback):
         weights = self._weights
         if weights is None and self._writes and self.folder is not None and self.best is not None:
             weights = read_saved(self.folder)[1]
-        state = {"every": self.every, "next": self._next, "evaluated": self.evaluated}
+        state: dict[str, Any] = {"every": self.every, "next": self._next, "owed": self._owed}
+        state["evaluated"] = self.evaluated
         return {**state, "highest": self._highest, "best": self.best, "weights": weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what `state_dict` returned; without the best model if this run keeps none."""
         self._next, self.evaluated = state_dict["next"], state_dict["evaluated"]
         self._highest = state_dict["highest"]
+        self._owed = state_dict["owed"] if self.every else None
         self._changed = bool(self.every) and self.every != state_dict["every"]
         if self.every and (self.folder is not None or state_dict["weights"] is None):
             self.best, self._weights = state_dict["best"], state_dict["weights"]
@@ -199,9 +210,14 @@ class Evaluation(Callback):
         assert isinstance(module, WorldModelModule)
         # No other thread may draw random numbers during the evaluation.
         trainer.datamodule.update_replay()  # type: ignore[attr-defined]
-        with phase("evaluation"):
-            step, scores = current_step(trainer), self.evaluate()
-        self.evaluated = module.updates
+        step = current_step(trainer) if self._owed is None else self._owed
+        try:
+            with phase("evaluation"):
+                scores = self.evaluate()
+        except EvaluationStopped:  # the run stops after this callback
+            self._owed = step
+            return
+        self.evaluated, self._owed = module.updates, None
         # Earlier points first: TensorBoard connects points in the order in which they are logged.
         _log_episodes(trainer, trainer.datamodule.collector)  # type: ignore[attr-defined]
         log_metrics(trainer, {f"eval/{name}": score for name, score in scores.items()}, step)

@@ -11,6 +11,7 @@ from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from worldloom.acting import Actor, Memory
+from worldloom.envs.contract import EnvError
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.vector import RowStream
 from worldloom.protocol import LatentState
@@ -95,7 +96,9 @@ class Collector:
         if failures:
             self.ranks.stopping = True
             first = int(shared[:, -1].argmax())
-            text = self.ranks.gather(f"{type(failed).__name__}: {failed}")[first]
+            known = isinstance(failed, EnvError)
+            text = str(failed) if known else f"{type(failed).__name__}: {failed}"
+            text = self.ranks.gather(text)[first]
             raise failed or RankError(f"rank {first} failed: {text}")
         return bool(stops)
 

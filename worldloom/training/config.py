@@ -78,6 +78,8 @@ class EvaluationConfig:
         keep_best: use the model with the best evaluation during the run as the run's final model;
             otherwise, and without evaluations during the run, use the last one.
         num_envs: environments that run in parallel.
+        max_steps: actions after which an episode is cut off, if the environment has no shorter
+            time limit.
         deterministic: use the mode of the policy instead of samples.
         seed: seed of the evaluation environments, which training never uses.
     """
@@ -87,12 +89,13 @@ class EvaluationConfig:
     episodes_during: int = 10
     keep_best: bool = True
     num_envs: int = 10
+    max_steps: int = 100_000
     deterministic: bool = True
     seed: int = 1_000_003
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value outside its range."""
-        names = ("episodes", "episodes_during", "num_envs")
+        names = ("episodes", "episodes_during", "num_envs", "max_steps")
         require_positive(**{name: getattr(self, name) for name in names})
         most = min(self.num_envs, max(self.episodes, self.episodes_during))
         require_memory(ENV_BYTES * most, f"num_envs={self.num_envs}")
@@ -194,6 +197,7 @@ class DataConfig:
         across_episodes: sequences continue into the next episode.
         online_queue: train on new steps once, soon after they are collected.
         overlap: collect while the trainer works; such runs are not reproducible bit for bit.
+        episode_length: steps per episode of HDF5 files that do not tell where episodes end.
     """
 
     path: str | None = None
@@ -202,6 +206,7 @@ class DataConfig:
     across_episodes: bool = True
     online_queue: bool = True
     overlap: bool = False
+    episode_length: int | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value that no replay can have."""
@@ -210,6 +215,9 @@ class DataConfig:
         if isinstance(capacity, int | float) and not isinstance(capacity, bool):
             ok = math.isfinite(capacity) and capacity >= 1
         require(ok, "capacity", capacity, "steps such as 100000, or memory such as 2GB")
+        length = self.episode_length
+        ok = length is None or length >= 1
+        require(ok, "episode_length", length, "at least 1, or null if the file tells it")
         require(self.storage in ("ram", "memmap"), "storage", self.storage, "ram or memmap")
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -85,14 +86,26 @@ class Limits:
             raise Paused(f"trainer.max_time={self.max_time}")
 
 
+def asks_to_stop(check: Callable[[], None]) -> bool:
+    """Return whether `check` raises Interrupted; evaluations call this after every step."""
+    try:
+        check()
+    except Interrupted:
+        return True
+    return False
+
+
 class Interruption:
     """Record the first signal; `check` raises it where the run can stop safely.
+
+    doing: what happens until then, for the line that is printed.
 
     A second Ctrl-C stops immediately, unless it follows within a second: torchrun sends its
     processes a SIGINT that the terminal has sent them already.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, doing: str = "finishing the update, then saving") -> None:
+        self.doing = doing
         self.number: int | None = None
         self._received = 0.0
 
@@ -114,4 +127,4 @@ class Interruption:
         self.number, self._received = number, time.monotonic()
         name = signal.Signals(number).name
         # Not print: the signal may have interrupted a print.
-        os.write(2, f"\n{name}: finishing the update, then saving; Ctrl-C stops now\n".encode())
+        os.write(2, f"\n{name}: {self.doing}; Ctrl-C stops now\n".encode())
