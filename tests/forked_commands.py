@@ -8,6 +8,7 @@ its own working directory, stdin, stdout and stderr that calls the module's main
 """
 
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
@@ -63,10 +64,12 @@ class Commands:
         module: str = "worldloom.run",
         path: Path | None = None,
         env: dict[str, str] | None = None,
+        unprivileged: bool = False,
     ) -> dict[str, Any]:
         """Run a command and return its exit code, stdout and stderr; the arguments are `fork`'s."""
         request = {"module": module, "words": list(map(str, words)), "folder": str(cwd)}
         request |= {"kill": kill, "seconds": seconds, "path": path and str(path), "env": env}
+        request["unprivileged"] = unprivileged
         json.dump(request, self.process.stdin)
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -120,6 +123,7 @@ def fork(
     seconds: int = SECONDS,
     path: str | None = None,
     env: dict[str, str] | None = None,
+    unprivileged: bool = False,
 ) -> dict[str, object]:
     """Run a command in a fork; return its exit code and what it printed.
 
@@ -127,6 +131,7 @@ def fork(
         once the path was written again.
     seconds: the command is ended after this time.
     path: a folder to import modules from, as in PYTHONPATH. env: variables to set.
+    unprivileged: permissions count, also for root.
     """
     is_time = moment(kill[0], folder) if kill else None
     files = {1: Path(folder) / ".stdout", 2: Path(folder) / ".stderr"}
@@ -139,6 +144,9 @@ def fork(
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         if path is not None:
             sys.path.insert(0, path)
+        if unprivileged:  # gives up all capabilities of root
+            header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+            assert ctypes.CDLL(None).capset(header, (ctypes.c_uint32 * 6)()) == 0
         signal.alarm(seconds)
         code = run(module, words)
         sys.stdout.flush()

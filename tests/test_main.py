@@ -169,13 +169,13 @@ def test_ctrl_c_at_the_start_is_one_line(script, tmp_path, way):
 @pytest.mark.parametrize("line", ["models", "doctor", "--help", "run --help", "eval --help"])
 def test_a_command_ends_silently_if_nobody_reads_it(shell, tmp_path, line):
     _, out, err = shell(f"worldloom {line} | sleep 0; echo ${{PIPESTATUS[0]}}", tmp_path)
-    assert (out, err) == ("141\n", "")
+    assert (out, err) == ("0\n", "")
 
 
 def test_a_run_goes_on_if_nobody_reads_it(shell, tmp_path):
     words = "model=dreamerv3_tiny env.id=CartPole-v1 env.workers=0 training.total_steps=300"
     words += " evaluation.episodes=1 hydra.run.dir=run"
     _, out, err = shell(f"worldloom run {words} | sleep 0; echo ${{PIPESTATUS[0]}}", tmp_path)
-    assert out in ("0\n", "141\n") and "Broken" not in err
+    assert out == "0\n" and "Broken" not in err
     assert (tmp_path / "run" / "scores.yaml").exists()
     assert "final return" in (tmp_path / "run" / "worldloom.log").read_text()

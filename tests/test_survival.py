@@ -147,10 +147,13 @@ def test_many_kills_change_nothing(server, straight, tmp_path, name, seed):
     kill_and_resume(server, name, 5, seed, tmp_path, straight(name))
 
 
-SAVES = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+SAVES = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+RARER = [signal.SIGUSR1, signal.SIGUSR2]
 
 
-@pytest.mark.parametrize("number", SAVES)
+@pytest.mark.parametrize(
+    "number", [*SAVES, *(pytest.param(number, marks=pytest.mark.slow) for number in RARER)]
+)
 def test_a_signal_saves_and_says_how_to_go_on(server, straight, tmp_path, number):
     name = "dreamerv3, vectors"
     folder = tmp_path / "run"

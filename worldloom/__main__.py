@@ -35,7 +35,7 @@ USAGE = "\n".join(
 OTHER_NAMES = {"train": "run", "resume": "run", "test": "eval", "list": "models"}
 
 
-@starting.reading_head()
+@starting.safe_output()
 def main() -> None:
     """Run the command that the first argument names, as `python -m worldloom.COMMAND` does."""
     args = sys.argv[1:]

@@ -263,7 +263,7 @@ def _read(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{expected}does not exist; look in <run folder>/checkpoints")
     try:
-        saved = read_tensors(file)
+        saved = read_tensors(file, verify=True)
     except Exception as error:
         reason = " ".join(str(error).split(". ")[0].split())
         raise ValueError(f"{expected}cannot be read: {reason}") from None

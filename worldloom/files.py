@@ -66,6 +66,15 @@ def write_text(file: Path, text: str) -> None:
         stream.write(text.encode())
 
 
+def write_yaml(file: Path, tree: Mapping[str, Any], version: int) -> None:
+    """Write plain data with the version of its format.
+
+    The version is the last line, so that `check_format` finds out whether the file was cut off.
+    """
+    ordered = {**{key: x for key, x in tree.items() if key != "format"}, "format": version}
+    write_text(file, OmegaConf.to_yaml(OmegaConf.create(ordered)))
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the names of the files in a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY)
@@ -146,7 +155,7 @@ def check_format(file: Path, found: Any, expected: int, advice: str) -> None:
     newer = isinstance(found, int) and found > expected
     writer = f"{'a newer' if newer else 'an earlier'} worldloom (format {found!r})"
     if found is None:
-        writer = "worldloom 0.1.0 before format versions were recorded"
+        writer = "worldloom 0.1.0 before format versions were recorded, or was cut off"
     raise ValueError(
         f"{file} was written by {writer}, but this version reads format {expected}; "
         f"{'update worldloom' if newer else advice}"

@@ -20,6 +20,10 @@ SHARES = ("unimix", "rate", "lam", "dropout", "rho", "tau")
 SPREADS = ("minstd", "maxstd", "min_std", "max_std")
 
 
+# Folder of the user's own choices, of --config-dir.
+extra_dirs: list[Path] = []
+
+
 def config_dir() -> Path:
     """Return the configuration folder: inside the package if installed, next to it in a clone."""
     package = Path(__file__).resolve().parent
@@ -29,6 +33,13 @@ def config_dir() -> Path:
     raise FileNotFoundError(
         f"no conf/ in or next to {package}; the installation is incomplete: install worldloom again"
     )
+
+
+def choice_files(group: str) -> dict[str, Path]:
+    """Return the files of a group by name: worldloom's, and those in the folder of --config-dir."""
+    folders = [config_dir() / group, *(folder / group for folder in extra_dirs)]
+    files = {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
+    return dict(sorted(files.items()))
 
 
 def preset_names() -> list[str]:
@@ -150,7 +161,7 @@ def file_name(name: str) -> str:
 
 def _find_files() -> dict[str, Path]:
     """Return the files of presets and aliases by their public names."""
-    files = sorted((config_dir() / "model").glob("*.yaml"))
+    files = choice_files("model").values()
     presets = (f for f in files if not f.stem.endswith("_base") and f.stem != "custom")
     return {_to_public(f.stem): f for f in presets}
 
@@ -177,6 +188,8 @@ def _compose(file: Path) -> DictConfig:
         # Entries such as "override /training: x" select how a family is trained, for the commands
         # only. "default" of training and evaluation is a class instead of a file.
         if isinstance(entry, str) and entry not in ("_self_", "default"):
-            merged = OmegaConf.merge(merged, _compose(file.parent / f"{entry}.yaml"))
+            known = choice_files(file.parent.name)
+            base = known.get(entry, file.with_name(f"{entry}.yaml"))
+            merged = OmegaConf.merge(merged, _compose(base))
     merged = OmegaConf.merge(merged, config)
     return merged

@@ -11,24 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from worldloom import starting
 from worldloom.app.command_line import (
     FolderCheck,
     print_errors,
     print_version,
+    reject_empty,
     reject_slips,
     stop_on_errors,
+    take_config_dir,
 )
 from worldloom.app.compose import SWEEPS, Overrides, register_defaults
 from worldloom.app.help import describe_run
 from worldloom.app.hints import flags_first
-from worldloom.app.run_dir import remove_empty
 from worldloom.app.validation import validate_config
 from worldloom.errors import quote
 from worldloom.memory import keep_freed_memory
-from worldloom.presets import config_dir
+from worldloom.presets import config_dir, extra_dirs
 
 if TYPE_CHECKING:
     from worldloom.app.build import Run
@@ -207,8 +208,7 @@ def evaluate(run: "Run") -> dict[str, float]:
     """Score the final model, the best one if it was kept; write scores.yaml and log the scores."""
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from worldloom.app.run_dir import SCORES
-    from worldloom.files import write_text
+    from worldloom.app.run_dir import write_scores
     from worldloom.ranks import copy_from_first, rank
     from worldloom.saving import load_tensors, read_saved, save_model
     from worldloom.training.metrics import current_step, log_metrics
@@ -230,7 +230,7 @@ def evaluate(run: "Run") -> dict[str, float]:
             logger.log_hyperparams(summarize_settings(run), scores, step)
         logger.finalize("success")
     if rank() == 0:
-        write_text(run.folder / SCORES, OmegaConf.to_yaml({"step": step, **scores}))
+        write_scores(run.folder, scores, step)
     return scores
 
 
@@ -290,7 +290,7 @@ def _hydra_main(cfg: DictConfig) -> float | None:
         return train(cfg).get("final/return")
 
 
-@starting.reading_head()
+@starting.safe_output()
 def main() -> None:
     """Run the command line, or train with the process that runs it."""
     starting.end_with_parent()
@@ -318,10 +318,13 @@ def run_command_line() -> None:
     print_version(given)
     keep_freed_memory()
     scratch = TemporaryDirectory()
-    starting.cleanups[:] = [scratch.cleanup, lambda: remove_empty(FolderCheck.created)]
+    starting.cleanups[:] = [scratch.cleanup, FolderCheck.release]
     with print_errors(), scratch:
+        given = take_config_dir(given)
+        flags = tuple(word for folder in extra_dirs for word in ("--config-dir", str(folder)))
         reject_slips(given)
         overrides = Overrides(flags_first(given)).with_restart()
+        reject_empty(overrides)
         args: Any = overrides.with_implied().args
         if overrides.value("resume") is not None:
             from worldloom.app.resume import resume_arguments
@@ -331,12 +334,12 @@ def run_command_line() -> None:
             if SWEEPS & {*args}:
                 from worldloom.app.launcher import register_launcher
 
-                register_launcher(given)
-            sys.argv[1:] = args
+                register_launcher((*flags, *given))
+            sys.argv[1:] = [*flags, *args]
             try:
                 _hydra_main()
             finally:
-                remove_empty(FolderCheck.created)
+                FolderCheck.release()
 
 
 if __name__ == "__main__":

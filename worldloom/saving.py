@@ -5,6 +5,7 @@ import json
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -101,7 +102,8 @@ def save_model(
     id_ = hashlib.sha256(OmegaConf.to_yaml(config).encode()).hexdigest()[:16]
     # YAML has no tuples, so their places are listed.
     tuples = [list(path) for path in find_tuples(config["arguments"])]
-    text = OmegaConf.to_yaml({"format": FORMAT, "id": id_, **config, "tuples": tuples})
+    # As in `write_yaml`, the version comes last.
+    text = OmegaConf.to_yaml({"id": id_, **config, "tuples": tuples, "format": FORMAT})
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # The config's file is complete before the weights are replaced, and replaced last.
@@ -117,8 +119,8 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor], id_: str)
     The format is the length of a JSON header (8 bytes), the header, padded to 8 bytes, and the
     bytes of all tensors. Large dtypes come first, so that every tensor is aligned.
     """
-    header: dict[str, Any] = {"__metadata__": {"id": id_}}
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": {"id": id_, "crc32": _checksum(tensors)}}
+    ordered = _order(tensors)
     end = 0
     for name, tensor in ordered:
         if tensor.dtype not in DTYPES:
@@ -133,8 +135,24 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, torch.Tensor], id_: str)
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     for _, tensor in ordered:
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        file.write(flat.view(torch.uint8).numpy().data)
+        file.write(_bytes(tensor))
+
+
+def _order(tensors: Mapping[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    return sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the CRC-32 of all tensors; the safetensors format has none."""
+    crc = 0
+    for _, tensor in _order(tensors):
+        crc = zlib.crc32(_bytes(tensor), crc)
+    return f"{crc:08x}"
 
 
 def read_weights(path: Path) -> tuple[dict[str, Any], Tensors]:
@@ -171,12 +189,14 @@ def read_saved(folder: Path) -> tuple[dict[str, Any], Tensors]:
     try:
         require_regular(folder / WEIGHTS)
         with safe_open(folder / WEIGHTS, "pt") as file:
-            id_ = (file.metadata() or {}).get("id")
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if metadata.get("crc32", (crc := _checksum(tensors))) != crc:
+            raise ValueError("the checksum of its tensors differs")
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{folder / WEIGHTS} cannot be read: {reason}; {advice}") from None
-    if config.pop("id", None) != id_:
+    if config.pop("id", None) != metadata.get("id"):
         raise ValueError(
             f"{folder / CONFIG} and {WEIGHTS} belong to different models, because saving was "
             f"interrupted; {advice}"
@@ -195,16 +215,18 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Any], Tensors]:
             interpolations.
     """
     try:
-        checkpoint = read_tensors(file, mmap=True)
+        checkpoint = read_tensors(file, mmap=True, verify=True)
         config = checkpoint["hyper_parameters"]["model"]
         state = {name: value for name, value in checkpoint["state_dict"].items()}
         if other := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
             raise ValueError(f"{other[0]} is not a tensor")
     except Exception as error:
+        spare = file.with_name("previous.ckpt")
+        use = str(spare) if spare != file and spare.is_file() else "another one"
         raise ValueError(
             f"{file} is not a readable worldloom checkpoint: {describe_damage(file, error)}; "
             "nothing in it was executed. Expected a checkpoint written by python -m worldloom.run; "
-            "copy it again, or use another one"
+            f"copy it again, or use {use}"
         ) from None
     reject_interpolations(config, file)
     prefix = "model."

@@ -1,21 +1,22 @@
-"""What surrounds every command: Ctrl-C while it starts, and an output that nobody reads.
+"""What surrounds every command: Ctrl-C while it starts, signals, and output that cannot be written.
 
 Imports take seconds, and some of them swallow KeyboardInterrupt, so Ctrl-C prints one line instead
-of the traceback of an import. Behind `| head`, a command ends silently.
+of the traceback of an import. Output that cannot be written, as behind `| head`, on a full disk or
+after a terminal was closed, neither ends a command nor changes its exit code.
 """
 
 import ctypes
+import errno
 import os
-import select
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-# Ctrl-C; the signal of schedulers and `kill`; those that SLURM can send before a time limit
-# (sbatch --signal=USR1@90), of which submitit uses the last.
-STOPPING = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+# Ctrl-C; the signal of schedulers and `kill`; that of a terminal that is closed; those that SLURM
+# can send before a time limit (sbatch --signal=USR1@90), of which submitit uses the last.
+STOPPING = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 SIGNALS = [getattr(signal, name) for name in STOPPING if hasattr(signal, name)]
 # Called before the process ends.
 cleanups: list[Callable[[], object]] = []
@@ -55,7 +56,12 @@ def end_with_parent() -> None:
 
 
 def begin() -> None:
-    """End the process on Ctrl-C from now on."""
+    """End the process on Ctrl-C from now on; let no other file replace a closed stdin or stdout."""
+    for number in range(3):
+        with suppress(OSError):
+            os.fstat(number)
+            continue
+        os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # gets the lowest free number
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
 
@@ -68,8 +74,16 @@ def end() -> None:
 
 @contextmanager
 def handling_signals(handler: Callable[[int, Any], object]) -> Iterator[None]:
-    """Handle the signals that stop a run with a function, inside the block."""
-    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    """Handle the signals that stop a run with a function, inside the block.
+
+    With `nohup`, which ignores SIGHUP, a run survives its terminal.
+    """
+    hangup = getattr(signal, "SIGHUP", None)
+    before = {
+        number: signal.signal(number, handler)
+        for number in SIGNALS
+        if number != hangup or signal.getsignal(number) is not signal.SIG_IGN
+    }
     try:
         yield
     finally:
@@ -77,36 +91,82 @@ def handling_signals(handler: Callable[[int, Any], object]) -> Iterator[None]:
             signal.signal(number, former)
 
 
-@contextmanager
-def reading_head() -> Iterator[None]:
-    """End the process silently, with the exit code 141 of SIGPIPE, if nobody reads its stdout."""
-    try:
+class Output:
+    """Text stream that drops what cannot be written, and writes all characters in any encoding.
+
+    A full disk is reported once on stderr.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self._failed = False
+        if getattr(stream, "errors", None) == "strict":
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it; return its length."""
+        self._attempt(self.stream.write, text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write several texts."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Write what is still in memory."""
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, do: Callable[..., object], *args: str) -> None:
         try:
-            yield
-        finally:
-            if sys.stdout is not None:
-                sys.stdout.flush()
-    except BrokenPipeError:
-        if not discard(sys.stdout):
-            raise
-        sys.exit(141)
+            do(*args)
+        except (OSError, ValueError) as error:  # ValueError: it was closed
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            if full and not self._failed:
+                write_error(f"{self.name} cannot be written ({error}); the command continues\n")
+            self._failed = True
+            if not full:  # there may be room again later
+                self.discard()
+
+    def discard(self) -> None:
+        """After a failure, send what is in memory or written later nowhere."""
+        if self._failed:
+            with suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self.fileno())
+                os.close(nowhere)
 
 
-def discard(stream: Any) -> bool:
-    """Return whether nobody reads a stream any more, and send what is written to it nowhere."""
-    poll = select.poll()
-    poll.register(stream.fileno(), 0)
-    if not poll.poll(0):  # the broken pipe is another one
-        return False
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
-    return True
+@contextmanager
+def safe_output() -> Iterator[None]:
+    """Replace stdout and stderr by an `Output` inside the block."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (  # None if it was closed when Python started
+        stream if isinstance(stream, Output) else Output(stream or open(os.devnull, "w"))  # noqa: SIM115
+        for stream in before
+    )
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            if isinstance(stream, Output):
+                stream.discard()  # or the interpreter would fail to write it when it ends
+        sys.stdout, sys.stderr = before
+
+
+def write_error(text: str) -> None:
+    """Write to stderr where `print` may not be called, as in the handler of a signal."""
+    with suppress(OSError):
+        os.write(2, text.encode(errors="backslashreplace"))
 
 
 def _stop(*_: Any) -> None:
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"stopped by SIGINT\n")
+        write_error("stopped by SIGINT\n")
     for cleanup in cleanups:
         cleanup()
     os._exit(130)

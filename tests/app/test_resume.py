@@ -195,7 +195,7 @@ def test_nothing_is_put_together_that_could_not_be_judged(run, tmp_path, key, va
 
 
 def test_to_resume_nothing_is_a_new_run(tmp_path):
-    for word in ("resume=", "resume=null", "+resume=null"):
+    for word in ("resume=null", "+resume=null"):
         words = arguments([*WORDS, word], scratch(tmp_path))
         assert words == overrides(*WORDS).with_implied().args
 
@@ -239,7 +239,7 @@ def here(tmp_path, monkeypatch):
 
 
 def auto(*words):
-    return resume.find_unfinished(overrides(*WORDS, *words))
+    return resume.find_unfinished(overrides(*WORDS, *words))[0]
 
 
 def test_auto_finds_the_newest_unfinished_run_of_the_same_configuration(run, tmp_path, here):

@@ -4,7 +4,6 @@ import csv
 import os
 import shutil
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -167,23 +166,6 @@ def test_a_rejected_batch_keeps_its_run(tmp_path):
         (folder / "checkpoints" / "nonfinite.pt").touch()
         remove_start(folder, is_new)
     assert (folder / CONFIG).exists()
-
-
-def test_a_second_run_deletes_nothing_of_the_first(tmp_path, monkeypatch, capsys):
-    """Both begin in the same second; the first claims the folder while the second starts."""
-    folder = tmp_path / "run"
-    with ExitStack() as first:
-
-        def claim(*_):
-            first.enter_context(claim_folder(folder, resumes=False))
-            write_config(folder, MINIMAL)
-
-        monkeypatch.setattr(training, "validate_config", claim)
-        monkeypatch.setattr(sys, "argv", ["run", *SMALL, f"folder={folder}"])
-        with pytest.raises(SystemExit, match="1"):
-            training.main()
-        assert "is being written by another run" in capsys.readouterr().err
-        assert {path.name for path in folder.iterdir()} == {CONFIG, ".lock"}
 
 
 # ---- the format ----------------------------------------------------------------------------------

@@ -291,7 +291,7 @@ def test_quotes_folders_and_configurations_reach_the_jobs(sweep, place):
     assert done["code"] == 0, done
     folder = "a b/it's, x"
     words = starts(place)[0]["args"]
-    assert words[:2] == ["--config-dir", "mine"]
+    assert words[:2] == ["--config-dir", str(place / "mine")]
     assert {"seed=0", "~callbacks.open_loop", "name='my name'", "hydra.job.chdir=false"} <= {*words}
     parsed = OverridesParser.create().parse_overrides(words[2:])
     values = {part.key_or_group: part.value() for part in parsed}

@@ -164,7 +164,7 @@ def test_what_was_written_is_read_again(tmp_path):
         assert (read.terminated, read.truncated) == (False, True)
         assert read.success is written.success
     about = (file.parent / "dataset.yaml").read_text()
-    assert about.startswith("format: 1\n")
+    assert about.endswith("\nformat: 1\n")
     assert "episodes: 2\nsteps: 7\n" in about and "obs_shape:\n- 3\n" in about
 
 

@@ -156,3 +156,32 @@ def test_a_file_that_does_not_tell_where_episodes_end_is_refused(tmp_path, timeo
         open_dataset(file)
     assert open_dataset(file, episode_length=4).lengths == [4, 4, 2]
     assert open_dataset(file, episode_length=99).lengths == [10]
+
+
+@pytest.mark.parametrize("name", ["observations", "actions", "rewards", "terminals"])
+def test_damaged_rows_name_the_file_and_the_dataset(tmp_path, name):
+    file = write(tmp_path / "a.hdf5", **table())
+    with h5py.File(file, "a") as data:
+        rows = data[name][:]
+        del data[name]
+        data.create_dataset(name, data=rows, chunks=rows.shape, fletcher32=True)
+        place = data[name].id.get_chunk_info(0).byte_offset
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a.hdf5: {name} cannot be read \(.*copy the file again"):
+        list(open_dataset(file))
+
+
+@pytest.mark.parametrize("name", ["observations", "actions", "rewards", "terminals"])
+def test_something_else_under_the_name_of_a_dataset(tmp_path, name):
+    file = write(tmp_path / "a.hdf5", **(table() | {name: None}))
+    with h5py.File(file, "a") as data:
+        data.create_group(name)
+    with pytest.raises(ValueError, match=f"a.hdf5 has no {name}, only"):
+        list(open_dataset(file))
+    with h5py.File(file, "a") as data:
+        del data[name]
+        data[name] = [b"no"] * 10
+    with pytest.raises(ValueError, match=f"a.hdf5.* {name} "):
+        list(open_dataset(file))

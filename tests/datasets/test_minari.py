@@ -161,3 +161,34 @@ def test_texts_can_be_left_out(make):
         open_dataset(path)
     data = open_dataset(path, choice={"keep": "now"})
     assert data.obs.shape == {"now": (3,)} and next(iter(data)).obs["now"].shape == (4, 3)
+
+
+@pytest.mark.parametrize("text", ["3", "[]", "null", '"observation_space"'])
+def test_metadata_of_another_kind(make, text):
+    folder = make([episode(3, VECTOR, BOX)], VECTOR, BOX)
+    (folder / "data" / "metadata.json").write_text(text)
+    with pytest.raises(ValueError, match=r"metadata.json has no observation_space"):
+        open_dataset(folder)
+
+
+@pytest.mark.parametrize("change", [{"observation_space": 3}, {"action_space": {"type": "None"}}])
+def test_spaces_that_minari_cannot_read(make, change):
+    folder = make([episode(3, VECTOR, BOX)], VECTOR, BOX)
+    about = folder / "data" / "metadata.json"
+    about.write_text(json.dumps({**json.loads(about.read_text()), **change}))
+    with pytest.raises(ValueError, match=r"thing-v0 cannot be read by Minari"):
+        open_dataset(folder)
+
+
+def test_damaged_data_name_the_dataset(make):
+    folder = make([episode(3, VECTOR, BOX)], VECTOR, BOX)
+    files = [path for path in (folder / "data").rglob("*") if path.is_file()]
+    for file in files:
+        if file.name == "metadata.json":
+            continue
+        content = file.read_bytes()
+        for damaged in (b"", content[: len(content) // 2], b"no such format"):
+            file.write_bytes(damaged)
+            with pytest.raises(ValueError, match=r"thing-v0"):
+                list(open_dataset(folder))
+        file.write_bytes(content)

@@ -127,7 +127,8 @@ def test_the_jobs_of_a_sweep_are_read_before_they_are_runs(tmp_path, make_run):
     states = {"seed0": "failed", "seed1": "failed", "seed2": "running", "seed3": "running"}
     records = {name: {"state": state, "error": "killed"} for name, state in states.items()}
     records["seed4"] = {"state": "waiting"}
-    OmegaConf.save({"format": 1, "jobs": records}, sweep / "sweep.yaml")
+    record = {"fixed": {}, "varied": ["seed"], "jobs": records, "format": 1}
+    OmegaConf.save(record, sweep / "sweep.yaml")
     with FileLock(sweep / ".lock"):
         assert read(tmp_path)["seed3"].state == "running"
     jobs = read(sweep)

@@ -4,7 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
 import worldloom
@@ -28,12 +28,13 @@ from worldloom.app.compose import (
 )
 from worldloom.app.help import list_choices
 from worldloom.app.hints import find_bare_word, find_dashes, hint_choice, hint_key
-from worldloom.app.run_dir import reject_links, remove_empty
+from worldloom.app.run_dir import claim_folder, make_new_folder, reject_links, remove_empty
+from worldloom.app.sweep_folder import require_idle
 from worldloom.app.validation import RENAMED, SECTIONS, build_settings, suggest_key, top_level_keys
 from worldloom.envs.contract import guarding_exit
 from worldloom.errors import escape, quote, suggest
 from worldloom.memory import keep_freed_memory
-from worldloom.presets import config_dir
+from worldloom.presets import config_dir, extra_dirs
 
 # Errors that a user can cause. Any other error is a bug and keeps its traceback.
 USER_ERRORS = (
@@ -48,42 +49,69 @@ USER_ERRORS = (
 )
 # Keys with which commands name a run.
 RUN_KEYS = ("checkpoint", "policy", "resume", "run")
+PATHS = (*RUN_KEYS, "init_from", "out", "data.path", "hydra.run.dir")
 
 
 class _Stop(BaseException):
     """Carries a user error past Hydra, which would print an extra line for any Exception."""
 
 
-class FolderCheck(Callback):
-    """Reject an output folder with links that point outside, before Hydra writes into it.
+@contextmanager
+def _passing_hydra() -> Iterator[None]:
+    """Raise user errors so that Hydra, which turns those of a callback into warnings, stops."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        raise _Stop from error
 
-    created: the folders that Hydra creates for the command, the innermost first.
+
+class FolderCheck(Callback):
+    """Claim the folder of a run, and check that of a sweep, before Hydra writes into it.
+
+    claims: held until `release`.
+    created: the folders that are created for the command, the innermost first.
     """
 
+    claims: ClassVar[ExitStack] = ExitStack()
     created: ClassVar[list[Path]] = []
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Check the folder of a single run."""
-        self._check(config, "hydra.run.dir")
+        """Claim the folder of a single run; a run of the same second gets another one."""
+        folder = self._find(config, "hydra.run.dir")
+        raw: Any = OmegaConf.to_container(config.hydra.run, resolve=False)
+        with _passing_hydra():
+            if "${now:" in raw["dir"]:
+                folder = make_new_folder(folder)
+                FolderCheck.created[:1] = [folder]
+                with read_write(config.hydra.run):
+                    config.hydra.run.dir = str(folder)
+            self.claims.enter_context(claim_folder(folder, config.resume is not None))
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the folder of a sweep, which contains those of its jobs."""
-        self._check(config, "hydra.sweep.dir")
+        folder = self._find(config, "hydra.sweep.dir")
+        with _passing_hydra():
+            reject_links(folder)
+            require_idle(folder)  # Hydra replaces multirun.yaml before `hold_sweep`
 
-    def _check(self, config: DictConfig, key: str) -> None:
+    @classmethod
+    def release(cls) -> None:
+        """Release the folder, and delete it if nothing was written into it."""
+        cls.claims.close()
+        remove_empty(cls.created)
+
+    def _find(self, config: DictConfig, key: str) -> Path:
         HydraConfig.instance().set_config(config)  # for ${hydra:...} in the name of the folder
         folder = Path(str(OmegaConf.select(config, key))).absolute()
-        try:
+        with _passing_hydra():
             for path in (folder, *folder.parents):
                 if path.exists() and not path.is_dir():
                     raise ValueError(f"{path} is a file; choose another folder")
-            reject_links(folder)
-        except ValueError as error:
-            raise _Stop from error
         FolderCheck.created = [path for path in (folder, *folder.parents) if not path.exists()]
+        return folder
 
 
-@starting.reading_head()
+@starting.safe_output()
 def run_command(
     usage: str, command: Callable[[Overrides], None], needs_arguments: bool = True
 ) -> None:
@@ -99,10 +127,42 @@ def run_command(
     print_version(args)
     keep_freed_memory()
     with print_errors():
+        args = take_config_dir(args)
         if slip := find_dashes(args):
             raise ValueError(f"{slip[0]}; write {slip[1]}={slip[2]}")
         starting.end()
+        reject_empty(Overrides(args))
         command(Overrides(args))
+
+
+def reject_empty(overrides: Overrides) -> None:
+    """Raise ValueError for a path without a value, as from a variable that is not set."""
+    for key in PATHS:
+        if overrides.value(key) == "":
+            raise ValueError(f"{key} is empty; expected a path, or leave {key} out")
+
+
+def take_config_dir(args: Sequence[str]) -> tuple[str, ...]:
+    """Remove --config-dir from the arguments; the files in its folder become choices of groups.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    extra_dirs.clear()
+    rest, left = [], iter(args)
+    for arg in left:
+        flag, equals, value = arg.partition("=")
+        if flag not in ("--config-dir", "-cd"):
+            rest.append(arg)
+            continue
+        value = value if equals else next(left, "")
+        folder = Path(value).expanduser().absolute()
+        if not value or not folder.is_dir():
+            raise ValueError(
+                f"--config-dir is {value!r}; expected a folder with files such as env/my_env.yaml"
+            )
+        extra_dirs[:] = [folder]
+    return tuple(rest)
 
 
 def print_version(args: Sequence[str]) -> None:
@@ -181,8 +241,6 @@ def print_errors() -> Iterator[None]:
     except (_Stop, *USER_ERRORS) as stopped:
         error = stopped.__cause__ if isinstance(stopped, _Stop) else stopped
         assert error is not None
-        if isinstance(error, BrokenPipeError) and starting.discard(sys.stdout):
-            sys.exit(141)
         if before not in (None, "", "0"):
             raise error from error.__cause__
         print(f"error: {explain_error(error)}", file=sys.stderr)

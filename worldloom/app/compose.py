@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -17,7 +16,7 @@ from worldloom.app.hints import FLAGS
 from worldloom.app.sweep_names import name_sweep
 from worldloom.app.validation import suggest_key, validate_env
 from worldloom.errors import list_names
-from worldloom.presets import config_dir, file_name, preset_names
+from worldloom.presets import config_dir, extra_dirs, file_name, preset_names
 from worldloom.training.config import EvaluationConfig, TrainingConfig
 
 # Starts of the overrides that name an environment.
@@ -103,7 +102,7 @@ class Overrides:
         full: list[str] = []
         for arg in self.args:
             custom = arg.startswith("env._target_=")
-            names_data = arg == "data=offline" or arg.startswith(NAMES_ENV)
+            names_data = arg == "data=offline" or names_env(Overrides((arg,)))
             if names_data and not {"experiment", "~experiment"} & {*keys, *full}:
                 full.append("~experiment")
             if custom and "env" not in keys:
@@ -135,6 +134,11 @@ def _name_file(argument: str) -> str:
     presets = preset_names() if key == "model" and ":" in names else ()
     parts = [file_name(name) if name.lower() in presets else name for name in names.split(",")]
     return f"{key}={','.join(parts)}" if presets else argument
+
+
+def names_env(overrides: Overrides) -> bool:
+    """Return whether overrides name an environment, and do not only change one."""
+    return any(arg.startswith(NAMES_ENV) for arg in overrides)
 
 
 def key_of(argument: str) -> str:
@@ -175,13 +179,12 @@ def compose_config(*overrides: str) -> DictConfig:
     """Compose the configuration as `python -m worldloom.run` does with these arguments."""
     register_defaults()
     GlobalHydra.instance().clear()
-    args, folders = [], []
-    for before, arg in zip(("", *overrides), overrides, strict=False):
-        if before in ("-cd", "--config-dir"):
-            folders.append("'file://{}'".format(str(Path(arg).absolute()).replace("'", r"\'")))
-        elif arg not in FLAGS and not FLAGS.get(before):
-            args.append(arg)
-    if folders:
+    args = [
+        arg
+        for before, arg in zip(("", *overrides), overrides, strict=False)
+        if arg not in FLAGS and not FLAGS.get(before)
+    ]
+    if folders := ["'file://{}'".format(str(path).replace("'", r"\'")) for path in extra_dirs]:
         args.append(f"hydra.searchpath=[{','.join(folders)}]")
     with initialize_config_dir(version_base="1.3", config_dir=str(config_dir())):
         return compose(config_name="config", overrides=args)

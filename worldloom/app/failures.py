@@ -155,7 +155,8 @@ class Peers:
             where = f" (the traceback is in worldloom-rank{self.rank}.log)" if self.rank else ""
             self._print(f"rank {self.rank}: {text}{where}")
         if not isinstance(error, USER_ERRORS):
-            os.write(self.terminal, "".join(traceback.format_exception(error)).encode())
+            with suppress(OSError):
+                os.write(self.terminal, "".join(traceback.format_exception(error)).encode())
         self._record(f"rank {self.rank} failed")
 
     def prints_last(self, error: BaseException) -> bool:

@@ -3,7 +3,7 @@
 import re
 
 from worldloom.errors import list_names
-from worldloom.presets import config_dir
+from worldloom.presets import choice_files, config_dir
 
 COLUMNS = 100
 USAGE = """usage: worldloom run [GROUP=CHOICE ...] [SECTION.KEY=VALUE ...]
@@ -39,6 +39,5 @@ def _describe(group: str, phrase: str) -> str:
 
 def list_choices(group: str) -> list[str]:
     """Return the choices of a group, without files that only others build on; [] if unknown."""
-    files = sorted(file.stem for file in (config_dir() / group).glob("*.yaml"))
-    options = [file for file in files if not file.endswith("_base")]
+    options = [name for name in choice_files(group) if not name.endswith("_base")]
     return options + ["default"] * (group in ("training", "evaluation"))

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from worldloom.app.help import list_choices
 from worldloom.errors import list_names
-from worldloom.presets import config_dir, preset_names, read_choice
+from worldloom.presets import choice_files, preset_names, read_choice
 
 # Keys, or KEY=VALUE, that other programs have -> what to write here; {} is the value.
 OTHER_KEYS = {
@@ -127,5 +127,5 @@ def hint_run(args: Sequence[str]) -> str:
 
 
 def _read_choice(group: str, choice: str) -> dict[str, Any]:
-    file = config_dir() / group / f"{choice}.yaml"
-    return read_choice(file) if file.is_file() else {}
+    file = choice_files(group).get(choice)
+    return read_choice(file) if file else {}

@@ -1,5 +1,6 @@
 """Resuming: which run `resume=...` continues, and which settings it may change."""
 
+import itertools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,7 +9,15 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from worldloom.app.compose import Overrides, compose_config, key_of
-from worldloom.app.run_dir import CONFIG, SCORES, find_run, is_claimed, read_config
+from worldloom.app.run_dir import (
+    CONFIG,
+    SCORES,
+    find_run,
+    is_claimed,
+    number_folders,
+    read_config,
+    read_scores,
+)
 from worldloom.app.saved_config import (
     format_command,
     require_trusted,
@@ -16,8 +25,7 @@ from worldloom.app.saved_config import (
     resolve_saved,
 )
 from worldloom.errors import escape
-from worldloom.files import read_yaml
-from worldloom.presets import config_dir, read_choice
+from worldloom.presets import choice_files, read_choice
 from worldloom.trees import flatten_tree
 
 # What a run cannot change any more, with the exceptions within it.
@@ -47,7 +55,7 @@ def resume_arguments(overrides: Overrides, scratch: Path) -> tuple[str, ...] | N
         ValueError: there is no such run, or it cannot be changed in that way.
     """
     source, rest = overrides.value("resume"), overrides.without("resume").with_precision()
-    if source in (None, "", "null"):
+    if source in (None, "null"):
         return rest.with_implied().args
     if any(arg in ("-m", "--multirun") for arg in overrides):
         raise ValueError(
@@ -55,10 +63,10 @@ def resume_arguments(overrides: Overrides, scratch: Path) -> tuple[str, ...] | N
             "command again reads its finished runs and continues the others"
         )
     if source == "auto":
-        found = find_unfinished(rest)
+        found, damaged = find_unfinished(rest)
         if found is None:
             print("resume=auto: no unfinished run of this configuration; starting a new one")
-            return rest.with_implied().args
+            return _avoid(rest.with_implied(), damaged).args
         folder, rest = found, Overrides(())
         saved = read_config(folder)
     else:
@@ -96,29 +104,47 @@ def _write_scratch(config: dict[str, Any], folder: Path, scratch: Path) -> None:
     (scratch / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(whole)))
 
 
-def find_unfinished(overrides: Overrides) -> Path | None:
+def _avoid(overrides: Overrides, damaged: list[Path]) -> Overrides:
+    """Replace the folder of a new run by another one if a damaged run is in it."""
+    given = overrides.value("hydra.run.dir")
+    if given is None or Path(given) not in damaged:
+        return overrides
+    free = next(path for path in number_folders(Path(given)) if not path.exists())
+    print(f"its folder is {free}; {given} stays as it is")
+    return Overrides((*overrides.without("hydra.run.dir"), f"hydra.run.dir='{free}'"))
+
+
+def find_unfinished(overrides: Overrides) -> tuple[Path | None, list[Path]]:
     """Return the newest unfinished run of the configuration that the overrides compose, if any.
 
     Runs that a living process still writes are skipped. Where the overrides name the folder, its
-    run may be finished.
+    run may be finished. The second value are the damaged runs.
     """
+    from worldloom.training.checkpoint_files import find_damage
+
     overrides = overrides.with_implied()
     cfg = compose_config(*overrides)
     cfg.folder = ""  # Hydra, which is not running yet, would set it
     wanted = resolve_config(cfg).saved
     given = overrides.value("hydra.run.dir")
-    folders = list(Path("runs", str(wanted["name"])).glob("*")) if given is None else [Path(given)]
+    folders, damaged = list(Path("runs", str(wanted["name"])).glob("*")), []
+    if given is not None:
+        folders = list(itertools.takewhile(Path.exists, number_folders(Path(given))))
     for folder in sorted(folders, key=_age):
         if not (folder / CONFIG).is_file() or (given is None and (folder / SCORES).exists()):
             continue
         try:
             same = comparable(read_config(folder)) == comparable(wanted)
+            if not same or is_claimed(folder):
+                continue
+            if damage := find_damage(folder / "checkpoints"):
+                raise ValueError(damage)
         except ValueError as error:
             print(escape(f"resume=auto: skipped {folder}: {error}"))
+            damaged.append(folder)
             continue
-        if same and not is_claimed(folder):
-            return folder
-    return None
+        return folder, damaged
+    return None, damaged
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,13 +185,13 @@ def is_finished(folder: Path, saved: Mapping[str, Any], overrides: Overrides) ->
 
     saved: its resolved configuration.
     """
-    if not (folder / SCORES).is_file():
+    if not (folder / SCORES).exists():
         return False
     total = saved["training"]["total_steps"]
     longer = overrides.value("training.total_steps")
     if longer and (not longer.replace("_", "").isdigit() or int(longer) > total):
         return False
-    scores = read_yaml(folder / SCORES, "delete it to resume the run")
+    scores = read_scores(folder)
     steps, how = f"{total:,} steps", "To train longer:"
     if scores["step"] < total:  # stopped early, by a callback
         if any(re.match(r"~callbacks\.|\+*callbacks\.(?!\w+\._target_)", arg) for arg in overrides):
@@ -209,7 +235,7 @@ def _with_choices(saved: dict[str, Any], overrides: Overrides) -> tuple[dict[str
     for arg in overrides:
         group, equals, choice = arg.partition("=")
         names = choice.strip("[]").split(",")  # logger=[wandb,mlflow]
-        if not equals or not all((config_dir() / group / f"{n}.yaml").is_file() for n in names):
+        if not equals or not {*names} <= choice_files(group).keys():
             rest.append(arg)
         elif group == "env" and _is_same_env(choice, saved):
             continue  # repeated next to env._target_=…, to trust it
@@ -226,7 +252,7 @@ def _with_choices(saved: dict[str, Any], overrides: Overrides) -> tuple[dict[str
 
 
 def _is_same_env(choice: str, saved: Mapping[str, Any]) -> bool:
-    chosen = read_choice(config_dir() / "env" / f"{choice}.yaml")
+    chosen = read_choice(choice_files("env")[choice])
     return choice == "custom" or chosen.get("_target_") == saved["env"]["_target_"]
 
 

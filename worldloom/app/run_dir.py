@@ -1,6 +1,8 @@
 """The folder of a run: its files, its format, and that only one process writes it."""
 
 import contextlib
+import fcntl
+import itertools
 import logging
 import os
 import re
@@ -14,7 +16,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from worldloom.errors import quote
-from worldloom.files import check_format, read_yaml, write_text
+from worldloom.files import check_format, read_yaml, write_text, write_yaml
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +28,8 @@ LOGS = "worldloom*.log"  # of all processes
 UNFINISHED = ("replay", "parts")
 # Version of the configuration, the checkpoints and the scores of a run; config.yaml records it.
 FORMAT = 2
+# Folders that this process has claimed, and whether they are new.
+_claimed: dict[Path, bool] = {}
 EXAMPLE = "runs/cartpole/2026-01-01_00-00-00"
 WRITTEN = "expected a file written by python -m worldloom.run; restore it from a copy"
 
@@ -50,7 +54,7 @@ def read_config(run: Path) -> dict[str, Any]:
     file = run / CONFIG
     if not file.is_file():
         near = sorted(run.parent.glob(f"*/{CONFIG}"), reverse=True)
-        example = next((file.parent for file in near if _describes_run(file)), EXAMPLE)
+        example = next((file.parent for file in near if describes_run(file)), EXAMPLE)
         raise ValueError(
             f"{run} contains no {CONFIG}; expected a folder written by python -m worldloom.run, "
             f"such as {example}"
@@ -60,7 +64,8 @@ def read_config(run: Path) -> dict[str, Any]:
     if (run / "model.safetensors").is_file() and "env" not in (saved or ()):
         raise ValueError(
             f"{run} is a saved model without a run; expected a folder written by python -m "
-            f"worldloom.run; load the model with worldloom.create_world_model({str(run)!r})"
+            "worldloom.run; to act with the model name an environment, env=…, or load it with "
+            f"worldloom.create_world_model({str(run)!r})"
         )
     wanted = {"env": Mapping, "model": Mapping, "planner": Mapping, "threads": int | None}
     for key, kind in wanted.items():
@@ -72,7 +77,7 @@ def read_config(run: Path) -> dict[str, Any]:
     return saved
 
 
-def _describes_run(config: Path) -> bool:
+def describes_run(config: Path) -> bool:
     """Return whether a config.yaml is that of a run, and not that of a saved model."""
     with contextlib.suppress(OSError):
         return re.search(rb"^env:", config.read_bytes(), re.MULTILINE) is not None
@@ -81,7 +86,27 @@ def _describes_run(config: Path) -> bool:
 
 def write_config(run: Path, config: Mapping[str, Any]) -> None:
     """Write the configuration of a run, with the version of its format."""
-    write_text(run / CONFIG, OmegaConf.to_yaml(OmegaConf.create({"format": FORMAT, **config})))
+    write_yaml(run / CONFIG, config, FORMAT)
+
+
+def write_scores(run: Path, scores: Mapping[str, float], step: int) -> None:
+    """Write the final scores of a run, which make it finished."""
+    write_text(run / SCORES, OmegaConf.to_yaml({**scores, "step": step}))
+
+
+def read_scores(run: Path) -> dict[str, Any]:
+    """Return the final scores of a run and the "step" at its end.
+
+    Raises:
+        ValueError: scores.yaml is damaged.
+    """
+    file, advice = run / SCORES, "delete it and resume the run, which evaluates the model again"
+    scores = read_yaml(file, advice)
+    numbers = isinstance(scores, dict) and all(type(x) in (int, float) for x in scores.values())
+    # The step is the last line, so it is missing if the file was cut off.
+    if not numbers or "step" not in scores or not file.read_bytes().endswith(b"\n"):
+        raise ValueError(f"{file} is damaged: expected numbers, and the step of the end; {advice}")
+    return dict(scores)
 
 
 def reject_links(folder: Path) -> None:
@@ -109,24 +134,70 @@ def reject_links(folder: Path) -> None:
 def claim_folder(folder: Path, resumes: bool) -> Iterator[bool]:
     """Hold the lock of a run's folder, which only one process may write.
 
-    Yields whether the folder is new: it contains a log at most.
+    Yields whether the folder is new: it contains a log at most. Inside the block, the process may
+    claim the folder again. A folder that is rejected is not touched.
 
     Raises:
-        ValueError: another process writes it, or it contains a run that would be overwritten.
+        ValueError: another process writes it, it contains a run that would be overwritten, or it
+            cannot be written.
     """
+    path = folder.absolute()
+    if path in _claimed:
+        yield _claimed[path]
+        return
     reject_links(folder)
     busy = (
         f"{folder} is being written by another run; wait for it, stop it, or choose another "
         "folder: hydra.run.dir=…"
     )
+    if is_claimed(folder):
+        raise ValueError(busy)
+    _require_free(folder, resumes)
     with hold_lock(folder, busy, "make sure that no second run writes it"):
-        # A run that was killed before it wrote its configuration has nothing to lose.
-        if not resumes and (folder / CONFIG).exists():
-            raise ValueError(
-                f"{folder} already contains a run, which would be overwritten; continue it with "
-                f"{quote(f'resume={folder}')}, or choose another folder: hydra.run.dir=…"
-            )
-        yield all(path.name == LOCK or path.match(LOGS) for path in folder.iterdir())
+        _require_free(folder, resumes)
+        _claimed[path] = all(x.name == LOCK or x.match(LOGS) for x in folder.iterdir())
+        try:
+            yield _claimed[path]
+        finally:
+            is_new = _claimed.pop(path)
+            if is_new and [x.name for x in folder.glob("*")] == [LOCK]:  # nothing was started
+                (folder / LOCK).unlink()
+
+
+def _require_free(folder: Path, resumes: bool) -> None:
+    # A run that was killed before it wrote its configuration has nothing to lose.
+    if not resumes and (folder / CONFIG).exists():
+        raise ValueError(
+            f"{folder} already contains a run, which would be overwritten; continue it with "
+            f"{quote(f'resume={folder}')}, or choose another folder: hydra.run.dir=…"
+        )
+
+
+def make_new_folder(folder: Path) -> Path:
+    """Make a folder that did not exist, with a suffix if it is taken: NAME, NAME-2, NAME-3, ..."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for path in number_folders(folder):
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    raise AssertionError
+
+
+def number_folders(folder: Path) -> Iterator[Path]:
+    """Yield the names of a folder and of those that take its place: NAME, NAME-2, NAME-3, ..."""
+    yield folder
+    for number in itertools.count(2):
+        yield folder.with_name(f"{folder.name}-{number}")
+
+
+def _cannot_write(folder: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"{folder} cannot be written ({error.strerror}); choose another folder, or correct its "
+        "permissions"
+    )
 
 
 @contextmanager
@@ -137,11 +208,13 @@ def hold_lock(folder: Path, busy: str, care: str) -> Iterator[None]:
     """
     # `is_claimed` and other readers hold the lock briefly, so wait up to 1 s.
     lock = FileLock(folder / LOCK, timeout=1)
-    folder.mkdir(parents=True, exist_ok=True)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise ValueError(busy) from None
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
     except NotImplementedError:
         log.warning("the file system of %s has no locks: %s", folder, care)
     try:
@@ -151,16 +224,15 @@ def hold_lock(folder: Path, busy: str, care: str) -> Iterator[None]:
 
 
 def is_claimed(folder: Path) -> bool:
-    """Return whether a living process writes this run; it never creates a file."""
-    if not (folder / LOCK).exists():
-        return False
+    """Return whether a living process writes this run; it changes nothing, not even a time."""
     try:
-        with FileLock(folder / LOCK, timeout=0):
-            return False
-    except Timeout:
+        with (folder / LOCK).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
         return True
-    except (NotImplementedError, OSError):  # no locks, or a folder that cannot be written
+    except OSError:  # no such file, or no locks
         return False
+    return False
 
 
 def clear_start(folder: Path) -> None:

@@ -12,14 +12,10 @@ from typing import Any
 
 from worldloom.app.command_line import USER_ERRORS, explain_error
 from worldloom.app.run_dir import LOG
-from worldloom.starting import discard
 
 
 class _Tee:
-    """Stream that writes to another one and to a file, except for progress bars.
-
-    Where nobody reads the other one any more, as behind `| head`, the file goes on.
-    """
+    """Stream that writes to another one and to a file, except for progress bars."""
 
     def __init__(self, stream: Any, append: Callable[[str], None]) -> None:
         self.stream, self.append = stream, append
@@ -34,18 +30,8 @@ class _Tee:
         if not is_bar:
             self.append(text)
         self._in_bar = is_bar and text != "\n"
-        self._pass_on(self.stream.write, text)
+        self.stream.write(text)
         return len(text)
-
-    def flush(self) -> None:
-        self._pass_on(self.stream.flush)
-
-    def _pass_on(self, do: Callable[..., object], *args: str) -> None:
-        try:
-            do(*args)
-        except BrokenPipeError:
-            if not discard(self.stream):
-                raise
 
 
 @contextmanager

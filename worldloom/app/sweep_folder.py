@@ -10,11 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from worldloom.app.cluster_queue import ENDED, LIVE, RUNNING, find_states
 from worldloom.app.run_dir import CONFIG, LOCK, SCORES, hold_lock, is_claimed
-from worldloom.files import check_format, read_yaml, write_text
+from worldloom.files import check_format, read_yaml, write_yaml
 from worldloom.starting import SIGNALS
 
 log = logging.getLogger(__name__)
@@ -24,6 +22,7 @@ WAITING, FINISHED, FAILED, INTERRUPTED = "waiting", "finished", "failed", "inter
 # Exit codes of a run that was stopped or killed by one of the signals that stop runs.
 STOPPED = (0, *(code for number in SIGNALS for code in (-number, 128 + number)))
 FORMAT = 1  # version of sweep.yaml
+BUSY = "another process runs the sweep {}; wait for it, stop it, or use another sweep=NAME"
 ADVICE = "use another sweep=NAME, or delete the folder"
 
 
@@ -45,11 +44,17 @@ class SweepFolder:
 
     def write(self) -> None:
         """Write sweep.yaml; if the disk is full, warn and continue."""
-        record = {"format": FORMAT, "fixed": self.fixed, "varied": self.varied, "jobs": self.jobs}
+        record = {"fixed": self.fixed, "varied": self.varied, "jobs": self.jobs}
         try:
-            write_text(self.path / RECORD, OmegaConf.to_yaml(OmegaConf.create(record)))
+            write_yaml(self.path / RECORD, record, FORMAT)
         except OSError as error:
             log.warning("%s cannot be written now (%s)", self.path / RECORD, error)
+
+
+def require_idle(path: Path) -> None:
+    """Raise ValueError if another process drives a sweep."""
+    if is_claimed(path):
+        raise ValueError(BUSY.format(path))
 
 
 @contextmanager
@@ -63,8 +68,7 @@ def hold_sweep(
     Raises:
         ValueError: another process drives it, or its runs have other overrides.
     """
-    busy = f"another process runs the sweep {path}; wait for it, stop it, or use another sweep=NAME"
-    with hold_lock(path, busy, "run this sweep once at a time"):
+    with hold_lock(path, BUSY.format(path), "run this sweep once at a time"):
         try:
             sweep = SweepFolder(path, varied, fixed)
             if (path / RECORD).exists():
@@ -108,8 +112,7 @@ def read_record(path: Path) -> dict[str, Any]:
     is_record = isinstance(record, dict)
     check_format(path / RECORD, record.get("format") if is_record else None, FORMAT, ADVICE)
     kinds: dict[str, type] = {"jobs": dict, "fixed": dict, "varied": list}
-    record = {key: kind() for key, kind in kinds.items()} | record
-    wrong = [key for key, kind in kinds.items() if not isinstance(record[key], kind)]
+    wrong = [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]
     jobs = {} if "jobs" in wrong else {str(name): job for name, job in record["jobs"].items()}
     wrong += [n for n, job in jobs.items() if Path(n).name != n or not isinstance(job, dict)]
     if wrong:

@@ -17,12 +17,11 @@ from omegaconf import DictConfig
 from worldloom.app.cluster import Cluster
 from worldloom.app.cluster_jobs import Queue, Submitted
 from worldloom.app.cluster_queue import LIVE, QUEUED, RUNNING
-from worldloom.app.run_dir import CONFIG, SCORES, is_claimed
+from worldloom.app.run_dir import CONFIG, SCORES, is_claimed, read_scores
 from worldloom.app.sweep_folder import STOPPED, SweepFolder
 from worldloom.envs.workers import count_cores
 from worldloom.errors import escape
-from worldloom.files import read_yaml
-from worldloom.starting import handling_signals
+from worldloom.starting import handling_signals, write_error
 
 POLL = 0.1  # seconds between looks at the processes
 
@@ -61,8 +60,7 @@ class Job:
         """Return the final return; None if the run is not finished, or has no environment."""
         if not self.finished:
             return None
-        scores = read_yaml(self.folder / SCORES, "delete it to resume the run")
-        return scores.get("final/return")
+        return read_scores(self.folder).get("final/return")
 
     def describe_end(self) -> str:
         """Return the last error that the process printed, or else its last line."""
@@ -306,7 +304,7 @@ class Runner:
         if self.signal is None:
             name = signal.Signals(number).name
             end = "save, then the sweep stops" if self._own() else "stay queued or running"
-            os.write(2, f"\n{name}: the jobs {end}\n".encode())
+            write_error(f"\n{name}: the jobs {end}\n")
         self.signal = self.signal or number
         self._send(number)
 

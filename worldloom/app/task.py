@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from worldloom.acting import Actor, Watch, evaluate, share_episodes
-from worldloom.app.compose import Overrides, compose_env, key_of
-from worldloom.app.run_dir import CONFIG, find_run, read_config
+from worldloom.app.compose import Overrides, compose_config, compose_env, key_of, names_env
+from worldloom.app.run_dir import CONFIG, describes_run, find_run, read_config
 from worldloom.app.saved_config import require_trusted, resolve_saved
 from worldloom.app.validation import RUNNING, check_arguments
 from worldloom.datasets import Dataset
@@ -37,7 +37,8 @@ from worldloom.errors import escape
 from worldloom.factory import build_model, create_world_model, import_target
 from worldloom.protocol import REQUIRED, find_missing_methods
 from worldloom.ranks import Ranks
-from worldloom.saving import get_config
+from worldloom.records import REGISTERED
+from worldloom.saving import get_config, read_weights
 
 LOG_INTERVAL = 20.0  # seconds between two lines about a long evaluation
 NO_LIMIT = (
@@ -195,7 +196,8 @@ def name_failing_env(target: str) -> Iterator[None]:
 def open_saved_run(path: Path, overrides: Overrides) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the resolved configuration of a run and the env section to act in, both trusted.
 
-    path: of the run, or of its model folder or a checkpoint in it.
+    path: of the run, or of its model folder or a checkpoint in it; or of a saved model without a
+        run, for which the overrides name an environment.
     overrides: env=NAME and env.KEY=VALUE change the environment; SECTION._target_=NAME repeats the
         override that named third-party code when the run was trained.
 
@@ -203,9 +205,11 @@ def open_saved_run(path: Path, overrides: Overrides) -> tuple[dict[str, Any], di
         ValueError: there is no run, an override differs from its configuration, or third-party code
             is not repeated in the overrides.
     """
-    run = find_run(path)
-    config = resolve_saved(read_config(run), run / CONFIG)
-    env_overrides = overrides.select(r"env$|env\.")
+    run, env_overrides = find_run(path), overrides.select(r"env$|env\.")
+    if path.exists() and not describes_run(run / CONFIG) and names_env(env_overrides):
+        config = _describe_model(path, env_overrides)
+    else:
+        config = resolve_saved(read_config(run), run / CONFIG)
     for arg in overrides:
         key, _, value = arg.partition("=")
         if (
@@ -217,9 +221,22 @@ def open_saved_run(path: Path, overrides: Overrides) -> tuple[dict[str, Any], di
                 f"of the training command, or leave {key_of(arg)} out"
             )
     section = compose_env(env_overrides, config["env"])
-    used = {"env": section, "model": config["model"], "planner": config["planner"]}
-    require_trusted(used, overrides)
+    if config["model"]["_target_"] not in REGISTERED:  # the name of a family in a saved model
+        require_trusted({"model": config["model"]}, overrides)
+    require_trusted({"env": section, "planner": config["planner"]}, overrides)
     return config, section
+
+
+def _describe_model(path: Path, env_overrides: Overrides) -> dict[str, Any]:
+    """Return what the configuration of a run would be, for a model without one."""
+    name = str(read_weights(path)[0].get("model"))
+    planner: Any = OmegaConf.to_container(compose_config("~experiment").planner, resolve=True)
+    return {
+        "model": {"_target_": name},
+        "planner": planner,
+        "env": compose_env(env_overrides),
+        "threads": None,
+    }
 
 
 def load_actor(path: Path, config: Mapping[str, Any], task: Task, device: Any = "cpu") -> Actor:

@@ -19,6 +19,7 @@ from worldloom.app.unsupported import TRAINER, require_strategy, require_support
 from worldloom.errors import require, suggest
 from worldloom.presets import (
     aliases,
+    choice_files,
     config_dir,
     file_name,
     load_preset,
@@ -379,4 +380,4 @@ def _read_config() -> dict[str, Any]:
 
 
 def _choices(group: str) -> list[dict[str, Any]]:
-    return [read_choice(file) for file in (config_dir() / group).glob("*.yaml")]
+    return [read_choice(file) for file in choice_files(group).values()]

@@ -76,9 +76,9 @@ def _make_schema(
 ) -> Schema:
     first = str(files[0])
     with _open_file(files[0]) as data:
-        arrays = {"observations": data["observations"][:1]}
+        arrays = {"observations": _read(data, "observations", 0, 1)}
         obs = obs or infer_obs(first, arrays, "observations", choice)
-        example = data["actions"][:1]
+        example = _read(data, "actions", 0, 1)
         require_numbers(f"{first}: actions", example)
     if actions is not None:
         advice = "Choose the environment in which this data was recorded."
@@ -89,7 +89,7 @@ def _make_schema(
         largest = np.zeros(example.shape[1:], np.int64)
         for file in files:
             with _open_file(file) as data:
-                largest = np.maximum(largest, data["actions"][:].max(0))
+                largest = np.maximum(largest, _read(data, "actions").max(0))
         actions = infer_choices(largest)
     advice = "Name the environment of this data (env=…); its action space defines their range."
     return Schema(obs, actions, files[0].name, advice)
@@ -101,15 +101,15 @@ def _read_episodes(file: Path, ends: np.ndarray, schema: Schema) -> Iterator[Epi
         for end in ends.tolist():
             size = data["observations"].nbytes // len(data["observations"]) * (end - start)
             require_memory(size, f"{file}: rows {start} to {end - 1} of observations")
-            obs = data["observations"][start:end]
+            obs = _read(data, "observations", start, end)
             if "next_observations" in data:
-                obs = np.concatenate([obs, data["next_observations"][end - 1 : end]])
-            terminated = bool(data["terminals"][end - 1])
+                obs = np.concatenate([obs, _read(data, "next_observations", end - 1, end)])
+            terminated = bool(_read(data, "terminals", end - 1, end)[0])
             yield schema.make_episode(
                 f"{file}, rows {start} to {end - 1}",
                 obs,
-                data["actions"][start:end],
-                data["rewards"][start:end],
+                _read(data, "actions", start, end),
+                _read(data, "rewards", start, end),
                 terminated,
                 not terminated,
                 name="observations",
@@ -130,12 +130,14 @@ def _find_ends(file: Path, episode_length: int | None) -> np.ndarray:
         last[-1] = True
         for name in ("terminals", "timeouts"):
             if name in data:
-                last |= data[name][:].astype(bool)
+                flags = _read(data, name)
+                require_numbers(f"{file}: {name}", flags)
+                last |= flags.astype(bool)
         if "next_observations" in data:
-            obs, next_obs = data["observations"], data["next_observations"]
             for start in range(0, rows - 1, CHUNK):
                 stop = min(start + CHUNK, rows - 1)
-                differ = next_obs[start:stop] != obs[start + 1 : stop + 1]
+                obs = _read(data, "observations", start + 1, stop + 1)
+                differ = _read(data, "next_observations", start, stop) != obs
                 last[start:stop] |= differ.reshape(stop - start, -1).any(1)
         elif episode_length is not None:
             last[episode_length - 1 :: episode_length] = True
@@ -166,6 +168,12 @@ def _require_layout(file: Path, data: Any) -> None:
                 f"{file}: {name} has shape {shape} but actions {shapes['actions']}; expected the "
                 f"same number of rows{', with one number each' if flat else ''}"
             )
+    after = shapes.get("next_observations") or shapes["observations"]
+    if after != shapes["observations"]:
+        raise ValueError(
+            f"{file}: next_observations has shape {after} but observations "
+            f"{shapes['observations']}; expected the same"
+        )
     for name in filter(shapes.get, (*REQUIRED, "timeouts", "next_observations")):
         array, count, row = data[name], shapes[name][0], shapes[name][1:]
         link = type(data.get(name, getlink=True)).__name__
@@ -176,6 +184,16 @@ def _require_layout(file: Path, data: Any) -> None:
         require_memory(size, f"{file}: {name} of shape {shapes[name]}")
     if rows in ((), (0,)):
         raise ValueError(f"{file} has no steps; expected at least one; delete it")
+
+
+def _read(data: Any, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Return rows of a dataset; a damaged one raises ValueError with the names of both."""
+    try:
+        return np.asarray(data[name][start:stop])
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{data.filename}: {name} cannot be read ({error}); copy the file again or delete it"
+        ) from error
 
 
 def _open_file(file: Path) -> Any:

@@ -83,7 +83,7 @@ def _name_dataset(path: Path) -> Iterator[None]:
     """Turn Minari's errors into a ValueError that names the dataset."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # of Minari, HDF5 or Arrow
         raise ValueError(
             f"{path} cannot be read by Minari ({error!r}); copy the dataset again"
         ) from error
@@ -98,7 +98,7 @@ def _require_spaces(folder: Path) -> None:
             f"{folder / 'metadata.json'} is not valid JSON ({error}); copy the dataset again"
         ) from error
     for key in ("observation_space", "action_space"):
-        if key not in about:
+        if not isinstance(about, dict) or key not in about:
             raise ValueError(
                 f"{folder / 'metadata.json'} has no {key}; create the dataset again with "
                 "observation_space and action_space"

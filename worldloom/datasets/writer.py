@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import OmegaConf
 
 from worldloom.datasets.episode import Dataset, Episode, make_action_spec, require_same_spaces
 from worldloom.datasets.folder import ABOUT, FLAGS, FORMAT, open_folder, read_about
 from worldloom.envs.spaces import ActionSpec, ObsSpec
-from worldloom.files import write_text
+from worldloom.files import write_yaml
 
 
 class FolderWriter:
@@ -84,5 +83,4 @@ class FolderWriter:
         return arrays | {name: flag for name, flag in flags.items() if flag is not None}
 
     def _write_about(self, about: dict[str, Any]) -> None:
-        text = OmegaConf.to_yaml(OmegaConf.create({"format": FORMAT, **about}))
-        write_text(self.folder / ABOUT, text)
+        write_yaml(self.folder / ABOUT, about, FORMAT)

@@ -24,7 +24,7 @@ import numpy as np
 
 from worldloom.envs.contract import EnvError, explain_exception
 from worldloom.envs.replayable import LocalVectorEnv
-from worldloom.starting import SIGNALS
+from worldloom.starting import SIGNALS, safe_output
 
 # Time allowed for making the environments, even if the timeout of a step is shorter.
 START_SECONDS = 120.0
@@ -158,6 +158,7 @@ def _prepare_parent() -> Iterator[None]:
             del os.environ["OMP_NUM_THREADS"]
 
 
+@safe_output()
 def _run_envs(pipe: Any, make_envs: bytes, first: int, environ: dict[str, str]) -> None:
     """Make environments and answer the parent's requests; the main function of the process.
 

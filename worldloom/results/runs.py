@@ -1,6 +1,8 @@
 """Runs in folders: their state, steps, scores and metrics, also while they are trained."""
 
 import csv
+import functools
+import logging
 import os
 import re
 from array import array
@@ -14,7 +16,8 @@ import numpy as np
 import yaml
 
 from worldloom.app import sweep_folder
-from worldloom.app.run_dir import CONFIG, LOG, SCORES, find_run
+from worldloom.app.command_line import join_lines
+from worldloom.app.run_dir import CONFIG, LOG, SCORES, describes_run, find_run, read_scores
 from worldloom.app.sweep_folder import (
     FAILED,
     FINISHED,
@@ -26,6 +29,8 @@ from worldloom.app.sweep_folder import (
 from worldloom.files import LOADER, read_text, require_plain, require_regular
 from worldloom.memory import require_memory
 from worldloom.trees import flatten_tree
+
+log = logging.getLogger(__name__)
 
 EPISODES = 20  # newest training episodes whose mean is the score of a run without evaluations
 
@@ -119,7 +124,7 @@ def find_runs(path: Path) -> dict[Path, dict[str, Any]]:
         here = Path(parent)
         if RECORD in files:
             found |= {here / name: record for name, record in _read_records(here).items()}
-        if LOG in files or (CONFIG in files and _is_run(here / CONFIG)):
+        if LOG in files or (CONFIG in files and describes_run(here / CONFIG)):
             found[here] = found.get(here) or _read_records(here.parent).get(here.name, {})
             folders.clear()
         folders.sort(key=_by_number)
@@ -128,16 +133,11 @@ def find_runs(path: Path) -> dict[Path, dict[str, Any]]:
 
 def _read_records(sweep: Path) -> dict[str, dict[str, Any]]:
     """Return the jobs of the sweep in a folder, by name; empty without one, or if it is damaged."""
-    with suppress(ValueError):
+    try:
         return sweep_folder.read_jobs(sweep) if (sweep / RECORD).is_file() else {}
+    except ValueError as error:
+        report_damage(sweep / RECORD, str(error))
     return {}
-
-
-def _is_run(config: Path) -> bool:
-    """Return whether a config.yaml is that of a run, and not that of a saved model."""
-    with suppress(OSError, ValueError):
-        return re.search("^env:", read_text(config), re.MULTILINE) is not None
-    return False
 
 
 def _by_number(name: str) -> list[Any]:
@@ -158,7 +158,7 @@ def _read_job(folder: Path, source: Path, metric: str, record: Mapping[str, Any]
     job.name = folder.name if record else ""
     total = config.get("training.total_steps")
     job.total = total if isinstance(total, int) else None
-    scores = _read_yaml(folder / SCORES)
+    scores = _read_scores(folder)
     steps, seconds, final, evals, episodes = job.columns(
         *("step", "seconds", f"final/{metric}", f"eval/{metric}", f"episode/{metric}")
     )
@@ -180,12 +180,33 @@ def _read_job(folder: Path, source: Path, metric: str, record: Mapping[str, Any]
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    """Return a file of a run; empty if it does not exist or is damaged."""
-    with suppress(OSError, ValueError, yaml.YAMLError):
+    """Return a file of a run; empty if it does not exist or, with a warning, is damaged."""
+    try:
         contents = yaml.load(require_plain(read_text(file)), LOADER)
-        if isinstance(contents, dict):
-            return contents
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        report_damage(file, join_lines(error))
+        return {}
+    if isinstance(contents, dict) and "format" in contents:
+        return contents
+    report_damage(file, "it has no format, so it was cut off, or is a file of another kind")
+    return contents if isinstance(contents, dict) else {}
+
+
+def _read_scores(folder: Path) -> dict[str, Any]:
+    """Return the final scores of a run; empty without any or, with a warning, if damaged."""
+    try:
+        return read_scores(folder) if (folder / SCORES).exists() else {}
+    except ValueError as error:
+        report_damage(folder / SCORES, str(error))
     return {}
+
+
+@functools.cache
+def report_damage(file: Path, reason: str) -> None:
+    """Warn once that a file of a run is left out."""
+    log.warning("warning: %s is damaged and left out: %s", file, reason)
 
 
 def read_error(folder: Path) -> str:
@@ -209,23 +230,30 @@ def read_error(folder: Path) -> str:
 def read_columns(file: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Return columns [rows] of a metrics.csv; all NaN for a name that it lacks.
 
-    A last line that is being written, and lines of another length, are left out. Without the file,
-    or if it is damaged, columns are empty.
+    A last line that is being written is left out and, with a warning, lines of another length.
+    Without the file, columns are empty.
 
     Raises:
         ValueError: the columns of a file of gigabytes do not fit in memory.
     """
-    names, rows = list(names), array("d")
-    if file.is_file():
-        with suppress(OSError, csv.Error), file.open(encoding="utf-8", errors="replace") as lines:
+    names, rows, bad = list(names), array("d"), False
+    if not file.exists():
+        return {name: np.empty(0) for name in names}
+    try:
+        with file.open(encoding="utf-8", errors="replace") as lines:
             reader = csv.reader(line for line in lines if line.endswith("\n"))
             header = next(reader, [])
             most = file.stat().st_size // max(1, len(header))  # a column takes a byte of a row
             require_memory(8 * len(names) * most, f"{file}, {file.stat().st_size:,} bytes,")
             places = [header.index(name) if name in header else None for name in names]
             for row in reader:
+                bad = bad or len(row) != len(header) or any("\ufffd" in text for text in row)
                 if len(row) == len(header):
                     rows.extend(np.nan if i is None else _number(row[i]) for i in places)
+        if bad or "step" not in header:
+            report_damage(file, "it has lines that are not rows of numbers")
+    except (OSError, csv.Error) as error:
+        report_damage(file, str(error))
     table = np.array(rows, dtype=float).reshape(-1, len(names))
     return dict(zip(names, table.T, strict=True))
 
@@ -234,8 +262,9 @@ def list_columns(jobs: Iterable[Job]) -> list[str]:
     """Return the names of all columns in the metrics.csv of runs, sorted."""
     names: set[str] = set()
     for job in jobs:
-        with suppress(OSError), (job.folder / "metrics.csv").open(encoding="utf-8") as file:
-            names |= {*next(csv.reader(file), [])}
+        file = job.folder / "metrics.csv"
+        with suppress(OSError, csv.Error), file.open(encoding="utf-8", errors="replace") as opened:
+            names |= {*next(csv.reader(opened), [])}
     return sorted(names)
 
 

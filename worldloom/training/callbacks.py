@@ -236,7 +236,7 @@ class Evaluation(Callback):
 
     def _save(self, module: WorldModelModule, folder: Path) -> None:
         try:
-            save_model(module.model, folder)
+            _save_model(module, folder)
             self._weights = None
         except OSError as error:
             messages.warning("the best model cannot be saved now, and will be later: %s", error)
@@ -245,8 +245,13 @@ class Evaluation(Callback):
     def _save_best(self, module: LightningModule) -> None:
         assert isinstance(module, WorldModelModule)
         if self._weights is not None and self._writes and self.folder is not None:
-            save_model(module.model, self.folder, self._weights)
+            _save_model(module, self.folder, self._weights)
             self._weights = None
+
+
+def _save_model(module: WorldModelModule, folder: Path, weights: Any = None) -> None:
+    folder.parent.stat()  # `save_model` would make a run's folder again that was moved
+    save_model(module.model, folder, weights)
 
 
 def describe_scores(scores: dict[str, float], highest: float | None) -> str:

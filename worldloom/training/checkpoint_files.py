@@ -8,6 +8,7 @@ parts of the others. A part is written under a new name before the checkpoint th
 
 import contextlib
 import errno
+import itertools
 import logging
 import os
 from collections.abc import Callable, Container, Mapping
@@ -116,6 +117,13 @@ def _read(path: Path, check: Callable[[Any], Any]) -> dict[str, Any]:
 def has_checkpoint(folder: Path) -> bool:
     """Return whether a checkpoint exists; a run killed right after its start may have none."""
     return any((folder / name).exists() for name in (LAST, PREVIOUS))
+
+
+def find_damage(folder: Path) -> str:
+    """Return why no checkpoint of a folder can be read, or "" if one can or there is none."""
+    reports = [_verify(folder / name, lambda _: [], Ranks())[1] for name in (LAST, PREVIOUS)]
+    usable = any(not problems for problems in reports)
+    return "" if usable else "; ".join(filter(None, itertools.chain(*reports)))
 
 
 def find_usable(

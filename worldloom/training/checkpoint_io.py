@@ -2,6 +2,8 @@
 
 import logging
 import secrets
+import shutil
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -66,10 +68,14 @@ class ThreadedCheckpointIO(CheckpointIO):
     write as long as its disk needs, while one that hangs or died ends the next exchange.
 
     random_key: of the callback's state that contains the random states.
+    require_folder: raises OSError if the run's folder is gone.
     """
 
-    def __init__(self, data: "ReplayDataModule", random_key: str) -> None:
+    def __init__(
+        self, data: "ReplayDataModule", random_key: str, require_folder: Callable[[], None]
+    ) -> None:
         self.data, self.ranks, self._random_key = data, data.ranks, random_key
+        self._require_folder = require_folder
         self._pool = ThreadPoolExecutor(1, "checkpoints")
         self._writing: Future[Any] | None = None
         self._stages: list[Callable[[list[Any]], Any]] = []  # after the one that is running
@@ -131,6 +137,27 @@ class ThreadedCheckpointIO(CheckpointIO):
         self._states = [{"buffer": {"files": files}}]
         log.info("the replay of %d processes is redistributed over %d", size, ranks.size)
         return checkpoint
+
+    def keep_elsewhere(self) -> str:
+        """Write the last checkpoint, without the replay's files, to a new folder.
+
+        Returns the end of a message, which names the file.
+        """
+        assert self._saving is not None
+        if self.ranks.rank > 0:
+            return "rank 0 names the file with the final state"
+        file = Path(LAST)
+        try:
+            file = Path(tempfile.mkdtemp(prefix="worldloom-"), LAST)
+            write_checkpoint(file, self._saving.content)
+        except OSError as error:
+            if file.is_absolute():
+                shutil.rmtree(file.parent, ignore_errors=True)
+            return f"nor could the final state be kept elsewhere ({file}: {error})"
+        return (
+            f"the final state without the replay's files is kept in {file}: score it with "
+            f"worldloom eval checkpoint={file} env=…, or begin a run with init_from={file}"
+        )
 
     def teardown(self) -> None:
         """Stop the thread."""
@@ -201,6 +228,8 @@ class ThreadedCheckpointIO(CheckpointIO):
 
     def _prepare(self, saving: Saving) -> str | None:
         """Write the replay files and, in a rank above 0, its part; return the name of the part."""
+        if saving.is_last:
+            self._require_folder()
         self.data.finish(saving.state)
         if self.ranks.rank == 0 or not saving.is_last:
             return None

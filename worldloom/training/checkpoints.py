@@ -1,7 +1,9 @@
 """Saving a run: when checkpoints are due."""
 
 import copy
+import errno
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from worldloom.training.randomness import random_state, set_random_state
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 60.0  # after a checkpoint that could not be written
+LAST_TRIES, LAST_PAUSE = 12, 5.0  # of the final one, and the seconds between them
 
 
 class Checkpoints(Callback):
@@ -40,16 +43,36 @@ class Checkpoints(Callback):
         self.random: dict[str, Any] | None = None
         self._due = 0.0
         self._failed = False
+        self._cause = ""  # of the failure
+        self._folder: int | None = None  # descriptor of the run's folder
         self._unsaved: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Make the trainer write and read checkpoints through `ThreadedCheckpointIO`."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        io: Any = ThreadedCheckpointIO(data, self.state_key)
+        # A folder that is open keeps its number, so that another one at its path is noticed.
+        run = self.file.parent.parent
+        self._folder = os.open(run, os.O_RDONLY) if run.is_dir() else None
+        io: Any = ThreadedCheckpointIO(data, self.state_key, self._require_folder)
         trainer.strategy.checkpoint_io = io
         if io.ranks.size > 1:  # Lightning's own calls it in the first process only
             trainer.strategy.save_checkpoint = io.save_checkpoint  # type: ignore[method-assign]
         data.wait_for_writer = lambda: self._wait(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Close the run's folder."""
+        if self._folder is not None:
+            os.close(self._folder)
+            self._folder = None
+
+    def _require_folder(self) -> None:
+        """Raise FileNotFoundError if the run's folder is no longer at its path."""
+        path = self.file.parent.parent
+        if self._folder is not None:
+            held = os.fstat(self._folder)
+            if not (path.is_dir() and os.path.samestat(held, path.stat())):
+                text = "the run's folder was moved or deleted"
+                raise FileNotFoundError(errno.ENOENT, text, str(path))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the untrained run, so that every run has a checkpoint; or restore random states."""
@@ -152,29 +175,43 @@ class Checkpoints(Callback):
             self._wait(trainer)
             self._schedule()
             trainer.save_checkpoint(self.file, weights_only=False)
-            if wait:
-                self._wait(trainer, last=True)
+            if wait and not self._wait(trainer):
+                self._retry(trainer)
+
+    def _retry(self, trainer: Trainer) -> None:
+        """Try again to write the final checkpoint for a while; then keep it elsewhere."""
+        io: Any = trainer.strategy.checkpoint_io
+        for _ in range(LAST_TRIES):
+            time.sleep(LAST_PAUSE)
+            trainer.save_checkpoint(self.file, weights_only=False)
+            if self._wait(trainer):
+                return
+        raise OSError(f"{self.file} could not be written: {self._cause}; {io.keep_elsewhere()}")
 
     def _schedule(self) -> None:
         self._due = time.monotonic() + 60 * self.minutes
 
-    def _wait(self, trainer: Trainer, last: bool = False) -> None:
-        """Wait for the last checkpoint. If the disk is full, warn once and retry later."""
+    def _wait(self, trainer: Trainer) -> bool:
+        """Wait for the last checkpoint; return whether it, if any, was written.
+
+        If it could not be written, warn once and retry later.
+        """
         io: Any = trainer.strategy.checkpoint_io
         try:
             if io.wait() and self._failed:
                 self._failed = False
                 log.warning("checkpoints can be written again")
         except OSError as error:
-            cause = error.strerror or str(error)
-            if last:
-                text = f"{cause}; the previous checkpoint is intact"
-                raise OSError(error.errno, text, str(self.file)) from error
+            self._cause = error.strerror or str(error)
             if not self._failed:
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
                 log.warning(
-                    "the checkpoint could not be written (%s); training continues, the previous "
-                    "one is intact, and writing is retried every minute; free some disk space",
-                    cause,
+                    "the checkpoint could not be written: %s (%s); training continues, and writing "
+                    "is retried every minute; %s",
+                    *(self.file, self._cause),
+                    "the previous one is intact; free some disk space" if full else "correct that",
                 )
             self._failed = True
             self._due = time.monotonic() + RETRY_SECONDS
+            return False
+        return True

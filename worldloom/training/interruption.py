@@ -1,6 +1,5 @@
 """Stopping a run between two updates, unfinished: by signals, and by limits of time and updates."""
 
-import os
 import signal
 import threading
 import time
@@ -11,7 +10,7 @@ from typing import Any
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from worldloom.starting import handling_signals
+from worldloom.starting import handling_signals, write_error
 
 
 class Interrupted(BaseException):
@@ -127,4 +126,4 @@ class Interruption:
         self.number, self._received = number, time.monotonic()
         name = signal.Signals(number).name
         # Not print: the signal may have interrupted a print.
-        os.write(2, f"\n{name}: {self.doing}; Ctrl-C stops now\n".encode())
+        write_error(f"\n{name}: {self.doing}; Ctrl-C stops now\n")

@@ -55,7 +55,7 @@ class Guard:
             self._inside = True
             try:
                 return method(*args, **kwargs)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 now = time.monotonic()
                 self._until = now + PAUSE * (now - start)
                 self.report(error)
@@ -65,7 +65,7 @@ class Guard:
 
         return guarded
 
-    def report(self, error: Exception) -> None:
+    def report(self, error: BaseException) -> None:
         """Print the first error."""
         if not self._failed:
             self._failed = True
@@ -126,7 +126,7 @@ def finishing_wandb() -> Iterator[None]:
         if wandb is not None and wandb.run is not None:
             try:
                 wandb.finish(exit_code=code)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 log.warning("W&B could not finish its run: %s", error)
 
 

@@ -109,6 +109,7 @@ class MetricsCSV(Logger):
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.file = Path(folder) / "metrics.csv"
+        self._damaged = ""  # why the file of an earlier start cannot be continued
         self.columns, rows = self._read()
         self._rows = len(rows)
         self._size = self.file.stat().st_size if rows else 0
@@ -174,14 +175,31 @@ class MetricsCSV(Logger):
         self._waiting = []
 
     def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
-        """Return the columns and rows of the file."""
+        """Return the columns and rows of the file; none if it is damaged."""
+        self._damaged = ""
         if not self.file.exists():
             return ["step", *COUNTERS], []
-        with self.file.open(newline="") as file:
-            reader = csv.DictReader(file)
-            return list(reader.fieldnames or ["step"]), list(reader)
+        try:
+            with self.file.open(newline="", encoding="utf-8") as file:
+                reader = csv.DictReader(file, strict=True)
+                columns, rows = list(reader.fieldnames or ()), list(reader)
+            if columns[:1] != ["step"]:
+                raise ValueError("its first column is not step")
+            if any(None in row for row in rows) or any(None in row.values() for row in rows[:-1]):
+                raise ValueError("some rows have another length")
+        except (OSError, ValueError, csv.Error) as error:
+            self._damaged = str(error)
+            return ["step", *COUNTERS], []
+        return columns, rows
 
     def _rewrite(self, columns: list[str], rows: list[dict[str, Any]]) -> None:
+        if self._damaged:
+            aside = self.file.with_suffix(".damaged")
+            os.replace(self.file, aside)
+            log.warning(
+                "%s is damaged (%s); it is now %s, and a new file is started",
+                *(self.file, self._damaged, aside),
+            )
         text = _csv(columns, [dict(zip(columns, columns, strict=True)), *rows])
         with atomic_write(self.file) as file:
             file.write(text)

@@ -1,12 +1,17 @@
 """Progress of a run: a bar in a terminal, otherwise a line every 20 seconds."""
 
+import logging
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 from tqdm import tqdm
+
+log = logging.getLogger(__name__)
 
 LOG_INTERVAL = 20.0  # seconds
 RATE_SECONDS = 60.0  # over which the rate is measured
@@ -31,6 +36,7 @@ class Progress(Callback):
         self._thread: threading.Thread | None = None
         self._bar: tqdm | None = None
         self._marks: list[tuple[float, int]] = []  # times and positions of the last minute
+        self._failed = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the thread."""
@@ -40,9 +46,10 @@ class Progress(Callback):
         position = self._position(data)
         self._marks = [(time.monotonic(), position)]
         self._done.clear()
-        if sys.stderr.isatty():
-            options: Any = {"initial": position, "bar_format": BAR, "dynamic_ncols": True}
-            self._bar = tqdm(total=data.total_steps, **options)
+        with self._reporting():
+            if sys.stderr.isatty():
+                options: Any = {"initial": position, "bar_format": BAR, "dynamic_ncols": True}
+                self._bar = tqdm(total=data.total_steps, **options)
         self._thread = threading.Thread(target=self._show, args=(data, self._bar), daemon=True)
         self._thread.start()
 
@@ -62,16 +69,28 @@ class Progress(Callback):
             self._thread.join()
             self._thread = None
         if self._bar is not None:
-            self._bar.close()
+            with self._reporting():
+                self._bar.close()
             self._bar = None
 
     def _show(self, data: Any, bar: tqdm | None) -> None:
         while not self._done.wait(LOG_INTERVAL if bar is None else 0.5):
-            if bar is not None:
-                bar.n = self._position(data)
-                bar.set_postfix_str(self._status(data), refresh=True)
-            else:
-                print(self.line(data), flush=True)
+            with self._reporting():
+                if bar is not None:
+                    bar.n = self._position(data)
+                    bar.set_postfix_str(self._status(data), refresh=True)
+                else:
+                    print(self.line(data), flush=True)
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Report the first error of the display, which must not stop a run."""
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            if not self._failed:
+                self._failed = True
+                log.warning("the progress cannot be shown (%r); the run continues", error)
 
     def line(self, data: Any) -> str:
         """Return one line of progress."""
