@@ -149,8 +149,8 @@ CASES = {
     # data sets
     "run data=offline data.path=F/nothing": "there is no file or folder F/nothing, … set data.path",
     "run data=offline data.path=F/data/empty": "holds no data; expected .npz files, one per episod",
-    "run data=offline data.path=F/data/cut": "is a truncated zip file … expected arrays written",
-    "run data=offline data.path=F/data/text": "is not a zip file … expected arrays written",
+    "run data=offline data.path=F/data/cut": "is a truncated zip file … expected arrays of numbers",
+    "run data=offline data.path=F/data/text": "is not a zip file … expected arrays of numbers",
     "run data=offline data.path=F/data/nan": "obs holds nan at index [2, 1]; expected finite",
     "run data=offline data.path=F/data/inf_rewards": "rewards holds inf at index [0]; expected fin",
     "run data=offline data.path=F/data/strings": "obs is <U1 of shape (6, 1); expected an array of",
