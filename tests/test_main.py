@@ -94,7 +94,7 @@ def test_the_help_of_run_fits_on_a_screen_and_names_every_group():
     described = dict(re.findall(r"^  (\w+) +([^:]+): \S", listed, re.MULTILINE))
     assert described.keys() == groups and all(described.values())
     examples = text.partition("examples:")[2].partition("\n\n")[0].strip().splitlines()
-    assert len(examples) == 8
+    assert len(examples) == 9
 
 
 @pytest.mark.filterwarnings("ignore:.*prior to execution of 'worldloom")

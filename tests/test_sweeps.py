@@ -22,8 +22,8 @@ def start():
     """Start a sweep in a folder; what is left of it after the test is stopped."""
     started = []
 
-    def call(cwd, *words):
-        command = [sys.executable, "-m", "worldloom.run", *WORDS, *words]
+    def call(cwd, *words, base=WORDS):
+        command = [sys.executable, "-m", "worldloom.run", *base, *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         started.append(subprocess.Popen(command, cwd=cwd, **pipes))
         return started[-1]
@@ -35,9 +35,10 @@ def start():
         process.stdout.close()
 
 
-def wait_for_checkpoint(cwd, seed, after=0):
-    """Wait until a job is saved again; return when."""
-    file, end = cwd / RUNS / f"seed{seed}" / "checkpoints" / "last.ckpt", time.monotonic() + 200
+def wait_for_checkpoint(cwd, run, after=0):
+    """Wait until a job, named or with a seed, is saved again; return when."""
+    name = f"seed{run}" if isinstance(run, int) else run
+    file, end = cwd / RUNS / name / "checkpoints" / "last.ckpt", time.monotonic() + 200
     while not file.exists() or file.stat().st_mtime_ns <= after:
         assert time.monotonic() < end
         time.sleep(0.01)
@@ -146,3 +147,43 @@ def test_the_tasks_of_a_job_train_one_run(start, tmp_path, monkeypatch, executor
         folder = tmp_path / RUNS / f"seed{seed}"
         assert "final return" in (folder / "worldloom-rank1.log").read_text()
         assert f"seed{seed}: final return".encode() in said and (folder / "scores.yaml").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_a_killed_search_ends_with_the_scores_of_an_undisturbed_one(start, tmp_path):
+    pytest.importorskip("optuna")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole.mkdir()
+    killed.mkdir()
+    space = "search.space.training.learning_rate={low: 1e-5, high: 1e-3, log: true}"
+    base = [word for word in WORDS if word != "seed=0,1"]
+    words = (*base, space, "search.sampler=RandomSampler", "search.trials=8")
+    undisturbed = start(whole, "hydra.launcher.jobs=2", base=words)
+    said, _ = undisturbed.communicate()
+    assert undisturbed.returncode == 0, said
+
+    search = start(killed, base=words)
+    wait_for_checkpoint(killed, "trial0")
+    os.kill(job_of(search), signal.SIGKILL)  # the next trial begins
+    wait_for_checkpoint(killed, "trial1")
+    job = job_of(search)
+    search.kill()
+    os.kill(job, signal.SIGKILL)
+    said, _ = search.communicate()
+    assert b"trial0: failed: killed by SIGKILL (" in said
+
+    search = start(killed, base=words)
+    saved = wait_for_checkpoint(killed, "trial1")
+    search.kill()  # the job saves
+    search.communicate()
+    workers = [start(killed, base=words), start(killed, base=words)]
+    said = b"".join(worker.communicate()[0] for worker in workers)
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    assert b"8 of 8 trials done (8 finished)" in said and saved
+    names = [f"trial{number}" for number in range(8)]
+    assert sorted(path.name for path in (killed / RUNS).glob("trial*")) == names
+    for name in names:
+        first, second = (place / RUNS / name for place in (whole, killed))
+        assert without_clocks(first) == without_clocks(second)
+        assert (first / "scores.yaml").read_bytes() == (second / "scores.yaml").read_bytes()

@@ -12,6 +12,8 @@ finished runs count, unless unfinished=true. With several tasks it also has norm
 tasks, where 0 and 1 are range=[...], or the lowest and highest score of each task; range=[...] also
 gives the optimality gap.
 
+Of a search, the best trial follows, with a command that trains it again.
+
 table=jobs or table=groups prints one of them; format=csv prints the jobs unless table=groups is
 given. metric=success uses final/success and so on.
 """
@@ -23,6 +25,7 @@ from pathlib import Path
 
 from worldloom.app.command_line import parse_settings, run_command
 from worldloom.app.compose import Overrides
+from worldloom.app.sweep_folder import read_best
 from worldloom.errors import require, suggest
 from worldloom.results.labels import label_jobs
 from worldloom.results.runs import Job, list_columns, read_jobs
@@ -116,6 +119,9 @@ def sweep_command(overrides: Overrides) -> None:
             if rows:
                 table = write_table(rows, settings.format == "markdown")
                 print("", table, *filter(None, notes[name]), sep="\n")
+        for folder in folders:
+            if best := read_best(folder):
+                print("", *best, sep="\n")
 
 
 def main() -> None:

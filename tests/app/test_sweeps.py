@@ -312,3 +312,45 @@ def test_jobs_share_a_gpu_only_if_all_are_in_use():
     assert chosen(2, ["2"]) == ["0", "5"] and chosen(2, ["0"], ["2"]) == ["5", "0"]
     assert chosen(1, ["0"], ["2"], ["5"], ["0"]) == ["2"] and chosen(9) == ["0", "2", "5"]
     assert chosen("auto") == chosen([1]) == chosen(-1) == choose_gpus([], [], 1) == []
+
+
+def test_a_search_from_the_command_line(sweep, commands, place):
+    pytest.importorskip("optuna")
+    space = "search.space.training.learning_rate={low: 1e-4, high: 1e-2, log: true}"
+    fixed = ["-m", "seed=3,5", "training.batch_size=8", "evaluation.every=0"]
+    words = [*fixed, space, "sweep=name"]
+    mistakes = {
+        "search.sampler=RandmSampler": "(did you mean 'RandomSampler'?)",
+        "training.learning_rate=1e-3": "is in search.space, but training.learning_rate=1e-3 was",
+        "search.space.training.warmup={low: -1, high: 5}": "with training.warmup=-1: training.warm",
+        "search.space.training.lr={low: 1, high: 5}": "space, with training.lr=1: unknown key",
+        "hydra/launcher=local": "a search starts its runs on this machine",
+        "search.pruner=MedianPruner": "evaluation.every is 0; add the environment steps between",
+    }
+    for word, message in mistakes.items():
+        refused = sweep(*words, word)
+        (line,) = refused["err"].splitlines()
+        assert refused["code"] == 1 and message in line
+    assert not (place / "runs").exists() and not starts(place)
+
+    done = sweep(*words, "search.trials=2", "search.sampler=RandomSampler")
+    assert done["code"] == 0, done
+    assert "trial1-seed5: final return 5.0 (0.0 min; 2 of 2 trials done)" in done["out"]
+    best = done["out"].splitlines()[-3:]
+    assert best[0].startswith("best: trial0, return 4: training.learning_rate=0.00")
+    again = f"{' '.join(fixed[2:])} {best[0].split()[-1]} seed=0,1,2,4,6"
+    again = f"python -m worldloom.run -m {again}"
+    assert best[1:] == ["to train it again with other seeds:", again]
+    differs = read_differs(place / FOLDER / "trial1-seed5")
+    assert differs["seed"] == 5 and 1e-4 < differs["training.learning_rate"] < 1e-2
+    drawn = f"training.learning_rate={differs['training.learning_rate']!r}"
+    assert {"seed=5", drawn, "training.batch_size=8"} <= {*starts(place)[3]["args"]}
+    assert not [word for start in starts(place) for word in start["args"] if "search" in word]
+    assert [*states(place)] == [f"trial{n}-seed{seed}" for n in (0, 1) for seed in (3, 5)]
+    table = commands.good([FOLDER], place, module="worldloom.sweep")["out"]
+    assert table.splitlines()[-1] == again and "trial1-seed5 learning_rate=0.00" in table
+
+    other = sweep(*words, "search.trials=2", "search.sampler=RandomSampler", "search.seed=1")
+    assert "have another search.seed (there: 0; now: 1)" in other["err"]
+    other = sweep(*fixed, "sweep=name")
+    assert "have another search.direction (there: maximize; now: not given)" in other["err"]

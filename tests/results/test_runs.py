@@ -8,8 +8,9 @@ import pytest
 from filelock import FileLock
 from omegaconf import OmegaConf
 
+from worldloom.app.metrics_csv import read_columns
 from worldloom.results.labels import label_jobs
-from worldloom.results.runs import read_columns, read_jobs
+from worldloom.results.runs import read_jobs
 
 TINY = ("model=dreamerv3_tiny", "env.id=CartPole-v1", "training.total_steps=400")
 ERROR = "Traceback (most recent call last):\n  File\nValueError: bad\nerror: bad\n"

@@ -327,6 +327,8 @@ def _explain_key(key: str) -> str:
     value = Overrides(tuple(sys.argv[1:])).value(key) or "…"
     if key not in RENAMED and (hint := hint_key(key, value, composed)):
         return f"unknown key '{key}'{hint}"
+    if parent in ("search.sampler", "search.pruner"):
+        return f"{parent} has no keys; write '{parent}={{name: CLASS, {name}: {value}}}'"
     if not isinstance(node, DictConfig):
         near = suggest(parent.split(".")[0], top_level_keys()[0])
         return f"unknown key '{key}'; there is no section '{parent}'{near}"

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from worldloom.app.cluster_config import ClusterConfig, ProcessesConfig
 from worldloom.app.hints import FLAGS
+from worldloom.app.search_config import SearchConfig
 from worldloom.app.sweep_names import name_sweep
 from worldloom.app.validation import suggest_key, validate_env
 from worldloom.errors import list_names
@@ -84,9 +85,11 @@ class Overrides:
         7. -m without a name or folder of the sweep implies sweep=NAME, with a name that is made of
            the overrides.
         8. In a SLURM job that was requeued, resume=auto is implied (`with_restart`).
+        9. search.KEY=VALUE without a choice of the group implies search=default;
+           search.space.KEY={...} and search.sampler={...} need no + to add keys.
 
         Raises:
-            ValueError: folder=PATH is given without a path, or sweep=NAME without a name.
+            ValueError: folder=PATH or sweep=NAME is given without a value, or a search without -m.
         """
         sweeps = bool(SWEEPS & {*self.args})
         where = "hydra.sweep.dir" if sweeps else "hydra.run.dir"
@@ -107,9 +110,14 @@ class Overrides:
                 full.append("~experiment")
             if custom and "env" not in keys:
                 full.append("env=custom")
+            arg = re.sub(r"^\+*(search\.(space\.[^=]+|sampler|pruner)=\{)", r"++\1", arg)
             full.append(_name_file(re.sub(r"^\+*folder=", f"{where}=", arg)))
         if sweeps and not {"sweep", "folder", "hydra.sweep.dir"} & keys:
             full.append(f"sweep={name_sweep([_name_file(arg) for arg in self.args])}")
+        if (found := self.select(r"search($|\.)").args) and not sweeps:
+            raise ValueError(f"{found[0]} makes a search, which trains many times; add -m")
+        if found and "search" not in keys:
+            full.append("search=default")
         return Overrides(tuple(full)).with_precision()
 
     def with_restart(self) -> "Overrides":
@@ -155,8 +163,9 @@ def quote_value(text: str) -> str:
 
 
 def register_defaults() -> None:
-    """Add training=default, evaluation=default and the launchers of sweeps to Hydra's choices."""
-    for name, cls in (("training", TrainingConfig), ("evaluation", EvaluationConfig)):
+    """Add training, evaluation and search=default and the launchers to Hydra's choices."""
+    sections = {"training": TrainingConfig, "evaluation": EvaluationConfig, "search": SearchConfig}
+    for name, cls in sections.items():
         ConfigStore.instance().store(group=name, name="default", node=asdict(cls()))
     for name, node in LAUNCHERS.items():
         ConfigStore.instance().store(group="hydra/launcher", name=name, node=node)

@@ -40,4 +40,4 @@ def _describe(group: str, phrase: str) -> str:
 def list_choices(group: str) -> list[str]:
     """Return the choices of a group, without files that only others build on; [] if unknown."""
     options = [name for name in choice_files(group) if not name.endswith("_base")]
-    return options + ["default"] * (group in ("training", "evaluation"))
+    return options + ["default"] * (group in ("training", "evaluation", "search"))

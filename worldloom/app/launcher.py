@@ -20,7 +20,7 @@ from worldloom.app.cluster_queue import JOBS
 from worldloom.app.compose import LAUNCHERS, key_of, quote_value
 from worldloom.app.hints import FLAGS
 from worldloom.app.saved_config import list_trusted
-from worldloom.app.sweep_folder import LOGS, SweepFolder, hold_sweep
+from worldloom.app.sweep_folder import LOGS, SweepFolder, hold_sweep, open_search
 from worldloom.app.sweep_jobs import Job, JobList, Runner
 from worldloom.app.sweep_names import name_run, parse_overrides, text_of
 from worldloom.app.validation import build_settings, validate_config
@@ -89,6 +89,8 @@ class Processes(Launcher):
             if (advice := REJECTED.get(key_of(word))) is not None:
                 raise ValueError(f"{word} has no effect with -m; {advice}")
         cluster = self._make_cluster()
+        if "search" in self.config:
+            return self._search([list(words) for words in job_overrides], cluster)
         fixed = {
             part.key_or_group: text_of(part)
             for part in parse_overrides(self.config.hydra.overrides.task)
@@ -97,7 +99,7 @@ class Processes(Launcher):
         keys = (part.key_or_group for words in job_overrides for part in parse_overrides(words))
         varied = list(dict.fromkeys(key for key in keys if key not in fixed))
         with hold_sweep(Path(self.config.hydra.sweep.dir), varied, fixed) as sweep:
-            jobs = [self._make_job(sweep, list(words), cluster) for words in job_overrides]
+            jobs = [self._make_valid_job(sweep, list(words), cluster) for words in job_overrides]
             names = [job.name for job in jobs]
             if twice := {name for name in names if names.count(name) > 1 or name in (LOGS, JOBS)}:
                 raise ValueError(
@@ -120,21 +122,73 @@ class Processes(Launcher):
                 sys.exit(128 + runner.signal)
             return _returns(jobs, sweep)
 
-    def _make_job(self, sweep: SweepFolder, words: list[str], cluster: Cluster | None) -> Job:
-        """Compose and validate a job; raise ValueError if it is not valid."""
+    def _search(
+        self, combinations: Sequence[Sequence[str]], cluster: Cluster | None
+    ) -> Sequence[JobReturn]:
+        """Run a search; each trial has one run for each combination of the values that are swept.
+
+        Raises:
+            ValueError: the space, the sampler or the pruner is not valid, or a run at an end of the
+                space is not; nothing has been started.
+        """
+        if cluster is not None:
+            raise ValueError(
+                "a search starts its runs on this machine, so hydra/launcher=processes; submit "
+                "the command itself several times: each job works on the same search"
+            )
+        from worldloom.app.samplers import read_search
+        from worldloom.app.search_plan import SearchPlan
+
+        section: Any = OmegaConf.to_container(self.config.search, resolve=True)
+        settings = read_search(section)
+        from worldloom.app.search import Search  # which imports optuna
+
+        path, task = Path(self.config.hydra.sweep.dir), self.config.hydra.overrides.task
+        plan = SearchPlan(settings, path, task, combinations, self._make_job)
+        plan.validate()
+        sweep = open_search(path, list(plan.space), plan.fixed, plan.describe(self.arguments))
+        search = Search(sweep, settings, plan.make_jobs)
+        runner = Runner(sweep, self.settings.get("jobs", 1), search)
+        try:
+            runner.run()
+        finally:
+            search.close()
+        print(*search.report(), sep="\n", flush=True)
+        if runner.signal is not None or search.left:
+            again = f"python -m worldloom.run {quote(*self.arguments)}"
+            print(f"to continue:\n{again}", flush=True)
+        if runner.signal is not None:
+            sys.exit(128 + runner.signal)
+        search.require_result()
+        return []
+
+    def _make_valid_job(self, sweep: SweepFolder, words: list[str], cluster: Cluster | None) -> Job:
+        """Return a job of a sweep; raise ValueError if it is not valid."""
         parts = {part.key_or_group: part for part in parse_overrides(words)}
         differs = {key: part for key, part in parts.items() if key in sweep.varied}
         name = name_run({key: text_of(part) for key, part in differs.items()})
-        folder, log = sweep.path / name, sweep.path / LOGS / f"{name}.log"
+        try:
+            typed = {key: part.value() for key, part in differs.items()}
+            return self._make_job(sweep.path, name, typed, words, cluster)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def _make_job(
+        self,
+        path: Path,
+        name: str,
+        differs: dict[str, Any],
+        words: list[str],
+        cluster: Cluster | None = None,
+    ) -> Job:
+        """Compose and validate a job of a sweep's folder; raise ValueError if it is not valid."""
+        folder, log = path / name, path / LOGS / f"{name}.log"
         cfg = self.composed.pop(tuple(words), None) or self.compose(self.config, words)
         with open_dict(cfg):
             cfg.folder, hydra = str(folder), cfg.pop("hydra")
-        try:
-            validate_config(cfg, hydra.runtime.choices, devices=self.executor != "slurm")
-            if cluster is not None:
-                cluster.require_processes(cfg.trainer)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{name}: {error}") from error
+        validate_config(cfg, hydra.runtime.choices, devices=self.executor != "slurm")
+        if cluster is not None:
+            cluster.require_processes(cfg.trainer)
         flags = [
             word
             for pair in zip(self.arguments, self.arguments[1:], strict=False)
@@ -145,13 +199,12 @@ class Processes(Launcher):
             *flags,
             *(word for word in self.config.hydra.overrides.hydra if not OF_SWEEP.match(word)),
             *(re.sub(r"^(~.*)=null$", r"\1", word) for word in words),
-            f"sweep={quote_value(sweep.path.name)}",
+            f"sweep={quote_value(path.name)}",
             f"hydra.run.dir={quote_value(str(folder))}",
         ]
         plain: Any = OmegaConf.to_container(cfg, resolve=True)
         resume = [f"resume={folder}", *list_trusted(plain)]
-        typed = {key: part.value() for key, part in differs.items()}
-        return Job(name, folder, log, typed, words, cfg, new, resume)
+        return Job(name, folder, log, differs, words, cfg, new, resume)
 
 
 class Slurm(Processes):

@@ -201,13 +201,13 @@ def _cannot_write(folder: Path, error: OSError) -> ValueError:
 
 
 @contextmanager
-def hold_lock(folder: Path, busy: str, care: str) -> Iterator[None]:
+def hold_lock(folder: Path, busy: str, care: str, seconds: float = 1) -> Iterator[None]:
     """Make a folder, and hold its lock inside the block.
 
-    busy: the error if another process holds it. care: advice where the file system has no locks.
+    busy: the error if another process holds it longer than so many seconds; `is_claimed` and other
+    readers hold it briefly. care: advice where the file system has no locks.
     """
-    # `is_claimed` and other readers hold the lock briefly, so wait up to 1 s.
-    lock = FileLock(folder / LOCK, timeout=1)
+    lock = FileLock(folder / LOCK, timeout=seconds)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -223,10 +223,13 @@ def hold_lock(folder: Path, busy: str, care: str) -> Iterator[None]:
         lock.release()
 
 
-def is_claimed(folder: Path) -> bool:
-    """Return whether a living process writes this run; it changes nothing, not even a time."""
+def is_claimed(folder: Path, name: str = LOCK) -> bool:
+    """Return whether a living process writes this run; it changes nothing, not even a time.
+
+    name: of another lock in a folder.
+    """
     try:
-        with (folder / LOCK).open("rb") as file:
+        with (folder / name).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

@@ -12,6 +12,7 @@ from typing import Any
 
 from worldloom.app.cluster_queue import ENDED, LIVE, RUNNING, find_states
 from worldloom.app.run_dir import CONFIG, LOCK, SCORES, hold_lock, is_claimed
+from worldloom.errors import quote
 from worldloom.files import check_format, read_yaml, write_yaml
 from worldloom.starting import SIGNALS
 
@@ -31,22 +32,50 @@ class SweepFolder:
 
     varied: keys in which the runs differ.
     fixed: {key: value} of the overrides that all runs share.
+    search: what sweep.yaml has about a search, whose folder several processes may use.
     """
 
-    def __init__(self, path: Path, varied: Sequence[str], fixed: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        varied: Sequence[str],
+        fixed: Mapping[str, str],
+        search: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path, self.varied, self.fixed = path, list(varied), dict(fixed)
+        self.search = dict(search or {})
         self.jobs: dict[str, dict[str, Any]] = {}
+        self._written: tuple[int, int] | None = None
 
     def update(self, name: str, **values: Any) -> None:
         """Record what is new about a job, and write sweep.yaml."""
-        self.jobs.setdefault(name, {}).update(values)
-        self.write()
+        with self.changing():
+            self.jobs.setdefault(name, {}).update(values)
+            self.write()
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """Hold the folder of a search inside the block, and read what others have recorded.
+
+        Other sweeps have no others. The block cannot contain another one.
+        """
+        if not self.search:
+            yield
+            return
+        busy = f"another process has held {self.path / LOCK} for ten minutes; stop it"
+        with hold_lock(self.path, busy, "run this search once at a time", seconds=600):
+            if _stamp(self.path) != self._written:
+                self.jobs = read_record(self.path)["jobs"]
+            yield
 
     def write(self) -> None:
         """Write sweep.yaml; if the disk is full, warn and continue."""
-        record = {"fixed": self.fixed, "varied": self.varied, "jobs": self.jobs}
+        record: dict[str, Any] = {"fixed": self.fixed, "varied": self.varied}
+        record |= {"search": self.search} if self.search else {}
+        record["jobs"] = self.jobs
         try:
             write_yaml(self.path / RECORD, record, FORMAT)
+            self._written = _stamp(self.path)
         except OSError as error:
             log.warning("%s cannot be written now (%s)", self.path / RECORD, error)
 
@@ -79,6 +108,64 @@ def hold_sweep(
         finally:
             if not (path / RECORD).exists():  # nothing was started
                 (path / LOCK).unlink(missing_ok=True)
+
+
+def open_search(
+    path: Path, varied: Sequence[str], fixed: Mapping[str, str], search: Mapping[str, Any]
+) -> SweepFolder:
+    """Return the folder of a search, after comparing it with what is recorded there.
+
+    Raises:
+        ValueError: its trials have another space, other settings or other overrides.
+    """
+    sweep = SweepFolder(path, varied, fixed, search)
+    if (path / RECORD).exists():  # a sweep that is not a search holds the lock all the time
+        _require_same(path, read_record(path), sweep)
+    with hold_lock(path, f"another process holds {path / LOCK}; stop it", "", seconds=60):
+        if (path / RECORD).exists():
+            _require_same(path, read_record(path), sweep)
+        else:
+            sweep.write()
+    return sweep
+
+
+def describe_best(search: Mapping[str, Any]) -> list[str]:
+    """Return lines about the best trial of a search, with a command that trains it again.
+
+    search: what sweep.yaml has about the search.
+    """
+    if not (best := search.get("best")):
+        return []
+    again = [*search["command"], *best["overrides"], f"seed={','.join(search['seeds'])}"]
+    return [
+        f"best: trial{best['trial']}, {search['metric']} {best['score']:,.6g}: "
+        + " ".join(best["overrides"]),
+        "to train it again with other seeds:",
+        f"python -m worldloom.run -m {quote(*again)}",
+    ]
+
+
+def read_best(path: Path) -> list[str]:
+    """Return the lines of `describe_best` for a folder; empty if it is not that of a search."""
+    with suppress(ValueError, TypeError, KeyError, AttributeError):  # also if damaged
+        if (path / RECORD).is_file():
+            best = describe_best(read_record(path).get("search") or {})
+            return best if all(map(str.isprintable, best)) else []
+    return []
+
+
+def name_lock(trial: int) -> str:
+    """Return the name of the file in logs/ that the process locks which runs a trial."""
+    return f"trial{trial}.lock"
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return what changes when another process writes sweep.yaml."""
+    try:
+        found = (path / RECORD).stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _require_same(path: Path, before: Mapping[str, Any], sweep: SweepFolder) -> None:
@@ -131,7 +218,7 @@ def read_jobs(path: Path) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: sweep.yaml is damaged, or of another version.
     """
-    jobs, driven = read_record(path)["jobs"], is_claimed(path)
+    jobs, held = read_record(path)["jobs"], is_claimed(path)
     begun = {n: job for n, job in jobs.items() if job.get("state") in (WAITING, *LIVE)}
     found = find_states(path, {n: j["cluster"] for n, j in begun.items() if j.get("cluster")})
     for name, job in jobs.items():
@@ -140,6 +227,9 @@ def read_jobs(path: Path) -> dict[str, dict[str, Any]]:
             recorded = there
         elif there == ENDED and recorded in LIVE and code not in (None, *STOPPED):
             recorded = FAILED
+        trial = job.get("trial")  # of a search, whose folder is held for moments only
+        is_trial = isinstance(trial, int)
+        driven = is_claimed(path / LOGS, name_lock(trial)) if is_trial else held
         job["state"] = decide_state(path / name, recorded, driven or there != ENDED)
     return jobs
 

@@ -33,6 +33,7 @@ class Job:
     log: what its process prints. differs: {key: value} in which it differs from the others.
     new, resume: arguments of `python -m worldloom.run` that start the run, and continue it.
     log_start: position in the log at which this process has begun.
+    metric: what is scored: "return" for final/return.
     ending: (state, reason) with which the job is stopped before its end; it is not started then.
     """
 
@@ -48,6 +49,7 @@ class Job:
     gpus: list[str] = field(default_factory=list)
     start: float = 0.0
     log_start: int = 0
+    metric: str = "return"
     ending: tuple[str, str] | None = None
 
     @property
@@ -57,10 +59,10 @@ class Job:
 
     @property
     def score(self) -> float | None:
-        """Return the final return; None if the run is not finished, or has no environment."""
+        """Return the final score; None if the run is not finished, or has no environment."""
         if not self.finished:
             return None
-        return read_scores(self.folder).get("final/return")
+        return read_scores(self.folder).get(f"final/{self.metric}")
 
     def describe_end(self) -> str:
         """Return the last error that the process printed, or else its last line."""
@@ -181,7 +183,11 @@ class Runner:
         """Start jobs, except those of which a process of an earlier sweep still saves."""
         ready: list[Job] = []
         while len(self.running) + len(ready) < self.most and self.signal is None:
-            self.waiting = [job for job in self.waiting if not job.ending]
+            for held in list(self.waiting):
+                if held.ending:
+                    self.waiting.remove(held)
+                    self.sweep.update(held.name, state=held.ending[0])
+                    self.source.end(held, held.ending[0], None)
             job = next((job for job in self.waiting if not self._is_busy(job)), None)
             if job is not None:
                 self.waiting.remove(job)
@@ -286,7 +292,7 @@ class Runner:
         code, error, minutes = job.process.returncode, None, (time.monotonic() - job.start) / 60
         if job.finished:
             state, score = "finished", job.score
-            said = "finished" if score is None else f"final return {score:.1f}"
+            said = "finished" if score is None else f"final {job.metric} {score:.1f}"
         elif job.ending:
             state, said = job.ending
         elif code in STOPPED:

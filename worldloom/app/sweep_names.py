@@ -17,7 +17,10 @@ from worldloom.presets import config_dir
 LONGEST_RUN, LONGEST_SWEEP = 100, 60  # characters
 NUMBER = re.compile(r"[+-]?\d[\d_.]*(e[+-]?\d+)?")
 # Overrides that do not describe what is trained.
-ASIDE = re.compile(r"hydra[./]|sweep$|folder$")
+ASIDE = re.compile(r"hydra[./]|search[.]|(sweep|folder|search)$")
+
+# What a search varies; its other settings may change, or the folder is rejected.
+SEARCH = re.compile(r"search=|\+*search\.space\.[\w.]+=\{")
 
 
 def parse_overrides(args: Iterable[str]) -> list[Override]:
@@ -63,7 +66,14 @@ def name_sweep(args: Sequence[str]) -> str:
         for key in fixed
     ]
     parts += [_clean(_short(key, parsed)) for key in sorted(varied, key=_rank)]
+    parts += [_name_search(arg) for arg in args if SEARCH.match(arg)]
     return _shorten("-".join(parts) or "sweep", LONGEST_SWEEP)
+
+
+def _name_search(override: str) -> str:
+    """Return the part of a name for search=CHOICE, or for one setting of a search's space."""
+    key, _, value = override.partition("=")
+    return f"search_{_clean(value)}" if key == "search" else _clean(key.rpartition(".")[2])
 
 
 def label(key: str, value: str, keys: Iterable[str] = ()) -> str:

@@ -363,7 +363,8 @@ def top_level_keys() -> tuple[list[str], list[str]]:
     """Return the keys of a whole configuration, and those of them that are groups."""
     entries = _read_config()["defaults"]
     groups = [str(key) for entry in entries if isinstance(entry, dict) for key in entry]
-    groups = [group for group in groups if group != "experiment" and "hydra" not in group]
+    aside = ("experiment", "search")
+    groups = [group for group in groups if group not in aside and "hydra" not in group]
     return [*groups, *_base_config()], groups
 
 

@@ -1,11 +1,9 @@
 """Runs in folders: their state, steps, scores and metrics, also while they are trained."""
 
 import csv
-import functools
 import logging
 import os
 import re
-from array import array
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ import yaml
 
 from worldloom.app import sweep_folder
 from worldloom.app.command_line import join_lines
+from worldloom.app.metrics_csv import read_columns, report_damage, to_number
 from worldloom.app.run_dir import CONFIG, LOG, SCORES, describes_run, find_run, read_scores
 from worldloom.app.sweep_folder import (
     FAILED,
@@ -27,7 +26,6 @@ from worldloom.app.sweep_folder import (
     decide_state,
 )
 from worldloom.files import LOADER, read_text, require_plain, require_regular
-from worldloom.memory import require_memory
 from worldloom.trees import flatten_tree
 
 log = logging.getLogger(__name__)
@@ -155,7 +153,7 @@ def _read_job(folder: Path, source: Path, metric: str, record: Mapping[str, Any]
             return None
         state = FAILED if error else state
     job = Job(folder, source, config, state, error)
-    job.name = folder.name if record else ""
+    job.name = _name_job(folder, record) if record else ""
     total = config.get("training.total_steps")
     job.total = total if isinstance(total, int) else None
     scores = _read_scores(folder)
@@ -167,7 +165,7 @@ def _read_job(folder: Path, source: Path, metric: str, record: Mapping[str, Any]
     if isinstance(step := scores.get("step"), int):
         job.step = step
     if state == FINISHED and f"final/{metric}" in scores:
-        final = np.array([_number(str(scores[f"final/{metric}"]))])
+        final = np.array([to_number(str(scores[f"final/{metric}"]))])
     for kind, values, last in (
         ("final", final if state == FINISHED else final[:0], 1),
         ("eval", evals, 1),
@@ -177,6 +175,16 @@ def _read_job(folder: Path, source: Path, metric: str, record: Mapping[str, Any]
             job.score, job.kind = float(known[-last:].mean()), kind
             break
     return job
+
+
+def _name_job(folder: Path, record: Mapping[str, Any]) -> str:
+    """Return the name of a job; that of a trial of a search does not tell its values."""
+    values = record.get("differs")
+    if record.get("trial") is None or not isinstance(values, dict):
+        return folder.name
+    texts = {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in values.items()}
+    parts = [f"{str(key).rpartition('.')[2]}={text}" for key, text in texts.items()]
+    return " ".join([folder.name, *parts])
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -203,12 +211,6 @@ def _read_scores(folder: Path) -> dict[str, Any]:
     return {}
 
 
-@functools.cache
-def report_damage(file: Path, reason: str) -> None:
-    """Warn once that a file of a run is left out."""
-    log.warning("warning: %s is damaged and left out: %s", file, reason)
-
-
 def read_error(folder: Path) -> str:
     """Return the error with which the newest start of a run ended, according to its log, or ""."""
     try:
@@ -227,37 +229,6 @@ def read_error(folder: Path) -> str:
     return errors[-1].strip() if errors else ""
 
 
-def read_columns(file: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Return columns [rows] of a metrics.csv; all NaN for a name that it lacks.
-
-    A last line that is being written is left out and, with a warning, lines of another length.
-    Without the file, columns are empty.
-
-    Raises:
-        ValueError: the columns of a file of gigabytes do not fit in memory.
-    """
-    names, rows, bad = list(names), array("d"), False
-    if not file.exists():
-        return {name: np.empty(0) for name in names}
-    try:
-        with file.open(encoding="utf-8", errors="replace") as lines:
-            reader = csv.reader(line for line in lines if line.endswith("\n"))
-            header = next(reader, [])
-            most = file.stat().st_size // max(1, len(header))  # a column takes a byte of a row
-            require_memory(8 * len(names) * most, f"{file}, {file.stat().st_size:,} bytes,")
-            places = [header.index(name) if name in header else None for name in names]
-            for row in reader:
-                bad = bad or len(row) != len(header) or any("\ufffd" in text for text in row)
-                if len(row) == len(header):
-                    rows.extend(np.nan if i is None else _number(row[i]) for i in places)
-        if bad or "step" not in header:
-            report_damage(file, "it has lines that are not rows of numbers")
-    except (OSError, csv.Error) as error:
-        report_damage(file, str(error))
-    table = np.array(rows, dtype=float).reshape(-1, len(names))
-    return dict(zip(names, table.T, strict=True))
-
-
 def list_columns(jobs: Iterable[Job]) -> list[str]:
     """Return the names of all columns in the metrics.csv of runs, sorted."""
     names: set[str] = set()
@@ -266,10 +237,3 @@ def list_columns(jobs: Iterable[Job]) -> list[str]:
         with suppress(OSError, csv.Error), file.open(encoding="utf-8", errors="replace") as opened:
             names |= {*next(csv.reader(opened), [])}
     return sorted(names)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text) if text else np.nan
-    except ValueError:
-        return np.nan
