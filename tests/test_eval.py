@@ -147,10 +147,10 @@ def test_code_from_elsewhere_needs_the_users_word(section, key):
             {"name": "os.system", "model": {"_target_": "${name}"}},
             "model._target_ in .* expected a value",
         ),
-        ({"defaults": ["evil"]}, "has 'defaults', which would select other files"),
+        ({"defaults": ["evil"]}, "has 'defaults', which is no setting of a run"),
         (
             {"hydra": {"searchpath": ["file:///evil"]}},
-            "has 'hydra', which would select other files",
+            "has 'hydra', which is no setting of a run",
         ),
         ({"name": "${no.such.key}"}, "cannot be resolved"),
     ],

@@ -96,7 +96,7 @@ def resolve_saved(saved: Mapping[str, Any], file: Path | str) -> dict[str, Any]:
 
     Raises:
         ValueError: it contains interpolations other than references, one in a reserved key such as
-            `_target_`, or `defaults`, `hydra` or a flag, which would select other files.
+            `_target_`, or `defaults`, `hydra` or a flag, which are no settings of a run.
     """
     for key in map(str, saved):
         if key in ("defaults", "hydra") or not re.fullmatch(r"[A-Za-z_]\w*", key):

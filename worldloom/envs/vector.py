@@ -249,7 +249,7 @@ class RowStream:
                 index,
                 lost[index],
             )
-        self._faults = state["faults"]
+        self._faults = state.get("faults", 0)  # older checkpoints have none
         started = (lost != "") | self._find_started(infos)
         self._set_row(*row)
         self.is_first = state["is_first"] | started
