@@ -5,10 +5,12 @@ import functools
 import logging
 from array import array
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
+from worldloom.files import require_regular
 from worldloom.memory import require_memory
 
 log = logging.getLogger(__name__)
@@ -18,13 +20,13 @@ def read_columns(file: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     """Return columns [rows] of a metrics.csv; all NaN for a name that it lacks.
 
     A last line that is being written is left out and, with a warning, lines of another length.
-    Without the file, columns are empty.
+    Without the file, and with a warning if it is no file, columns are empty.
 
     Raises:
         ValueError: the columns of a file of gigabytes do not fit in memory.
     """
     names, rows, bad = list(names), array("d"), False
-    if not file.exists():
+    if not is_readable(file):
         return {name: np.empty(0) for name in names}
     try:
         with file.open(encoding="utf-8", errors="replace") as lines:
@@ -43,6 +45,27 @@ def read_columns(file: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
         report_damage(file, str(error))
     table = np.array(rows, dtype=float).reshape(-1, len(names))
     return dict(zip(names, table.T, strict=True))
+
+
+def read_header(file: Path) -> list[str]:
+    """Return the names of the columns of a metrics.csv; empty if it cannot be read."""
+    with suppress(OSError, csv.Error):
+        if is_readable(file):
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                return next(csv.reader(lines), [])
+    return []
+
+
+def is_readable(file: Path) -> bool:
+    """Return whether a metrics.csv exists; False, with a warning, for a pipe or a folder."""
+    if not file.exists():
+        return False
+    try:
+        require_regular(file)
+    except ValueError as error:
+        report_damage(file, str(error))
+        return False
+    return True
 
 
 def to_number(text: str) -> float:

@@ -1,11 +1,9 @@
 """Runs in folders: their state, steps, scores and metrics, also while they are trained."""
 
-import csv
 import logging
 import os
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import yaml
 
 from worldloom.app import sweep_folder
 from worldloom.app.command_line import join_lines
-from worldloom.app.metrics_csv import read_columns, report_damage, to_number
+from worldloom.app.metrics_csv import read_columns, read_header, report_damage, to_number
 from worldloom.app.run_dir import CONFIG, LOG, SCORES, describes_run, find_run, read_scores
 from worldloom.app.sweep_folder import (
     FAILED,
@@ -233,7 +231,5 @@ def list_columns(jobs: Iterable[Job]) -> list[str]:
     """Return the names of all columns in the metrics.csv of runs, sorted."""
     names: set[str] = set()
     for job in jobs:
-        file = job.folder / "metrics.csv"
-        with suppress(OSError, csv.Error), file.open(encoding="utf-8", errors="replace") as opened:
-            names |= {*next(csv.reader(opened), [])}
+        names |= {*read_header(job.folder / "metrics.csv")}
     return sorted(names)
