@@ -177,6 +177,18 @@ def test_the_local_executor_requeues_and_the_driver_may_die(sweep, place):
     assert [len((place / FOLDER / name / "steps").read_text()) for name in NAMES[:2]] == [5, 5]
 
 
+@pytest.mark.slow
+def test_a_job_continues_after_its_time_limit(sweep, place):
+    (place / "slow").touch()
+    local = ["hydra/launcher=local", "hydra.launcher.time=1", "hydra.launcher.signal_delay_s=45"]
+    killed = sweep("-m", "seed=0", "sweep=name", *local, kill=("starts", signal.SIGKILL))
+    assert killed["code"] == -signal.SIGKILL
+    wait_for(lambda: len(starts(place)) == 2)
+    (place / "slow").unlink()
+    wait_for(lambda: [*states(place).values()] == ["finished"])
+    assert "stopped by SIGUSR2" in (place / FOLDER / "logs" / "run.log").read_text()
+
+
 MISTAKES = {
     "hydra/launcher=slrm": "(did you mean 'slurm'?); choices: processes, slurm, local",
     "hydra/launcher=slurm hydra.launcher.partitoin=x": "mean 'hydra.launcher.partition'?",
