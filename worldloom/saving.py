@@ -164,7 +164,8 @@ def read_weights(path: Path) -> tuple[dict[str, Any], Tensors]:
     if path.is_file():
         path = path if path.suffix == ".ckpt" else path.parent
     inside = (path / "model", path / "checkpoints" / "last.ckpt")
-    path = next((found for found in inside if found.exists()), path)
+    is_run = (path / "checkpoints").is_dir() and not (path / WEIGHTS).exists()
+    path = next((found for found in inside if found.exists()), inside[1] if is_run else path)
     return (read_checkpoint if path.suffix == ".ckpt" else read_saved)(path)
 
 
@@ -235,6 +236,8 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Any], Tensors]:
 
 def describe_damage(file: Path, error: Exception) -> str:
     """Return a short reason why torch could not read a file."""
+    if not file.exists():
+        return "it does not exist"
     if file.is_file() and not zipfile.is_zipfile(file):
         with file.open("rb") as opened:
             start = opened.read(2)

@@ -179,7 +179,7 @@ def files(commands, tmp_path_factory):
     commands.good([*TRAINING, "+trainer.max_steps=16", "folder=stopped"], here)
     env = ["env=gymnasium", "env.id=CartPole-v1", "policy=random", "episodes=3", "out=data"]
     commands.good(env, here, module="worldloom.collect")
-    words = [*TRAINING, "training.learning_rate=1e38", "training.train_ratio=64", "folder=failed"]
+    words = [*TRAINING, "training.learning_rate=1e30", "training.train_ratio=64", "folder=failed"]
     assert commands.run(words, here)["code"] == 1
     sweep = SweepFolder(here / "sweep", ["seed"], {})
     sweep.path.mkdir()

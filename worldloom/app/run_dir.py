@@ -214,6 +214,8 @@ def hold_lock(folder: Path, busy: str, care: str, seconds: float = 1) -> Iterato
     except Timeout:
         raise ValueError(busy) from None
     except OSError as error:
+        if (folder / LOCK).is_dir():
+            raise ValueError(f"{folder / LOCK} is a folder; expected a file; delete it") from None
         raise _cannot_write(folder, error) from error
     except NotImplementedError:
         log.warning("the file system of %s has no locks: %s", folder, care)

@@ -118,7 +118,7 @@ def find_runs(path: Path) -> dict[Path, dict[str, Any]]:
     found: dict[Path, dict[str, Any]] = {}
     for parent, folders, files in os.walk(find_run(path)):
         here = Path(parent)
-        if RECORD in files:
+        if RECORD in (*files, *folders):  # a folder of this name is reported
             found |= {here / name: record for name, record in _read_records(here).items()}
         if LOG in files or (CONFIG in files and describes_run(here / CONFIG)):
             found[here] = found.get(here) or _read_records(here.parent).get(here.name, {})
@@ -130,7 +130,7 @@ def find_runs(path: Path) -> dict[Path, dict[str, Any]]:
 def _read_records(sweep: Path) -> dict[str, dict[str, Any]]:
     """Return the jobs of the sweep in a folder, by name; empty without one, or if it is damaged."""
     try:
-        return sweep_folder.read_jobs(sweep) if (sweep / RECORD).is_file() else {}
+        return sweep_folder.read_jobs(sweep) if (sweep / RECORD).exists() else {}
     except ValueError as error:
         report_damage(sweep / RECORD, str(error))
     return {}

@@ -65,6 +65,8 @@ def write_checkpoint(file: Path, content: Any, keep_as: Path | None = None) -> N
         sink: Any = _Sink(stream)
         torch.save(content, sink)
         sink.sync()
+        for path in filter(None, (file, keep_as)):
+            _move_folder(path)
         if keep_as is not None and file.exists():
             _link(file, keep_as)
 
@@ -221,6 +223,13 @@ class _Sink:
             raise self.error
         self.file.flush()
         os.fsync(self.file.fileno())
+
+
+def _move_folder(path: Path) -> None:
+    """Rename a folder that is in the place of a file."""
+    if path.is_dir():
+        log.warning("%s is a folder and is renamed to %s", path, path.with_suffix(".damaged"))
+        os.replace(path, path.with_suffix(".damaged"))
 
 
 def _link(path: Path, other: Path) -> None:
