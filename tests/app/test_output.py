@@ -13,9 +13,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TINY = (
     "model=dreamerv3_tiny env.id=CartPole-v1 env.workers=0 training.total_steps=80 threads=1 "
-    "training.prefill=40 training.batch_size=2 training.sequence_length=8 evaluation.episodes=1"
+    "training.prefill=40 training.batch_size=2 training.sequence_length=8 evaluation.episodes=1 "
+    "training.train_ratio=8"
 )
-RUN = f"run {TINY} folder=läuft-±"
+RUN = f"run {TINY} \"folder='läuft-±'\""
 BROKEN = {
     "nobody reads it": "{} | sleep 0; exit ${{PIPESTATUS[0]}}",
     "full disk": "{} > /dev/full",
@@ -70,6 +71,7 @@ def test_a_run_trains_to_its_end(way, tmp_path):
 @pytest.mark.parametrize(("before", "code"), [("", 129), ("trap '' HUP; ", 0)])
 def test_a_terminal_that_is_closed_saves_the_run_and_nohup_lets_it_finish(before, code, tmp_path):
     words = TINY.replace("total_steps=80", "total_steps=4000").replace("prefill=40", "prefill=3800")
+    words = words.replace("train_ratio=8", "train_ratio=32")  # 400 updates
     line = f"{before}exec {sys.executable} -m worldloom.run {words} folder=run"
     master, slave = os.openpty()
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
