@@ -1,6 +1,8 @@
 """Sweeps of real runs, undisturbed and killed. The launcher has its tests in tests/app."""
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -187,3 +189,37 @@ def test_a_killed_search_ends_with_the_scores_of_an_undisturbed_one(start, tmp_p
         first, second = (place / RUNS / name for place in (whole, killed))
         assert without_clocks(first) == without_clocks(second)
         assert (first / "scores.yaml").read_bytes() == (second / "scores.yaml").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the signals of the cluster need it")
+def test_the_script_of_the_documentation_requeues_itself(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "clusters.md").read_text()
+    (script,) = re.findall(r"```\n(#!/bin/bash\n.*?)```", page, re.DOTALL)
+    words = [*TINY, "checkpoint.every=5updates"]
+    folders = [tmp_path / "whole", tmp_path / "requeued"]
+    for folder in folders:
+        command = shlex.join([sys.executable, "-m", "worldloom.run", *words, f"folder={folder}"])
+        text, count = re.subn(r"python -m worldloom.run .*", lambda _, c=command: c, script)
+        assert count == 1
+        (tmp_path / f"{folder.name}.sh").write_text(text)
+    fake_slurm.install(tmp_path / "slurm")
+    monkeypatch.setenv("PATH", str(tmp_path / "slurm"), prepend=os.pathsep)
+    for folder in folders:
+        subprocess.run(["sbatch", tmp_path / f"{folder.name}.sh"], check=True)
+    wait_for_file(folders[1] / "checkpoints" / "previous.ckpt")
+    subprocess.run(["scancel", "--signal=USR1", "1001"], check=True)
+    for folder in folders:
+        wait_for_file(folder / "scores.yaml")
+    log = (folders[1] / "worldloom.log").read_text()
+    assert "stopped by SIGUSR1; saved after" in log and "resuming " in log
+    assert without_clocks(folders[0]) == without_clocks(folders[1])
+    first, second = (folder / "model/model.safetensors" for folder in folders)
+    assert first.read_bytes() == second.read_bytes()
+
+
+def wait_for_file(file, seconds=300):
+    end = time.monotonic() + seconds
+    while not file.exists():
+        assert time.monotonic() < end, [*file.parent.glob("*")]
+        time.sleep(0.01)
