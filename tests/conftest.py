@@ -1,6 +1,7 @@
 """One thread per test process, and the fixtures that several folders use."""
 
 import os
+import signal
 import sys
 
 import pytest
@@ -12,6 +13,10 @@ pytest_plugins = ["tests.reference.report"]
 # pytest-xdist starts one process per core. Set before torch is imported; the commands that tests
 # start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell lets jobs in the background ignore Ctrl-C, and nohup SIGHUP; tests send both to commands.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_configure():

@@ -229,7 +229,7 @@ CASES = {
     "run resume=F/runs/hostile_reference": "if you trust it, add: env.id=hostile:Env-v0",
     "run resume=F/runs/hostile_hydra": "has 'hydra', which is no setting of a run",
     "eval checkpoint=F/runs/old": "by worldloom 0.1.0 before format versions were recorded",
-    "run resume=F/runs/old": "by worldloom 0.1.0 before format versions were recorded, but",
+    "run resume=F/runs/old": "by worldloom 0.1.0 before format versions were recorded, or",
     "eval checkpoint=F/runs/newer": "was written by a newer worldloom (format 99)",
     "eval checkpoint=F/runs/joined": "contains '${oc.env:HOME}', but interpolations are not",
     "eval checkpoint=F/runs/relative": "name in … is '${.seed}'; expected a value",
@@ -264,7 +264,7 @@ def call(environment, commands):
 
     def send(line, where):
         module, *words = shlex.split(line)
-        return commands.run(words, where, module=f"worldloom.{module}", path=path, seconds=30)
+        return commands.run(words, where, module=f"worldloom.{module}", path=path)
 
     return send
 

@@ -3,7 +3,6 @@
 import itertools
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from worldloom.app.saved_config import (
 )
 from worldloom.errors import escape
 from worldloom.presets import choice_files, read_choice
-from worldloom.training.config import EvaluationConfig
 from worldloom.trees import flatten_tree
 
 # What a run cannot change any more, with the exceptions within it.
@@ -99,9 +97,8 @@ def _write_scratch(config: dict[str, Any], folder: Path, scratch: Path) -> None:
     }
     whole = {
         "defaults": ["_self_", {"override hydra/job_logging": "stdout"}],
-        "sweep": None,  # which the first runs of format 2 lack, as evaluation.max_steps
+        "sweep": None,  # which the first runs of format 2 lack
         **config,
-        "evaluation": {**asdict(EvaluationConfig()), **(config.get("evaluation") or {})},
         **{"folder": str(folder), "resume": str(folder), "hydra": hydra},
     }
     (scratch / CONFIG).write_text(OmegaConf.to_yaml(OmegaConf.create(whole)))

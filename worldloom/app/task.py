@@ -39,6 +39,7 @@ from worldloom.protocol import REQUIRED, find_missing_methods
 from worldloom.ranks import Ranks
 from worldloom.records import REGISTERED
 from worldloom.saving import get_config, read_weights
+from worldloom.training.config import EvaluationConfig
 
 LOG_INTERVAL = 20.0  # seconds between two lines about a long evaluation
 NO_LIMIT = (
@@ -299,7 +300,7 @@ class Evaluator:
         count, size = min(self.settings["num_envs"], episodes), self.ranks.size
         shares = share_episodes(episodes, min(max(count, size), episodes))
         first, end = (rank * len(shares) // size for rank in (self.ranks.rank, self.ranks.rank + 1))
-        most = self.settings["max_steps"]
+        most = self.settings.get("max_steps", EvaluationConfig.max_steps)  # the first runs lack it
         env = self.task.vector_env(most, num_envs=end - first) if end > first else None
         model: Any = self.actor.model
         modes = [(module, module.training) for module in model.modules()]

@@ -15,7 +15,13 @@ from worldloom.saving import read_saved, save_model
 from worldloom.timing import Timer, phase, timer_for
 from worldloom.training.checkpoint_files import copy_to_cpu
 from worldloom.training.media import log_pictures
-from worldloom.training.metrics import COUNTERS, current_step, group_metric, log_metrics
+from worldloom.training.metrics import (
+    COUNTERS,
+    counters,
+    current_step,
+    group_metric,
+    log_metrics,
+)
 from worldloom.training.module import WorldModelModule
 from worldloom.training.progress import print_line
 
@@ -143,7 +149,7 @@ class Evaluation(Callback):
         self.evaluate, self.every, self.folder = evaluate, every, folder
         self.best: dict[str, float] | None = None
         self._next = every
-        self._owed: int | None = None  # step of an evaluation that was stopped by a signal
+        self._owed: dict[str, float] | None = None  # counters at an evaluation that was stopped
         self._highest: float | None = None  # return so far
         self.evaluated = -1  # updates of the model that was evaluated last
         # Weights of the best model while the folder does not have them: after a resume, or if the
@@ -198,7 +204,7 @@ class Evaluation(Callback):
         """Restore what `state_dict` returned; without the best model if this run keeps none."""
         self._next, self.evaluated = state_dict["next"], state_dict["evaluated"]
         self._highest = state_dict["highest"]
-        self._owed = state_dict["owed"] if self.every else None
+        self._owed = state_dict.get("owed") if self.every else None
         self._changed = bool(self.every) and self.every != state_dict["every"]
         if self.every and (self.folder is not None or state_dict["weights"] is None):
             self.best, self._weights = state_dict["best"], state_dict["weights"]
@@ -210,17 +216,19 @@ class Evaluation(Callback):
         assert isinstance(module, WorldModelModule)
         # No other thread may draw random numbers during the evaluation.
         trainer.datamodule.update_replay()  # type: ignore[attr-defined]
-        step = current_step(trainer) if self._owed is None else self._owed
+        counts = self._owed or {"step": current_step(trainer), **counters(trainer)}
+        step = int(counts["step"])
         try:
             with phase("evaluation"):
                 scores = self.evaluate()
         except EvaluationStopped:  # the run stops after this callback
-            self._owed = step
+            self._owed = counts
             return
         self.evaluated, self._owed = module.updates, None
         # Earlier points first: TensorBoard connects points in the order in which they are logged.
-        _log_episodes(trainer, trainer.datamodule.collector)  # type: ignore[attr-defined]
-        log_metrics(trainer, {f"eval/{name}": score for name, score in scores.items()}, step)
+        _log_episodes(trainer, trainer.datamodule.collector, step)  # type: ignore[attr-defined]
+        own = {f"eval/{name}": score for name, score in scores.items()}
+        log_metrics(trainer, {**own, **{name: counts[name] for name in COUNTERS}}, step)
         if self._writes:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             unit = "update" if data.collector is None else "env step"
@@ -350,11 +358,12 @@ def _timings(seconds: dict[str, float], updates: int) -> dict[str, float]:
     return {f"timings/{name}": value for name, value in {**ms, "update": sum(ms.values())}.items()}
 
 
-def _log_episodes(trainer: Trainer, collector: Any) -> None:
-    """Log the finished episodes at their steps, and remove them from the collector."""
-    episodes = [] if collector is None else list(collector.finished)
-    for episode in episodes:
+def _log_episodes(trainer: Trainer, collector: Any, last: float = math.inf) -> None:
+    """Log the episodes that finished until a step, and remove them from the collector."""
+    while collector is not None and collector.finished:
+        episode = collector.finished[0]
+        if episode["env_steps"] > last:
+            return
         named = {k if k in COUNTERS else f"episode/{k}": v for k, v in episode.items()}
         log_metrics(trainer, named, int(episode["env_steps"]))
-    if episodes:
-        collector.finished.clear()
+        del collector.finished[0]
