@@ -267,6 +267,7 @@ def test_a_flipped_byte_in_a_replay_chunk_is_found_and_left_out(server, tmp_path
     assert (folder / "scores.yaml").exists()
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_is_refused(server, tmp_path):
     folder = tmp_path / "run"
     words = [*RUNS["dreamerv3, vectors"], "training.total_steps=100000", f"hydra.run.dir={folder}"]

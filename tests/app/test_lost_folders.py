@@ -42,6 +42,7 @@ def words(tmp_path, *more):
     return [*TINY, *own, "checkpoint.every=2updates", "training.log_every=1", "folder=run", *more]
 
 
+@pytest.mark.slow
 def test_a_folder_that_comes_back_costs_nothing(commands, tmp_path):
     more = "+callbacks.loses.way=moved", "+callbacks.loses.until=8"
     done = commands.good(words(tmp_path, *more), tmp_path)
