@@ -223,12 +223,11 @@ def open_task(plain: Mapping[str, Any]) -> tuple[Task, Dataset | None]:
     env, path = plain["env"], plain["data"].get("path")
     if path is None:
         return Task.from_config(env), None
+    length = plain["data"].get("episode_length")
     if env["_target_"] is None:
-        choice, length = env.get("obs"), plain["data"].get("episode_length")
-        dataset = open_dataset(path, choice=choice, episode_length=length)
+        dataset = open_dataset(path, choice=env.get("obs"), episode_length=length)
         return Task.from_dataset(dataset), dataset
     task = Task.from_config(env, collects=False)
-    length = plain["data"].get("episode_length")
     return task, open_dataset(path, task.obs, task.actions, episode_length=length)
 
 

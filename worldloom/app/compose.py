@@ -15,7 +15,7 @@ from worldloom.app.cluster_config import ClusterConfig, ProcessesConfig
 from worldloom.app.hints import FLAGS
 from worldloom.app.search_config import SearchConfig
 from worldloom.app.sweep_names import name_sweep
-from worldloom.app.validation import suggest_key, validate_env
+from worldloom.app.validation import quote_text, suggest_key, validate_env
 from worldloom.errors import list_names
 from worldloom.presets import config_dir, extra_dirs, file_name, preset_names
 from worldloom.training.config import EvaluationConfig, TrainingConfig
@@ -158,8 +158,7 @@ def quote_value(text: str) -> str:
     """Return a text as Hydra reads it as one value."""
     if re.fullmatch(r"[\w./:+-]*", text):
         return text
-    text = re.sub(r"(\\+)(?='|$)", r"\1\1", text)
-    return "'" + text.replace("'", r"\'") + "'"
+    return quote_text(text)
 
 
 def register_defaults() -> None:

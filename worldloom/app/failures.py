@@ -226,7 +226,7 @@ class Peers:
                 return
 
     def _end_later(self, seconds: float) -> None:
-        """End this process after so many seconds, even if one of its threads hangs."""
+        """End this process after a number of seconds, even if one of its threads hangs."""
         timer = threading.Timer(seconds, self._end)
         timer.daemon = True
         timer.start()

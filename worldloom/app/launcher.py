@@ -112,15 +112,16 @@ class Processes(Launcher):
             done = sum(job.finished for job in jobs)
             print(f"{done} of {len(jobs)} jobs are finished; results: {sweep.path}", flush=True)
             if done < len(jobs):
-                again = f"python -m worldloom.run {quote(*self.arguments)}"
-                how = "wait for the jobs again" if runner.running else "continue"
-                print(f"to {how}:\n{again}", flush=True)
+                self._print_again("wait for the jobs again" if runner.running else "continue")
             if held := [job.process for job in runner.running]:
                 print(f"{len(held)} jobs stay on the cluster; to cancel them:", flush=True)
                 print(*list_cancel(held), sep="\n", flush=True)
             if runner.signal is not None:
                 sys.exit(128 + runner.signal)
             return _returns(jobs, sweep)
+
+    def _print_again(self, purpose: str) -> None:
+        print(f"to {purpose}:\npython -m worldloom.run {quote(*self.arguments)}", flush=True)
 
     def _search(
         self, combinations: Sequence[Sequence[str]], cluster: Cluster | None
@@ -155,8 +156,7 @@ class Processes(Launcher):
             search.close()
         print(*search.report(), sep="\n", flush=True)
         if runner.signal is not None or search.left:
-            again = f"python -m worldloom.run {quote(*self.arguments)}"
-            print(f"to continue:\n{again}", flush=True)
+            self._print_again("continue")
         if runner.signal is not None:
             sys.exit(128 + runner.signal)
         search.require_result()

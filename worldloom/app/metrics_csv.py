@@ -26,7 +26,7 @@ def read_columns(file: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
         ValueError: the columns of a file of gigabytes do not fit in memory.
     """
     names, rows, bad = list(names), array("d"), False
-    if not is_readable(file):
+    if not _is_readable(file):
         return {name: np.empty(0) for name in names}
     try:
         with file.open(encoding="utf-8", errors="replace") as lines:
@@ -50,13 +50,13 @@ def read_columns(file: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 def read_header(file: Path) -> list[str]:
     """Return the names of the columns of a metrics.csv; empty if it cannot be read."""
     with suppress(OSError, csv.Error):
-        if is_readable(file):
+        if _is_readable(file):
             with file.open(encoding="utf-8", errors="replace") as lines:
                 return next(csv.reader(lines), [])
     return []
 
 
-def is_readable(file: Path) -> bool:
+def _is_readable(file: Path) -> bool:
     """Return whether a metrics.csv exists; False, with a warning, for a pipe or a folder."""
     if not file.exists():
         return False

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from worldloom.app.compose import Overrides, compose_config, key_of
+from worldloom.app.compose import Overrides, compose_config, key_of, quote_value
 from worldloom.app.run_dir import (
     CONFIG,
     SCORES,
@@ -111,7 +111,9 @@ def _avoid(overrides: Overrides, damaged: list[Path]) -> Overrides:
         return overrides
     free = next(path for path in number_folders(Path(given)) if not path.exists())
     print(f"its folder is {free}; {given} stays as it is")
-    return Overrides((*overrides.without("hydra.run.dir"), f"hydra.run.dir='{free}'"))
+    return Overrides(
+        (*overrides.without("hydra.run.dir"), f"hydra.run.dir={quote_value(str(free))}")
+    )
 
 
 def find_unfinished(overrides: Overrides) -> tuple[Path | None, list[Path]]:

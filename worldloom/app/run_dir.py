@@ -204,8 +204,8 @@ def _cannot_write(folder: Path, error: OSError) -> ValueError:
 def hold_lock(folder: Path, busy: str, care: str, seconds: float = 1) -> Iterator[None]:
     """Make a folder, and hold its lock inside the block.
 
-    busy: the error if another process holds it longer than so many seconds; `is_claimed` and other
-    readers hold it briefly. care: advice where the file system has no locks.
+    busy: the error if another process holds it. care: advice where the file system has no locks.
+    seconds: how long to wait for the lock, which readers such as `is_claimed` hold briefly.
     """
     lock = FileLock(folder / LOCK, timeout=seconds)
     try:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from worldloom.app.command_line import USER_ERRORS, explain_error
 from worldloom.app.metrics_csv import read_columns
-from worldloom.app.run_dir import SCORES
+from worldloom.app.run_dir import SCORES, read_scores
 from worldloom.app.samplers import count_trials
 from worldloom.app.search_config import SearchConfig
 from worldloom.app.search_space import Space, format_override
@@ -25,7 +25,6 @@ from worldloom.app.study import Study
 from worldloom.app.sweep_folder import LOGS, SweepFolder, describe_best, name_lock
 from worldloom.app.sweep_jobs import Job, Source
 from worldloom.errors import suggest
-from worldloom.files import read_yaml
 
 QUIET = 2.0  # seconds until the journal is read again, where there was no trial to run
 LOOK = 0.5  # seconds between looks at the evaluations of a run
@@ -271,7 +270,7 @@ class Search(Source):
             self._release(trial)
 
     def _read_score(self, job: Job) -> float:
-        scores = read_yaml(job.folder / SCORES, "delete it to resume the run")
+        scores = read_scores(job.folder)
         names = [key.removeprefix("final/") for key in scores if key.startswith("final/")]
         if self.settings.metric not in names:
             raise ValueError(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from worldloom.app.validation import format_value, suggest_key
+from worldloom.app.validation import format_value, quote_text, suggest_key
 
 RANGE = ("low", "high", "log", "step")
 LEAVES = (*RANGE, "choices")
@@ -162,4 +162,4 @@ def format_override(value: Any) -> str:
         return repr(value)
     text = str(value)
     plain = re.fullmatch(r"[A-Za-z_/][\w./+-]*", text) and text.lower() not in WORDS
-    return text if plain else "'" + text.replace("'", r"\'") + "'"
+    return text if plain else quote_text(text)

@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import logging
 import math
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -357,6 +358,12 @@ def format_value(value: Any) -> str:
     """Return a value as a user would write it in YAML."""
     words = {None: "null", True: "true", False: "false"}
     return words[value] if value is None or isinstance(value, bool) else repr(value)
+
+
+def quote_text(text: str) -> str:
+    """Return a text in quotes, as Hydra reads it back in an override."""
+    text = re.sub(r"(\\+)(?='|$)", r"\1\1", text)
+    return "'" + text.replace("'", r"\'") + "'"
 
 
 def top_level_keys() -> tuple[list[str], list[str]]:

@@ -134,8 +134,8 @@ def make_single_env(make_env: MakeEnv) -> gym.Env:
 def reject_running_statistics(env: Any) -> None:
     """Raise ValueError for a wrapper that normalises with statistics of the steps so far.
 
-    Each copy of the environment would have its own, evaluations would start without any, and a
-    resumed run would begin anew.
+    Each copy of the environment would have its own statistics; those of evaluations and of resumed
+    runs would be empty at the start.
     """
     while env is not None:
         held = getattr(env, "__dict__", {})

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from worldloom.files import require_memory, require_regular
+from worldloom.files import require_regular
+from worldloom.memory import require_memory
 
 # Plain containers, numbers and strings; calls of functions, and states of what they returned.
 OPERATIONS = (
