@@ -37,6 +37,14 @@ def start():
         process.stdout.close()
 
 
+def run_undisturbed(start, cwd, **options):
+    """Make a folder, and run a sweep in it to its end, two jobs at a time."""
+    cwd.mkdir()
+    sweep = start(cwd, "hydra.launcher.jobs=2", **options)
+    said, _ = sweep.communicate()
+    assert sweep.returncode == 0, said
+
+
 def wait_for_checkpoint(cwd, run, after=0):
     """Wait until a job, named or with a seed, is saved again; return when."""
     name = f"seed{run}" if isinstance(run, int) else run
@@ -57,11 +65,8 @@ def job_of(sweep):
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_killed_sweeps_end_with_the_results_of_an_undisturbed_one(start, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
     killed.mkdir()
-    undisturbed = start(whole, "hydra.launcher.jobs=2")
-    said, _ = undisturbed.communicate()
-    assert undisturbed.returncode == 0, said
+    run_undisturbed(start, whole)
 
     sweep = start(killed)
     saved = wait_for_checkpoint(killed, 0)
@@ -109,11 +114,8 @@ def preempt(cwd, seed, number):
 def test_preempted_jobs_of_a_cluster_end_with_the_results_of_undisturbed_ones(start, tmp_path):
     pytest.importorskip("submitit")
     whole, disturbed = tmp_path / "whole", tmp_path / "disturbed"
-    whole.mkdir()
     disturbed.mkdir()
-    undisturbed = start(whole, "hydra.launcher.jobs=2")
-    said, _ = undisturbed.communicate()
-    assert undisturbed.returncode == 0, said
+    run_undisturbed(start, whole)
 
     local = ["hydra/launcher=local", "hydra.launcher.array_parallelism=2"]
     sweep = start(disturbed, *local)
@@ -156,14 +158,11 @@ def test_the_tasks_of_a_job_train_one_run(start, tmp_path, monkeypatch, executor
 def test_a_killed_search_ends_with_the_scores_of_an_undisturbed_one(start, tmp_path):
     pytest.importorskip("optuna")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    whole.mkdir()
     killed.mkdir()
     space = "search.space.training.learning_rate={low: 1e-5, high: 1e-3, log: true}"
     base = [word for word in WORDS if word != "seed=0,1"]
     words = (*base, space, "search.sampler=RandomSampler", "search.trials=8")
-    undisturbed = start(whole, "hydra.launcher.jobs=2", base=words)
-    said, _ = undisturbed.communicate()
-    assert undisturbed.returncode == 0, said
+    run_undisturbed(start, whole, base=words)
 
     search = start(killed, base=words)
     wait_for_checkpoint(killed, "trial0")

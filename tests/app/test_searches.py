@@ -6,7 +6,6 @@ tests/test_sweeps.py has a search of real runs, and tests/app/test_search_settin
 import json
 import multiprocessing
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from worldloom import starting
+from tests.app.test_sweeps import BEGIN, add_program
 from worldloom.app.sweep_folder import open_search, read_jobs
 from worldloom.app.sweep_jobs import Job, Runner
 
@@ -22,19 +21,9 @@ optuna = pytest.importorskip("optuna")
 
 # `python -m worldloom.run` of the jobs: it writes the evaluations x, 2 x, ... 5 x and scores 5 x.
 # From the third on it waits while the file `slow` exists; with x < 0.5 also while `hold` exists.
-JOB = """
-import fcntl, json, signal, sys, time
-from pathlib import Path
-
-from worldloom import starting
-
-starting.end_with_parent()
-given = dict(word.partition("=")[::2] for word in sys.argv[1:])
-folder = Path(given.get("resume") or given["hydra.run.dir"])
-folder.mkdir(parents=True, exist_ok=True)
-lock = open(folder / ".lock", "a")
-fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-stopped = []
+JOB = (
+    BEGIN
+    + """stopped = []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, _: stopped.append(number))
 with open("starts", "a") as file:
@@ -62,6 +51,7 @@ while (done := len(file.read_text().splitlines()) - 1) < 5:
 score = given.get("score") or 5 * x
 (folder / "scores.yaml").write_text(f"step: 500\\nfinal/return: {score}\\n")
 """
+)
 FOLDER = Path("runs/s")
 RANDOM = {"space": {"x": {"low": 0.0, "high": 1.0}}, "sampler": "RandomSampler", "trials": 6}
 
@@ -69,11 +59,7 @@ RANDOM = {"space": {"x": {"low": 0.0, "high": 1.0}}, "sampler": "RandomSampler",
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A working directory with the program of the jobs."""
-    (tmp_path / "worldloom").mkdir()
-    (tmp_path / "worldloom" / "__init__.py").touch()
-    (tmp_path / "worldloom" / "run.py").write_text(JOB)
-    shutil.copy(starting.__file__, tmp_path / "worldloom")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(add_program(tmp_path, JOB))
     return tmp_path
 
 

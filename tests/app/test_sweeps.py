@@ -20,10 +20,8 @@ from worldloom import starting
 from worldloom.app.sweep_folder import hold_sweep, read_differs, read_jobs
 from worldloom.app.sweep_jobs import choose_gpus
 
-# `python -m worldloom.run` of the jobs: Python finds it in the working directory first. It counts
-# to 5 in the file `steps`, or continues there; its score is its seed. While the file `slow` exists,
-# it waits after the first step. If the file `pair` exists, it waits until two jobs have started.
-JOB = """
+# How a job's program begins, as `python -m worldloom.run` does: it claims the folder of the run.
+BEGIN = """
 import fcntl, json, os, signal, sys, time
 from pathlib import Path
 
@@ -35,7 +33,12 @@ folder = Path(given.get("resume") or given["hydra.run.dir"])
 folder.mkdir(parents=True, exist_ok=True)
 lock = open(folder / ".lock", "a")
 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-with open("starts", "a") as file:
+"""
+# It counts to 5 in the file `steps`, or continues there; its score is its seed. While the file
+# `slow` exists, it waits after the first step. If the file `pair` exists, it waits for another job.
+JOB = (
+    BEGIN
+    + """with open("starts", "a") as file:
     print(json.dumps({"args": sys.argv[1:], "omp": os.environ.get("OMP_NUM_THREADS"),
                       "full": os.environ.get("HYDRA_FULL_ERROR"),
                       "jobs": os.environ.get("WORLDLOOM_JOBS"), "at": time.time()}), file=file)
@@ -67,20 +70,26 @@ while (done := len(steps.read_text()) if steps.exists() else 0) < 5:
 with open("ends", "a") as file:
     print(time.time(), file=file)
 """
+)
 SIX = ["-m", "seed=0,1,2", "model=dreamerv3_tiny,tdmpc2_tiny", "sweep=name"]
 THREE = ["-m", "seed=0,1,2", "sweep=name"]
 NAMES = ["seed0", "seed1", "seed2"]
 FOLDER = Path("runs/sweeps/name")
 
 
+def add_program(folder, program):
+    """Add a package worldloom to a folder, which Python finds in the working directory first."""
+    (folder / "worldloom").mkdir()
+    (folder / "worldloom" / "__init__.py").touch()
+    (folder / "worldloom" / "run.py").write_text(program)
+    shutil.copy(starting.__file__, folder / "worldloom")
+    return folder
+
+
 @pytest.fixture
 def place(tmp_path):
     """A working directory with the program of the jobs."""
-    (tmp_path / "worldloom").mkdir()
-    (tmp_path / "worldloom" / "__init__.py").touch()
-    (tmp_path / "worldloom" / "run.py").write_text(JOB)
-    shutil.copy(starting.__file__, tmp_path / "worldloom")
-    return tmp_path
+    return add_program(tmp_path, JOB)
 
 
 @pytest.fixture
