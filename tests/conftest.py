@@ -1,5 +1,6 @@
 """One thread per test process, and the fixtures that several folders use."""
 
+import logging
 import os
 import signal
 import sys
@@ -29,6 +30,19 @@ def pytest_configure():
     except ImportError:
         return
     logging.get_absl_handler().python_handler.stream = sys.__stderr__
+
+
+@pytest.fixture(autouse=True)
+def logging_as_at_the_start(monkeypatch):
+    """Undo what Hydra does to logging in tests that call it in this process, in any fixture."""
+    logging.root.setLevel(logging.WARNING)
+    monkeypatch.setattr(logging, "raiseExceptions", True)
+    known = logging.root.manager.loggerDict.values()
+    disabled = {logger: logger.disabled for logger in known if isinstance(logger, logging.Logger)}
+    yield
+    logging.captureWarnings(False)
+    for logger, before in disabled.items():
+        logger.disabled = before
 
 
 @pytest.fixture(scope="session")
