@@ -59,8 +59,7 @@ def create_world_model(
             numbers of classes for multi-discrete actions. Saved models record theirs.
         discrete: whether actions are discrete (one-hot); by default continuous in [-1, 1].
         device: device of the model.
-        allow: import path of the model outside worldloom that a saved configuration may name, or
-            several.
+        allow: import paths of models outside worldloom that saved configurations may name, or one.
         overrides: hyperparameters that replace those of the preset (see conf/model).
             `_target_="my_pkg.Mine"` builds a subclass, with its own hyperparameters.
 
@@ -68,9 +67,8 @@ def create_world_model(
         A `WorldModel` that is an nn.Module.
 
     Raises:
-        ValueError: an unknown name or hyperparameter (the message suggests a similar one), a path
-            that does not exist, a shape that no encoder supports, an invalid action_dim, a device
-            that is not available, or a file that cannot be read.
+        ValueError: an unknown name or hyperparameter (the message suggests a similar one), a shape
+            or action_dim that no model supports, no such device, or an unreadable path.
     """
     device = require_device(device)
     if _is_path(model):
@@ -357,11 +355,11 @@ class Transfer:
 def transfer(model: nn.Module, path: str | Path) -> Transfer:
     """Copy tensors of the same name and shape from saved or official weights into a model.
 
-    path: as for `create_world_model`: a folder written by save_pretrained, a run folder, a .ckpt
-        file, or official weights.
+    path: of a saved model, a run, a .ckpt file or official weights.
 
     Raises:
-        ValueError: the path does not exist, cannot be read, or has no tensor that fits.
+        ValueError: the path does not exist, cannot be read, has no tensor that fits, or its model
+            concatenates observations in another order.
     """
     source = Path(path).expanduser()
     if not source.exists():
@@ -388,9 +386,11 @@ def transfer(model: nn.Module, path: str | Path) -> Transfer:
 
 def _read_tensors(model: nn.Module, source: Path) -> Tensors:
     """Read all tensors of a file by the model's names."""
-    official = _find_official(source)
-    if official is None:
-        return read_weights(source)[1]
+    if (official := _find_official(source)) is None:
+        config, tensors = read_weights(source)
+        if require := getattr(model, "require_same_inputs", None):
+            require(config, tensors, source)
+        return tensors
     family, module = official
     if not isinstance(model, import_target(REGISTERED[family])):
         raise ValueError(

@@ -9,7 +9,13 @@ from gymnasium.wrappers import NormalizeObservation, NormalizeReward
 
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.suites.gymnasium import make_env
-from worldloom.envs.vector import RowStream, episode_length, frames_per_step, make_vector_env
+from worldloom.envs.vector import (
+    RowStream,
+    episode_length,
+    frames_per_step,
+    make_vector_env,
+    order_vectors,
+)
 from worldloom.envs.workers import WorkerError, WorkerVectorEnv
 from worldloom.envs.wrappers import ActionRepeat
 
@@ -225,3 +231,27 @@ def test_only_the_kept_observations_are_read():
     rows.reset(0)
     rows.step(np.zeros((1, 1)))
     assert rows.obs["a"].tolist() == [[0, 1]] and rows.restarts == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "keep", "order"),
+    [
+        (("c", "a", "b", "image"), None, ("c", "a", "b")),
+        (["c", "a", "b"], "a|c|image", ("c", "a")),
+        (("c", "a", "b"), "a|image", None),  # a single vector
+        (("c", "a"), None, None),  # not all of them
+        (("c", "a", "b", "a"), None, None),
+        ("cab", None, None),  # of another meaning
+        (None, None, None),
+    ],
+)
+def test_an_environment_may_name_the_order_of_its_vectors(given, keep, order):
+    class Robot(gym.Env):
+        observation_space = spaces.Dict(
+            {key: spaces.Box(-1, 1, (1,)) for key in "abc"}
+            | {"image": spaces.Box(0, 255, (16, 16, 3), np.uint8)}
+        )
+        obs_order = given
+
+    wrapped = ActionRepeat(Robot(), 2)
+    assert order_vectors(wrapped, ObsSpec.from_space(Robot.observation_space, keep=keep)) == order

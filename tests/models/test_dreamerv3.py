@@ -102,6 +102,20 @@ def test_decoded_images_are_in_pixels_and_vectors_in_their_own_units():
     torch.testing.assert_close(obs["speed"], torch.full((B, 3), 3.0).expm1())
 
 
+def test_observations_are_concatenated_by_sorted_keys_as_officially():
+    """The order of obs_shape, and that of the observations themselves, changes nothing."""
+    shapes = {"b": (2,), "y": (3, 64, 64), "a": (3,), "x": (1, 64, 64)}
+    encoder = create_world_model("dreamerv3:size1m", shapes, 2).encoder
+    obs = {key: torch.rand(4, *shape) for key, shape in shapes.items()}
+    flat = torch.cat([obs["a"], obs["b"]], -1)
+    assert torch.equal(encoder.vector_input(obs, 1), flat.sign() * torch.log1p(flat.abs()))
+    obs |= {key: torch.full((4, *shapes[key]), value) for key, value in (("x", 255), ("y", 0))}
+    seen = []
+    encoder.cnn.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    encoder(obs)
+    assert seen[0][0, 0, 0].tolist() == [0.5, -0.5, -0.5, -0.5]  # x, then y
+
+
 def test_continue_is_a_probability_without_the_discount_that_is_folded_into_it():
     model = build()
     state = model.encode(data_for(model).obs(B))

@@ -338,7 +338,8 @@ def make_acting_copy(actor: Actor) -> tuple[Actor, Callable[[], None]]:
 
 def require_shapes(model: Any, checkpoint: dict[str, Any], folder: Path) -> None:
     """Raise ValueError if a checkpoint's tensors do not fit the model of the resumed run."""
-    saved = {k.removeprefix("model."): v.shape for k, v in checkpoint["state_dict"].items()}
+    tensors = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()}
+    saved = {k: v.shape for k, v in tensors.items()}
     now = {k: v.shape for k, v in model.state_dict().items()}
     wrong = [k for k in {**saved, **now} if saved.get(k) != now.get(k)]
     if wrong:
@@ -348,6 +349,8 @@ def require_shapes(model: Any, checkpoint: dict[str, Any], folder: Path) -> None
             f"in the checkpoint, and {after and tuple(after)} now; leave them out, or begin a new "
             f"run from this one's weights: {quote(f'init_from={folder}')}"
         )
+    if require := getattr(model, "require_same_inputs", None):
+        require(checkpoint["hyper_parameters"].get("model"), tensors, folder)
 
 
 def prepare_process(seed: int, threads: int | None) -> None:

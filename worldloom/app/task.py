@@ -31,6 +31,7 @@ from worldloom.envs.vector import (
     frames_per_step,
     make_limited_env,
     make_vector_env,
+    order_vectors,
 )
 from worldloom.envs.workers import choose_workers
 from worldloom.errors import escape
@@ -56,6 +57,7 @@ class Task:
     frames_per_step: simulator steps per action.
     make_env: None if there is only a dataset.
     running: how environments are run, the keys in `RUNNING`.
+    obs_order: keys of the vectors in the environment's own order, if it has one.
     """
 
     obs: ObsSpec
@@ -64,6 +66,7 @@ class Task:
     frames_per_step: int = 1
     make_env: Callable[[], Any] | None = None
     running: dict[str, Any] = field(default_factory=dict)
+    obs_order: tuple[str, ...] | None = None
 
     @classmethod
     def from_config(cls, env: Mapping[str, Any], collects: bool = True) -> "Task":
@@ -78,12 +81,13 @@ class Task:
             obs = ObsSpec.from_space(probe.single_observation_space, **(env.get("obs") or {}))
             actions = ActionSpec.from_space(probe.single_action_space)
             times = episode_length(probe.envs[0]), frames_per_step(probe.envs[0])
+            order = order_vectors(probe.envs[0], obs)
             running = {k: env[k] for k in RUNNING if k in env and collects}
             if running.get("workers") == "auto":
                 running["workers"] = choose_workers(probe.envs[0], running.get("num_envs", 1))
         finally:
             probe.close()
-        return cls(obs, actions, *times, make_env, running)
+        return cls(obs, actions, *times, make_env, running, order)
 
     @classmethod
     def from_dataset(cls, dataset: Dataset) -> "Task":
@@ -109,9 +113,11 @@ class Task:
     def build_model(self, config: Mapping[str, Any]) -> nn.Module:
         """Build the model section's class for this task.
 
-        `episode_length` and `episodic` are filled in where the section leaves them null.
+        `episode_length`, `episodic` and `obs_order` are filled in where the section leaves them
+        null.
         """
-        known = {"episode_length": self.episode_length, "episodic": "auto"}
+        known: dict[str, Any] = {"episode_length": self.episode_length, "episodic": "auto"}
+        known["obs_order"] = self.obs_order
         filled = {k: v for k, v in known.items() if k in config and config[k] is None}
         model = build_model({**config, **filled}, *self.spaces)
         if lacking := find_missing_methods(model):

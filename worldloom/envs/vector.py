@@ -56,6 +56,21 @@ def frames_per_step(env: gym.Env) -> int:
     return frames
 
 
+def order_vectors(env: gym.Env, obs: ObsSpec) -> tuple[str, ...] | None:
+    """Return the keys of the vectors that a model sees, in the environment's order, if it has one.
+
+    The order is that of an attribute `obs_order` of the environment, which names all of its
+    vectors; the order of a gymnasium Dict is none, because it sorts its keys. None for fewer than
+    two vectors.
+    """
+    given = getattr(env.unwrapped, "obs_order", None)
+    vectors = [key for key, part in obs.parts.items() if len(part.shape) < 3]
+    if not isinstance(given, list | tuple) or len(vectors) < 2:
+        return None
+    order = tuple(key for key in given if key in vectors)
+    return order if sorted(order) == sorted(vectors) else None
+
+
 def make_limited_env(make_env: MakeEnv, steps: int) -> gym.Env:
     """Make an environment whose episodes are truncated after a number of steps."""
     return TimeLimit(make_single_env(make_env), steps)

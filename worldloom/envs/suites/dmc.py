@@ -67,15 +67,18 @@ class ControlTask(SimulatorEnv):
     """A dm_control environment; observations are a dict of vectors (scalars get one axis).
 
     size, camera: of the images that `render` returns, [size, size, 3] uint8.
+    obs_order: the keys in dm_control's order; gymnasium's Dict sorts them.
     """
 
     def __init__(self, simulator: Any, task: str, size: int, camera: int) -> None:
         self.simulator, self.name, self.size, self.camera = simulator, f"dmc {task}", size, camera
         self.render_fps = 1 / simulator.control_timestep()
+        specs = simulator.observation_spec()
+        self.obs_order = tuple(specs)
         self.observation_space = spaces.Dict(
             {
                 key: spaces.Box(-np.inf, np.inf, spec.shape or (1,), np.float32)
-                for key, spec in simulator.observation_spec().items()
+                for key, spec in specs.items()
             }
         )
         action = simulator.action_spec()

@@ -14,6 +14,7 @@ from worldloom.models.spaces import ObsSpace, ObsSpaces
 from worldloom.models.tdmpc2 import draws
 from worldloom.models.tdmpc2.hyperparameters import Hyperparameters
 from worldloom.models.tdmpc2.layers import MLP
+from worldloom.models.tdmpc2.vector_order import arrange_vectors
 from worldloom.nn.simnorm import simnorm
 from worldloom.nn.symlog import symexp, symlog
 
@@ -62,7 +63,8 @@ def shift_images(images: Tensor, shifts: Tensor) -> Tensor:
 class Encoder(nn.Module):
     """Encode all vectors with one MLP and all images with one CNN; SimNorm of their sum.
 
-    The official code has a single observation, for which this is the official encoder.
+    Vectors are concatenated in the order `obs_order`, images in that of their sorted keys. The
+    official code has a single observation, for which this is the official encoder.
     """
 
     def __init__(self, spaces: ObsSpaces, options: Hyperparameters) -> None:
@@ -70,7 +72,7 @@ class Encoder(nn.Module):
         self.simnorm_dim = options.simnorm_dim
         images = spaces.images()
         self.image_keys = sorted(images)
-        self.vector_keys = sorted(key for key in spaces if key not in images)
+        self.vector_keys = arrange_vectors(spaces, options.obs_order)
         if self.vector_keys:
             inputs = sum(spaces[key].width for key in self.vector_keys) + options.task_dim
             hidden = max(options.num_enc_layers - 1, 1) * [options.enc_dim]

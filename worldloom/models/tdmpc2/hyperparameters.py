@@ -23,6 +23,7 @@ class Hyperparameters:
     num_enc_layers: int
     num_q: int
     num_channels: int
+    obs_order: Sequence[str] | None = None
     simnorm_dim: int
     dropout: float
     num_bins: int

@@ -4,6 +4,9 @@ Axes: B rows, L = latent_dim, A = width of an action, Q number of Q-functions; `
 """
 
 import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ from worldloom.models.tdmpc2.policy import (
     make_constant,
 )
 from worldloom.models.tdmpc2.tasks import Tasks
+from worldloom.models.tdmpc2.vector_order import FIRST, require_same_order
 from worldloom.nn.simnorm import simnorm
 from worldloom.nn.twohot import symlog_twohot_mean
 from worldloom.protocol import Obs
@@ -70,6 +74,14 @@ class Networks(SavableModel):
         with torch.random.fork_rng(devices=[]):
             sizes = (options.latent_dim, options.mlp_dim)
             self.decoder = Decoder(obs_spaces, *sizes) if options.decoder else None
+
+    def require_same_inputs(self, config: Any, tensors: Mapping[str, Tensor], source: Path) -> None:
+        """Raise ValueError if another model's first layer expects the same vectors permuted.
+
+        config, tensors: of the other model, as saved. source: its path.
+        """
+        arguments = config.get("arguments") if isinstance(config, Mapping) else None
+        require_same_order(self, arguments, tensors.get(FIRST), source)
 
     # World model ----
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from worldloom.files import read_tensors
 from worldloom.models.tdmpc2.model import TDMPC2
+from worldloom.models.tdmpc2.vector_order import choose_official_order, require_official_order
 from worldloom.saving import describe_damage
 
 log = logging.getLogger(__name__)
@@ -105,9 +106,13 @@ def infer_arguments(
     """Return whether actions are discrete (never), and the hyperparameters that tensors determine.
 
     Hyperparameters without effect on shapes, such as simnorm_dim or vmin, keep their defaults.
+
+    Raises:
+        ValueError: a tensor is missing, or the order of several vectors is not known.
     """
     found = {**infer_sizes(tensors), **overrides}
     several = "_task_emb.weight" in tensors
+    found["obs_order"] = choose_official_order(obs_shape, several, overrides.get("obs_order"))
     wanted = ["episode_lengths"] if several else ["episode_length"]
     wanted += ["action_dims"] if several and "_action_masks" not in tensors else []
     if unknown := [name for name in wanted if name not in overrides]:
@@ -158,7 +163,12 @@ def infer_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def rename_arrays(model: TDMPC2, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return official tensors by the model's names; unknown ones keep theirs."""
+    """Return official tensors by the model's names; unknown ones keep theirs.
+
+    Raises:
+        ValueError: the model concatenates its vectors in an order that is wrong or may be wrong.
+    """
+    require_official_order(model, tensors.get("_encoder.state.0.weight"))
     ours = {theirs: name for name, theirs in official_names(model).items()}
     return {ours.get(name, name): value for name, value in tensors.items()}
 
