@@ -26,11 +26,19 @@ from typing import Any
 COMMANDS = ("run", "eval", "collect", "bench", "diagnose", "envs.check")
 LATER = (
     "app.build",
+    "app.forecast",
+    "app.launch",
+    "app.run_log",
     "app.saved_config",
+    "envs.suites.gymnasium",
     "factory",
     "models.dreamerv3.official",
     "models.tdmpc2.official",
+    "results.labels",
     "training.callbacks",
+    "training.checkpoints",
+    "training.datamodule",
+    "training.logger_guard",
     "training.loggers",
     "training.module",
     "training.optimizers",
@@ -163,11 +171,14 @@ def fork(
 if __name__ == "__main__":
     for name in (*COMMANDS, *LATER):
         importlib.import_module(f"worldloom.{name}")
-    for package in ("h5py", "minari"):
+    for package in ("h5py", "minari", "torch.utils.tensorboard", "PIL.ImageFont"):
         with contextlib.suppress(ImportError):
             importlib.import_module(package)
     cli = importlib.import_module("worldloom.app.compose")
     cli.compose_config()  # Hydra looks for its plugins once
+    presets = importlib.import_module("worldloom.presets")
+    for name in presets.preset_names():  # they are read once
+        presets.load_preset(name)
     gc.freeze()  # what a fork does not touch, it need not copy
     for line in sys.stdin:
         print(json.dumps(fork(**json.loads(line))), flush=True)

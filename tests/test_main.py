@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from worldloom import __main__ as cli
-from worldloom import __version__, list_models
+from worldloom import __version__, list_models, run
 from worldloom.app.help import describe_run
 from worldloom.presets import config_dir
 
@@ -107,6 +108,27 @@ def test_help_all_is_hydras(monkeypatch, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*prior to execution of 'worldloom")
+@pytest.mark.parametrize(
+    ("mode", "times"), [([], 1), (["hydra.mode=RUN"], 2), (["+hydra={mode: RUN}"], 2)]
+)
+def test_a_run_composes_its_configuration_once(monkeypatch, capsys, tmp_path, mode, times):
+    """Hydra would do it twice, to read its mode; it still does where the user sets that."""
+    composed = []
+    load = ConfigLoaderImpl.load_configuration
+
+    def count(*args, **kwargs):
+        composed.append(1)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", count)
+    monkeypatch.setattr(sys, "argv", ["run", "training.batch_size=2.5", "folder=r", *mode])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "training.batch_size is 2.5" in capsys.readouterr().err
+    assert len(composed) == times
+
+
 def test_models_are_a_table(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["worldloom", "models"])
     cli.main()

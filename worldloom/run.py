@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from worldloom import starting
 from worldloom.app.command_line import (
     FolderCheck,
+    composing_once,
     print_errors,
     print_version,
     reject_empty,
@@ -337,7 +338,8 @@ def run_command_line() -> None:
                 register_launcher((*flags, *given))
             sys.argv[1:] = [*flags, *args]
             try:
-                _hydra_main()
+                with composing_once(args):
+                    _hydra_main()
             finally:
                 FolderCheck.release()
 

@@ -21,9 +21,9 @@ from worldloom.app.run_dir import WRITTEN
 from worldloom.app.validation import RUNNING, build_settings, validate_env
 from worldloom.datasets.folder import read_about
 from worldloom.errors import quote
-from worldloom.files import reject_interpolations
+from worldloom.files import read_shipped, reject_interpolations
 from worldloom.memory import require_memory
-from worldloom.presets import config_dir, read_choice
+from worldloom.presets import config_dir
 from worldloom.training.config import EvaluationConfig
 
 # Keys to which Hydra and the environments give a meaning of their own, at any depth.
@@ -192,7 +192,8 @@ def _reserved(key: str) -> bool:
 def shipped_values(group: str) -> frozenset[tuple[str, Any]]:
     """Return each (reserved key, value) in the files of a group in conf/."""
     files = (config_dir() / group).glob("*.yaml")
-    leaves = (leaf for file in files for leaf in _leaves(read_choice(file)))
+    # Defaults are files of the same group, so they need not be merged, which takes longer.
+    leaves = (leaf for file in files for leaf in _leaves(read_shipped(file)))
     values = {(key.rpartition(".")[2], value) for key, value in leaves if _reserved(key)}
     return frozenset(pair for pair in values if pair[1] not in ("???", None))
 
