@@ -146,6 +146,10 @@ COMPLETIONS = {
     "worldloom run trainer=g": "trainer=gpu",
     "worldloom run model=tdmpc2_5m training.batch_s": "training.batch_size=",
     "worldloom run env=dmc env.ta": "env.task=",
+    "worldloom run experi": "experiment=",
+    "worldloom run experiment=dreamerv3/dmc_": "experiment=dreamerv3/dmc_proprio "
+    "experiment=dreamerv3/dmc_vision",
+    "worldloom run experiment=tdmpc2/dmc_pixels env.tas": "env.task=",
 }
 
 

@@ -76,7 +76,7 @@ def test_scripts_exist():
 
 @pytest.mark.parametrize("group", ["experiment", "env", "data", "trainer", "optimizer", "planner"])
 def test_choices_exist(group):
-    found = mentions(rf"(?<![\w.]){group}=([\w,]+)")
+    found = mentions(rf"(?<![\w.]){group}=([\w,/]+)")
     assert found
     assert not [
         (page, name)

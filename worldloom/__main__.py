@@ -4,6 +4,8 @@ import os
 import runpy
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 
 import worldloom
 from worldloom import starting
@@ -73,8 +75,9 @@ def _complete(args: Sequence[str]) -> None:
     """Install Hydra's shell completion for `worldloom`, or answer a query of the shell.
 
     Hydra completes the arguments of a program without commands, so the command is removed from
-    the line that the shell passes.
+    the line that the shell passes. Hydra completes no choices in folders of a group.
     """
+    from worldloom.app.help import list_choices
     from worldloom.run import main as run
 
     program, *words = os.environ.get("COMP_LINE", "").split(" ")
@@ -83,8 +86,18 @@ def _complete(args: Sequence[str]) -> None:
             print(*(name for name in COMMANDS if len(words) == 1 and name.startswith(words[0])))
             return
         os.environ["COMP_LINE"] = " ".join([program, *words[1:]])
+        group, equals, _ = words[-1].partition("=")
+        if equals and (choices := list_choices(group)):
+            full = (f"{group}={choice}" for choice in choices)
+            print(*(choice for choice in full if choice.startswith(words[-1])))
+            return
     sys.argv = ["worldloom", *(arg for arg in args if arg not in COMMANDS)]
-    run()
+    with redirect_stdout(StringIO()) as found:
+        run()
+    if "query=" in args[-1]:
+        print(*(word + "=" * bool(list_choices(word)) for word in found.getvalue().split()))
+    else:
+        print(found.getvalue(), end="")
 
 
 if __name__ == "__main__":

@@ -36,10 +36,16 @@ def config_dir() -> Path:
 
 
 def choice_files(group: str) -> dict[str, Path]:
-    """Return the files of a group by name: worldloom's, and those in the folder of --config-dir."""
-    folders = [config_dir() / group, *(folder / group for folder in extra_dirs)]
-    files = {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
-    return dict(sorted(files.items()))
+    """Return the files of a group by name: worldloom's, and those in the folder of --config-dir.
+
+    Those in a folder of the group, such as "dreamerv3/crafter", follow the others.
+    """
+    files = {
+        file.relative_to(root / group).with_suffix("").as_posix(): file
+        for root in (config_dir(), *extra_dirs)
+        for file in (root / group).rglob("*.yaml")
+    }
+    return dict(sorted(files.items(), key=lambda item: ("/" in item[0], item[0])))
 
 
 def preset_names() -> list[str]:
@@ -56,6 +62,12 @@ def aliases() -> dict[str, str]:
         for name, config in configs.items()
         if list(config) == ["defaults"]
     }
+
+
+def family_name(choice: str) -> str | None:
+    """Return the family, such as "dreamerv3", of a preset or an alias; None for other models."""
+    public = aliases().get(_to_public(choice), _to_public(choice))
+    return public.partition(":")[0] if public in preset_names() else None
 
 
 def load_preset(name: str) -> dict[str, Any]:
@@ -161,9 +173,12 @@ def file_name(name: str) -> str:
 
 def _find_files() -> dict[str, Path]:
     """Return the files of presets and aliases by their public names."""
-    files = choice_files("model").values()
-    presets = (f for f in files if not f.stem.endswith("_base") and f.stem != "custom")
-    return {_to_public(f.stem): f for f in presets}
+    files = choice_files("model").items()
+    return {
+        _to_public(name): file
+        for name, file in files
+        if not name.endswith("_base") and name != "custom" and "/" not in name
+    }
 
 
 def _to_public(stem: str) -> str:
@@ -184,12 +199,13 @@ def _compose(file: Path) -> DictConfig:
     config = OmegaConf.load(file)
     assert isinstance(config, DictConfig)
     merged: Any = OmegaConf.create()
+    root = next(root for root in (*extra_dirs, config_dir()) if root in file.parents)
+    group = file.relative_to(root).parts[0]
     for entry in config.pop("defaults", []):
         # Entries such as "override /training: x" select how a family is trained, for the commands
         # only. "default" of training and evaluation is a class instead of a file.
         if isinstance(entry, str) and entry not in ("_self_", "default"):
-            known = choice_files(file.parent.name)
-            base = known.get(entry, file.with_name(f"{entry}.yaml"))
-            merged = OmegaConf.merge(merged, _compose(base))
+            base = choice_files(group).get(entry.removeprefix(f"/{group}/"))
+            merged = OmegaConf.merge(merged, _compose(base or file.with_name(f"{entry}.yaml")))
     merged = OmegaConf.merge(merged, config)
     return merged

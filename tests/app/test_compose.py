@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from worldloom import run
 from worldloom.app import command_line as cli
 from worldloom.app.compose import Overrides
-from worldloom.presets import aliases, config_dir, load_preset, preset_names
+from worldloom.presets import aliases, choice_files, load_preset, preset_names
 
 BASIC = ["hydra/launcher=basic"]  # runs the jobs of a sweep in this process
 QUIET = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled"]
@@ -127,6 +127,13 @@ MISTAKES = {
     "model=dreamerv3_size13m": "model 'dreamerv3_size13m' (did you mean 'dreamerv3_size1m'?)",
     "model=dreamer-smal": "unknown model 'dreamer-smal' (did you mean 'dreamer-small'?); choices: ",
     "experiment=cartpol": "unknown experiment 'cartpol' (did you mean 'cartpole'?)",
+    "experiment=dreamerv3/dmc_vison": "(did you mean 'dreamerv3/dmc_vision'?); choices: cartpole",
+    "experiment=dreamerv3_crafter": "(did you mean 'dreamerv3/crafter'?)",
+    "experiment=dmc": "unknown experiment 'dmc'; write experiment=tdmpc2/dmc",
+    "experiment=dreamerv3": "'dreamerv3'; write experiment=dreamerv3/atari or experiment=dreamer",
+    "experiment=tdmpc2/dmc env.tsk=x": "unknown key 'env.tsk' (did you mean 'env.task'?)",
+    "experiment=tdmpc2/dmc model=dreamer": "model is dreamer, but experiment=tdmpc2/dmc is a proto",
+    "--configs crafter": "there is no option --configs; write experiment=dreamerv3/crafter",
     "trainer=tpu": "unknown trainer 'tpu' (did you mean 'gpu'?); choices: cpu, ddp, debug, gpu",
     "planner=foo": "unknown planner 'foo'; choices: cem, mppi",
     "experiment=null": "a group takes the name of a choice, such as trainer=gpu; only the",
@@ -292,9 +299,9 @@ def test_a_family_brings_how_it_is_trained(command):
 )
 def test_every_choice_of_every_group_composes(command, group, monkeypatch):
     monkeypatch.setattr("worldloom.devices.usable_devices", lambda: ["cpu", "cuda:0"])
-    for file in (config_dir() / group).glob("*.yaml"):
-        needs = ["data.path=x"] if file.stem == "offline" else []
-        code, (cfg,), *_ = command(f"{group}={file.stem}", *needs)
+    for name in choice_files(group):
+        needs = ["data.path=x"] if name == "offline" else []
+        code, (cfg,), *_ = command(f"{group}={name}", *needs)
         assert code == 0 and not OmegaConf.missing_keys(cfg)
 
 

@@ -10,6 +10,7 @@ FILES = {
     "env/mine.yaml": "defaults: [gymnasium, _self_]\nid: CartPole-v1\ntime_limit: 12\n",
     "model/dreamerv3_mine.yaml": "# A small one.\ndefaults: [dreamerv3_tiny, _self_]\nunits: 8\n",
     "logger/mine.yaml": "defaults: [default]\n",
+    "env/folder/mine.yaml": "defaults: [mine, _self_]\ntime_limit: 14\n",
 }
 
 
@@ -33,6 +34,8 @@ def place(commands, tmp_path_factory):
 LINES = {
     "check --config-dir conf env=mine steps=20": (0, "12"),
     "check env=mine --config-dir=conf steps=20": (0, "12"),
+    "check --config-dir conf env=folder/mine steps=20": (0, "14"),
+    "check env=folder/min --config-dir conf": (1, "(did you mean 'folder/mine'?)"),
     "collect -cd conf env=mine policy=random episodes=2 out=out": (0, "2 episodes"),
     "eval checkpoint=lonely.ckpt env=mine episodes=2 --config-dir conf": (0, "return "),
     "eval checkpoint=lonely.ckpt env.id=CartPole-v1 episodes=1": (0, "return "),

@@ -17,6 +17,7 @@ RUNS = [
     ({"data.overlap": "null", "model.lam": "-1"}, "overlap_null-lam_-1"),
     ({"a.b1": "2"}, "b1_2"),
     ({"a.size": "2", "b.size": "3"}, "a.size2-b.size3"),
+    ({"experiment": "dreamerv3/dmc_proprio", "seed": "1"}, "dreamerv3.dmc_proprio-seed1"),
     ({"experiment": "pendulum", "env": "dmc", "model": "custom"}, "dmc-pendulum-custom"),
     ({}, "run"),
 ]
@@ -48,6 +49,7 @@ SWEEPS = [
     ("seed=0,1,2 model=dreamerv3_tiny,tdmpc2_tiny", "model-seed"),
     ("model=a,b seed=range(3)", "model-seed"),
     ("-m experiment=pendulum seed=0,1", "pendulum-seed"),
+    ("-m experiment=tdmpc2/dmc env.task=dog-run seed=0,1", "tdmpc2.dmc-dog-run-seed"),
     ("hydra.launcher.jobs=2 env.task=walker-walk seed=0,1", "walker-walk-seed"),
     ("training.total_steps=600 ~callbacks.open_loop seed=0,1", "no_open_loop-total_steps600-seed"),
     ("+env.level=1,2 threads=1", "threads1-level"),

@@ -367,5 +367,5 @@ def _explain_choice(path: str) -> str:
 
 def _compose_choices() -> DictConfig:
     """Compose the configuration from the group choices on the command line alone."""
-    given = [arg for arg in sys.argv[1:] if re.fullmatch(r"[\w/]+=[\w.:-]+", arg)]
+    given = [arg for arg in sys.argv[1:] if re.fullmatch(r"[\w/]+=[\w/.:-]+", arg)]
     return compose_config(*(arg for arg in given if (config_dir() / key_of(arg)).is_dir()))

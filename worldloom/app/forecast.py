@@ -12,6 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from worldloom.acting import Actor
 from worldloom.app.task import Task
 from worldloom.devices import usable_devices
+from worldloom.errors import list_names
 from worldloom.factory import build_model, import_target
 from worldloom.presets import file_name, load_preset, preset_names
 from worldloom.protocol import split_result
@@ -94,7 +95,7 @@ class Forecast(Callback):
                 if size < 0.8 * _size(model):
                     smaller.append((size, f"model={file_name(name)}"))
         names = [name for _, name in sorted(smaller, reverse=True)]
-        return f"faster: {', '.join(names)}" if names else "faster with a GPU: trainer=gpu"
+        return f"faster: {list_names(names, 2)}" if names else "faster with a GPU: trainer=gpu"
 
 
 def _steps(actor: Actor, obs: Any, envs: int) -> Callable[[], None]:

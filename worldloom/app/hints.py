@@ -30,6 +30,7 @@ OTHER_KEYS = {
     "game": "env=atari env.game={}",
     "algo": "model={}",
     "config": "experiment={}",
+    "configs": "experiment=dreamerv3/{}",
 }
 # Hydra's flags; those with True are followed by a value.
 FLAGS = {
@@ -104,6 +105,9 @@ def hint_key(key: str, value: str, config: DictConfig) -> str:
 
 def hint_choice(group: str, name: str) -> str:
     """Return the end of a message about an unknown choice of a group, or ""."""
+    inside = [choice for choice in list_choices(group) if name.strip("/") in choice.split("/")]
+    if inside:  # a folder of choices, or the name of one in a folder
+        return f"; write {' or '.join(f'{group}={choice}' for choice in inside)}"
     if group == "env" and re.search(r"-v\d+$", name):
         return f"; write env=gymnasium env.id={name}"
     if re.search(r"\w[.:]\w", name) and group in ("env", "model", "optimizer", "planner"):

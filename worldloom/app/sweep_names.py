@@ -79,11 +79,12 @@ def _name_search(override: str) -> str:
 def label(key: str, value: str, keys: Iterable[str] = ()) -> str:
     """Return one part of a name: "seed1", "train_ratio512", "tdmpc2_5m" or "walker-walk".
 
-    The last part of the key is left out in front of words, which need no explanation.
+    The last part of the key is left out in front of words, which need no explanation. A choice in a
+    folder of its group is written with a dot: "dreamerv3.crafter".
 
     keys: all keys of the name; if two have the same last part, both are written in full.
     """
-    clean = _clean(value)
+    clean = _clean(value.replace("/", ".") if _is_group(key) else value)
     is_word = clean[0].isalpha() and clean.lower() not in ("true", "false", "null")
     if is_word or _is_group(key):
         return clean

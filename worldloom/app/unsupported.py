@@ -1,7 +1,9 @@
-"""What runs do not support of Lightning's trainer and callbacks, and what to use instead."""
+"""What runs do not support: parts of Lightning's trainer and callbacks, and some combinations."""
 
 from collections.abc import Mapping
 from typing import Any
+
+from worldloom.presets import choice_files, family_name, preset_names
 
 # Trainer arguments -> (accepted values, what to use instead).
 TRAINER: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -53,6 +55,22 @@ CALLBACKS = {
         "+trainer.max_time=DD:HH:MM:SS, after which the run can be resumed",
     ),
 }
+
+
+def require_family(recipe: Any, model: Any) -> None:
+    """Raise ValueError if a recipe is a published protocol of another family than a preset.
+
+    recipe, model: choices of the groups experiment and model. The protocols of a family are in a
+        folder with its name.
+    """
+    wanted, family = str(recipe).partition("/")[0], family_name(str(model))
+    families = {name.partition(":")[0] for name in preset_names()}
+    own = [name for name in choice_files("experiment") if name.startswith(f"{family}/")]
+    if own and wanted in families and wanted != family:
+        raise ValueError(
+            f"model is {model}, but experiment={recipe} is a protocol of {wanted}; expected a "
+            f"{wanted} model, or a protocol of {family}: experiment={own[0]}"
+        )
 
 
 def require_supported(name: str, cls: Any) -> None:

@@ -16,7 +16,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from worldloom.app.hints import hint_key
-from worldloom.app.unsupported import TRAINER, require_strategy, require_supported
+from worldloom.app.unsupported import (
+    TRAINER,
+    require_family,
+    require_strategy,
+    require_supported,
+)
 from worldloom.errors import require, suggest
 from worldloom.presets import (
     aliases,
@@ -98,6 +103,7 @@ def validate_config(cfg: DictConfig, choices: Mapping[str, Any], devices: bool =
     choices: {group: name} as chosen on the command line, as far as it is known.
     devices: whether the run is to train on this machine, which then needs its devices.
     """
+    require_family(choices.get("experiment"), choices.get("model"))
     keys, groups = top_level_keys()
     for key in map(str, cfg):
         if key not in keys:
