@@ -101,7 +101,8 @@ def collect(config: CollectConfig, args: Iterable[str] = ()) -> str:
         with use_seed(seed, torch.device("cpu") if actor is None else actor.device):
             rows = RowStream(vector_env, task.obs, task.actions)
             rows.reset(seed)
-            act = make_act(actor, config.deterministic) if actor else at_random(seed)
+            masks = task.collecting().get("masks")
+            act = make_act(actor, config.deterministic) if actor else at_random(seed, masks)
             for ended in record(act, rows, config.episodes):
                 for episode in ended:
                     writer.add(episode)
@@ -133,10 +134,10 @@ def record(act: Act, rows: RowStream, episodes: int) -> Iterator[list[Episode]]:
         yield [open_ones[i].end(bool(rows.is_terminal[i]), summary) for i, summary in ended]
 
 
-def at_random(seed: int) -> Act:
-    """Return a function that acts at random."""
-    rng = np.random.default_rng(seed)
-    return lambda rows: rows.action_spec.sample(rng, rows.num_envs)
+def at_random(seed: int, masks: np.ndarray | None = None) -> Act:
+    """Return a function that acts at random; masks [N, A] are 0 for actions that do not exist."""
+    rng, scale = np.random.default_rng(seed), 1.0 if masks is None else masks
+    return lambda rows: rows.action_spec.sample(rng, rows.num_envs) * np.float32(scale)
 
 
 class _Open:

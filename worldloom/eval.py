@@ -1,6 +1,7 @@
 """The command `python -m worldloom.eval`: score the model of a run."""
 
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -25,8 +26,9 @@ names it."""
 def evaluate_command(overrides: Overrides) -> None:
     """Score a run as the command line describes, and print the result."""
     from worldloom.app.build import prepare_process
+    from worldloom.app.evaluator import Evaluator
     from worldloom.app.saved_run import SavedRun, add_render_mode
-    from worldloom.app.task import Evaluator, open_saved_run
+    from worldloom.app.task import open_saved_run
     from worldloom.devices import require_device
 
     if (checkpoint := overrides.value("checkpoint")) is None:
@@ -45,15 +47,30 @@ def evaluate_command(overrides: Overrides) -> None:
     run, episodes = SavedRun(path, config, section, device), settings["episodes"]
     with nullcontext() if video is None else open_film(Path(video).expanduser()) as film:
         scores = Evaluator(run.task, run.actor, settings)(episodes, film=film)
+    names = [task.name for task in run.task.choices if task.info is None]
+    total = episodes * max(1, len(names))
     choice = "policy mode" if settings["deterministic"] else "sampled actions"
     success = f", success {scores['success']:.2f}" if "success" in scores else ""
     print(
         f"return {scores['return']:.2f} ± {scores['return_std']:.2f} over "
-        f"{episodes} episodes ({choice}, seed {settings['seed']}), "
+        f"{total} episodes ({choice}, seed {settings['seed']}), "
         f"mean length {scores['length']:.1f}{success}"
     )
+    for name in names:
+        print(describe_task(name, scores))
+    if "normalized_score" in scores:
+        print(f"normalized score {scores['normalized_score']:.2f} (mean of the tasks, 0 to 100)")
     if film is not None:
-        print(f"{video}: {film.episodes} of {episodes} episodes, {film.describe()}")
+        print(f"{video}: {film.episodes} of {total} episodes, {film.describe()}")
+
+
+def describe_task(name: str, scores: Mapping[str, float]) -> str:
+    """Return a line about one of several tasks."""
+    parts = [f"return {scores[f'{name}/return']:.2f} ± {scores[f'{name}/return_std']:.2f}"]
+    for key in ("success", "score"):
+        if f"{name}/{key}" in scores:
+            parts.append(f"{key} {scores[f'{name}/{key}']:.2f}")
+    return f"  {name:<24} {', '.join(parts)}"
 
 
 def main() -> None:

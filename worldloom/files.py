@@ -25,6 +25,7 @@ from worldloom.memory import require_memory
 # Reading 150 configurations takes 6 s with the pure Python loader. Both create plain data only.
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 DEPTH = 100  # of nested containers; no file that worldloom or a user writes has more than ten
+TENSORDICTS = ("tensordict.tensordict.TensorDict", "tensordict._td.TensorDict")  # by version
 HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -256,10 +257,13 @@ def _require_contents(name: str, stream: Any, info: zipfile.ZipInfo) -> int:
     return size
 
 
-def read_tensors(file: Path, *, mmap: bool = False, verify: bool = False) -> Any:
+def read_tensors(
+    file: Path, *, mmap: bool = False, verify: bool = False, tensordicts: bool = False
+) -> Any:
     """Return the tensors and plain data in a file that torch.save wrote; no code is executed.
 
     mmap: map the file instead of reading it. verify: compare checksums first.
+    tensordicts: also read TensorDicts, as dicts; the package tensordict is not needed.
 
     Raises:
         OSError: there is no such file.
@@ -280,9 +284,28 @@ def read_tensors(file: Path, *, mmap: bool = False, verify: bool = False) -> Any
             require_memory(size, "it")
         if verify and (record := archive.testzip()):
             raise ValueError(f"it is damaged: the checksum of {record} differs")
-    tree = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    # Their names stand for classes here: a plain object that keeps the state, and dict.
+    known: list[Any] = [(_TensorDict, name) for name in TENSORDICTS]
+    known = [*known, (dict, "tensordict.utils._StringOnlyDict")] if tensordicts else []
+    with torch.serialization.safe_globals(known):
+        tree = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    tree = _open_tensordicts(tree, 0)
     _count_leaves(tree, size, {}, 0)
     return tree
+
+
+class _TensorDict:
+    """Holds the attributes of a TensorDict in a file; `_tensordict` has its items."""
+
+
+def _open_tensordicts(tree: Any, depth: int) -> Any:
+    """Return a tree in which the TensorDicts at its top, and in each other, are dicts."""
+    if not isinstance(tree, _TensorDict):
+        return tree
+    items = vars(tree).get("_tensordict")
+    if type(items) is not dict or depth > DEPTH:
+        raise ValueError("it has a TensorDict without items, or too many nested ones")
+    return {key: _open_tensordicts(value, depth + 1) for key, value in items.items()}
 
 
 def _count_leaves(tree: Any, size: int, counted: dict[int, int], depth: int) -> int:

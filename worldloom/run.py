@@ -267,7 +267,10 @@ def report(run: "Run", scores: dict[str, float], seconds: float) -> None:
         mean, std = scores["final/return"], scores["final/return_std"]
         which = f" of the best model, from {run.unit} {best['step']:,}" if best else ""
         episodes = plain["evaluation"]["episodes"]
-        final = f"final return {mean:.1f} ± {std:.1f} ({episodes} episodes){which}"
+        each = " of each task" if run.task.choices else ""
+        final = f"final return {mean:.1f} ± {std:.1f} ({episodes} episodes{each}){which}"
+        if "final/normalized_score" in scores:
+            final += f"\nnormalized score {scores['final/normalized_score']:.2f}"
     lines = [f"\n{final}", f"trained in {seconds / 60:.1f} minutes", f"results:     {folder}"]
     if any(folder.rglob("events.out.tfevents.*")):
         lines.append(f"watch it:    {quote('tensorboard', '--logdir', folder)}")

@@ -346,7 +346,9 @@ TDMPC2 = {
     "model.obs_order": Official(
         None, f"{DMC}: _obs_to_array", "null: the order in which dm_control lists observations"
     ),
-    "model.task_dim": Official(0, "tdmpc2/common/parser.py: task_dim"),
+    "model.task_dim": Official(
+        None, "tdmpc2/common/parser.py: task_dim", "null: 0 for a single task"
+    ),
     "model.action_dims": Official(None, "action_dims"),
     "model.episode_lengths": Official(None, "episode_lengths"),
     "model.mpc": Official(True, "mpc"),

@@ -17,7 +17,9 @@ from worldloom.presets import choice_files
 from worldloom.trees import flatten_tree
 
 RECIPES = [
-    name for name in choice_files("experiment") if "/" in name and not name.endswith("_base")
+    name
+    for name in choice_files("experiment")
+    if "/" in name and not name.endswith("_base") and name != "tdmpc2/mt30"  # test_multitask.py
 ]
 SECTIONS = ("env", "training", "evaluation", "data", "optimizer", "model")
 # Module, and extra, of the simulator that a protocol needs.

@@ -10,10 +10,11 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
-import worldloom.app.task
+import worldloom.app.evaluator
 from tests.rank_processes import run_ranks
 from worldloom.acting import Actor, EvaluationStopped
-from worldloom.app.task import Evaluator, Task
+from worldloom.app.evaluator import Evaluator
+from worldloom.app.task import Task
 from worldloom.envs.contract import EnvError
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.vector import make_vector_env
@@ -334,7 +335,7 @@ def stop_in_one(rank):
     settings = {"num_envs": 2, "seed": 11, "deterministic": True, "max_steps": 1000}
     evaluator = Evaluator(task(), Actor(Line()), settings, stops=stops, say=said.append)
     evaluator.ranks.connect()
-    worldloom.app.task.LOG_INTERVAL = 0.0
+    worldloom.app.evaluator.LOG_INTERVAL = 0.0
     with pytest.raises(EvaluationStopped):
         evaluator(100)
     return len(calls), said

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 
 from worldloom.acting import Actor
+from worldloom.app.evaluator import Evaluator
 from worldloom.app.filling import fill_buffer, rows_of_share
 from worldloom.app.resume import require_changeable
 from worldloom.app.run_dir import SCORES, clear_start, read_config, write_config
 from worldloom.app.saved_config import ResolvedConfig
 from worldloom.app.shares import take_share
-from worldloom.app.task import Evaluator, Task
+from worldloom.app.task import Task
+from worldloom.app.tasks import require_known_tasks, require_tasks_of_data
 from worldloom.app.unsupported import require_supported
 from worldloom.datasets import Dataset, open_dataset
 from worldloom.envs.workers import count_cores
@@ -82,6 +84,7 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
     task, dataset = open_task(plain)
     model: Any = task.build_model(plain["model"])
     if plain["init_from"] is not None and not resumes:
+        require_known_tasks(plain["init_from"], plain["env"])
         print(transfer(model, plain["init_from"]).report(), flush=True)
     actor = task.build_actor(model, plain["planner"])
     data = build_data(plain, task, actor, dataset)
@@ -228,7 +231,9 @@ def open_task(plain: Mapping[str, Any]) -> tuple[Task, Dataset | None]:
         dataset = open_dataset(path, choice=env.get("obs"), episode_length=length)
         return Task.from_dataset(dataset), dataset
     task = Task.from_config(env, collects=False)
-    return task, open_dataset(path, task.obs, task.actions, episode_length=length)
+    dataset = open_dataset(path, task.obs, task.actions, episode_length=length)
+    require_tasks_of_data(task.choices, task.action_dims, dataset)
+    return task, dataset
 
 
 def build_data(
@@ -308,14 +313,14 @@ def _build_online_data(
         # At least one worker process: a renderer stays with the thread that created it.
         changes["workers"] = max(1, task.running.get("workers", 0))
     collector = Collector(
-        task.vector_env(**changes),
+        task.vector_env(first=rank() * task.running["num_envs"], **changes),
         actor,
         buffer,
         obs_spec=task.obs,
         action_spec=task.actions,
         seed=seed_of_rank(plain["seed"]),
         random_steps=max(training["random_steps"], seed_steps),
-        frames_per_step=task.frames_per_step,
+        **task.collecting(),
     )
     options |= {name: training[name] for name in ("train_ratio", "pretrain")}
     prefill = training["prefill"]

@@ -15,6 +15,7 @@ from worldloom.app.cluster_config import ClusterConfig, ProcessesConfig
 from worldloom.app.hints import FLAGS
 from worldloom.app.search_config import SearchConfig
 from worldloom.app.sweep_names import name_sweep
+from worldloom.app.tasks import count_tasks
 from worldloom.app.validation import quote_text, suggest_key, validate_env
 from worldloom.errors import list_names
 from worldloom.presets import config_dir, extra_dirs, file_name, preset_names
@@ -162,12 +163,13 @@ def quote_value(text: str) -> str:
 
 
 def register_defaults() -> None:
-    """Add training, evaluation and search=default and the launchers to Hydra's choices."""
+    """Add training, evaluation and search=default, the launchers and a resolver to Hydra's."""
     sections = {"training": TrainingConfig, "evaluation": EvaluationConfig, "search": SearchConfig}
     for name, cls in sections.items():
         ConfigStore.instance().store(group=name, name="default", node=asdict(cls()))
     for name, node in LAUNCHERS.items():
         ConfigStore.instance().store(group="hydra/launcher", name=name, node=node)
+    OmegaConf.register_new_resolver("count_tasks", count_tasks, replace=True)
 
 
 def hint_launcher(name: str, overrides: Overrides) -> str:
@@ -220,10 +222,18 @@ def compose_env(overrides: Overrides, default: Mapping[str, Any] | None = None) 
     return section
 
 
+def _repeats(argument: str, config: DictConfig) -> bool:
+    """Return whether an override of code, env._target_ or one in env.tasks, changes nothing."""
+    key = key_of(argument)
+    if key != "env._target_" and not re.match(r"env\.tasks\.\d+(\.|$)", key):
+        return False
+    return argument.partition("=")[2].strip("'\"") == str(OmegaConf.select(config, key))
+
+
 def _changed_env(overrides: Overrides, default: Mapping[str, Any]) -> Any:
-    """Return a saved env section after changes; repeating its own `_target_` is allowed."""
-    changes = [arg for arg in overrides if arg != f"env._target_={default.get('_target_')}"]
+    """Return a saved env section after changes; repeating what names its code is allowed."""
     before = OmegaConf.create({"env": dict(default)})
+    changes = [arg for arg in overrides if not _repeats(arg, before)]
     for arg in changes:
         key = key_of(arg)
         parent, _, name = key.rpartition(".")

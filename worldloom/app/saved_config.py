@@ -260,18 +260,34 @@ def env_overrides(env: Mapping[str, Any]) -> str:
     suite = re.fullmatch(r"worldloom\.envs\.suites\.(\w+)\.make_env", str(env["_target_"]))
     if suite and suite[1] != "custom" and not find_foreign_code({"env": env}):
         return ""
-    options = {k: v for k, v in env.items() if k not in ("_target_", *RUNNING)}
+    options = {k: v for k, v in env.items() if k not in ("_target_", "tasks", *RUNNING)}
     named = [f"env={suite[1]}"] if suite else ["env=custom", f"env._target_={env['_target_']}"]
     given = {f"++env.{key}": value for key, value in _leaves(options) if value is not None}
-    return quote(*named, *_overrides(given))
+    tasks = [f"++env.tasks={_format(env['tasks'])}"] if "tasks" in env else []
+    return quote(*named, *tasks, *_overrides(given))
+
+
+def _format(value: Any) -> str:
+    """Return nested dicts and lists as Hydra reads them in an override."""
+    if isinstance(value, Mapping):
+        _require_keys(value)
+        return "{" + ",".join(f"{key}:{_format(x)}" for key, x in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_format, value)) + "]"
+    return quote_value("null" if value is None else str(value))
 
 
 def _overrides(values: Mapping[str, Any]) -> list[str]:
-    """Return overrides to print; a key that would be read as several arguments is rejected."""
-    for key in values:
-        if not re.fullmatch(r"[\w.+/-]+", key):
-            raise ValueError(f"{key!r} is not a key of a configuration; delete it")
+    """Return overrides to print."""
+    _require_keys(values)
     return [f"{key}={quote_value(str(value))}" for key, value in values.items()]
+
+
+def _require_keys(values: Mapping[str, Any]) -> None:
+    """Raise ValueError for a key that would be read as several arguments."""
+    for key in values:
+        if not re.fullmatch(r"[\w.+/-]+", str(key)):
+            raise ValueError(f"{key!r} is not a key of a configuration; delete it")
 
 
 def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,7 +18,9 @@ from worldloom.app.saved_config import (
     resolve_saved,
 )
 from worldloom.app.task import Task, env_maker, load_actor, name_failing_env
+from worldloom.app.tasks import MULTITASK
 from worldloom.envs.replayable import ReplayableEpisodes
+from worldloom.envs.suites.multitask import TaskSet
 from worldloom.envs.vector import make_single_env
 from worldloom.factory import import_target
 
@@ -51,7 +53,7 @@ class SavedRun:
         """The trained model, in evaluation mode."""
         return self.actor.model
 
-    def make_env(self, render_mode: str | None = None) -> gym.Env:
+    def make_env(self, render_mode: str | None = None, task: str | int | None = None) -> gym.Env:
         """Make a new environment of the run, as its model was trained in it.
 
         It has the run's action repeat, time limit, image size, frame stack and pixels.
@@ -60,13 +62,20 @@ class SavedRun:
         `gymnasium.vector.SyncVectorEnv([run.make_env] * 4)`.
 
         render_mode: passed to the environment, such as "rgb_array" or "human".
+        task: name or number of one of the tasks of env=multitask; by default the first one.
 
         Raises:
-            ValueError: the run has no environment, or it has no such render mode.
+            ValueError: the run has no environment, it has no such render mode, or no such task.
         """
-        make = env_maker(
+        make: Any = env_maker(
             self.env if render_mode is None else add_render_mode(self.env, render_mode)
         )
+        if task is not None and not isinstance(make, TaskSet):
+            raise ValueError(
+                f"task is {task!r}, but {self.path} was trained on a single task; leave it out"
+            )
+        if task is not None:
+            make = functools.partial(make, task)
         target = self.env["_target_"]
         with name_failing_env(target):
             env = ReplayableEpisodes(make_single_env(make))
@@ -126,5 +135,6 @@ def add_render_mode(env: Mapping[str, Any], render_mode: str) -> dict[str, Any]:
     if env["_target_"] is None:
         return dict(env)  # `env_maker` reports it
     takes = inspect.signature(import_target(str(env["_target_"]))).parameters
-    accepts = "render_mode" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    accepts = env["_target_"] == MULTITASK or "render_mode" in takes
+    accepts = accepts or any(p.kind is p.VAR_KEYWORD for p in takes.values())
     return {**env, **({"render_mode": render_mode} if accepts else {})}

@@ -1,31 +1,30 @@
-"""Tasks: the spaces, environment and model that a configuration describes, and their scores."""
+"""Tasks: the spaces, environment and model that a configuration describes."""
 
 import functools
 import math
-import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from omegaconf import OmegaConf
 from torch import nn
 
-from worldloom.acting import Actor, Watch, evaluate, share_episodes
+from worldloom.acting import Actor
 from worldloom.app.compose import Overrides, compose_config, compose_env, key_of, names_env
 from worldloom.app.run_dir import CONFIG, describes_run, find_run, read_config
 from worldloom.app.saved_config import require_trusted, resolve_saved
+from worldloom.app.tasks import MULTITASK, TaskChoice, expand_tasks, require_same_tasks
 from worldloom.app.validation import RUNNING, check_arguments
 from worldloom.datasets import Dataset
 from worldloom.envs.contract import EnvError
-from worldloom.envs.film import Film
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.suites.custom import make_env as make_custom_env
 from worldloom.envs.suites.custom import split_options
+from worldloom.envs.suites.multitask import TaskSet
 from worldloom.envs.vector import (
     episode_length,
     frames_per_step,
@@ -34,15 +33,13 @@ from worldloom.envs.vector import (
     order_vectors,
 )
 from worldloom.envs.workers import choose_workers
-from worldloom.errors import escape
+from worldloom.errors import escape, list_names
 from worldloom.factory import build_model, create_world_model, import_target
 from worldloom.protocol import REQUIRED, find_missing_methods
-from worldloom.ranks import Ranks
+from worldloom.ranks import rank, world_size
 from worldloom.records import REGISTERED
 from worldloom.saving import get_config, read_weights
-from worldloom.training.config import EvaluationConfig
 
-LOG_INTERVAL = 20.0  # seconds between two lines about a long evaluation
 NO_LIMIT = (
     "episodes: no time limit is known, so they may be endless; env.time_limit=STEPS sets one; "
     "evaluations cut episodes off (evaluation.max_steps)"
@@ -58,6 +55,9 @@ class Task:
     make_env: None if there is only a dataset.
     running: how environments are run, the keys in `RUNNING`.
     obs_order: keys of the vectors in the environment's own order, if it has one.
+    tasks: makes those of env=multitask; environment i of a run has task i modulo their number.
+    choices: their names and scores.
+    action_dims: number of actions of each task, if there are several.
     """
 
     obs: ObsSpec
@@ -67,6 +67,9 @@ class Task:
     make_env: Callable[[], Any] | None = None
     running: dict[str, Any] = field(default_factory=dict)
     obs_order: tuple[str, ...] | None = None
+    tasks: TaskSet | None = None
+    choices: list[TaskChoice] = field(default_factory=list)
+    action_dims: Sequence[int] | None = None
 
     @classmethod
     def from_config(cls, env: Mapping[str, Any], collects: bool = True) -> "Task":
@@ -75,10 +78,12 @@ class Task:
         collects: whether a run collects from the environments; False evaluates in this process.
         """
         make_env = env_maker(env)
+        tasks = make_env if isinstance(make_env, TaskSet) else None
         with name_failing_env(env["_target_"]):
             probe: Any = make_vector_env(make_env)
         try:
-            obs = ObsSpec.from_space(probe.single_observation_space, **(env.get("obs") or {}))
+            choice = (env.get("obs") or {}) if tasks is None else {}  # each task has made it
+            obs = ObsSpec.from_space(probe.single_observation_space, **choice)
             actions = ActionSpec.from_space(probe.single_action_space)
             times = episode_length(probe.envs[0]), frames_per_step(probe.envs[0])
             order = order_vectors(probe.envs[0], obs)
@@ -87,37 +92,77 @@ class Task:
                 running["workers"] = choose_workers(probe.envs[0], running.get("num_envs", 1))
         finally:
             probe.close()
-        return cls(obs, actions, *times, make_env, running, order)
+        if tasks is not None:
+            if running:
+                _require_multiple(running.get("num_envs", 1) * world_size(), tasks)
+            lengths = [info.episode_length for info in tasks.infos]
+            times = None if None in lengths else max(n for n in lengths if n), times[1]
+        choices = [] if tasks is None else expand_tasks(env)
+        dims = None if tasks is None else [info.actions for info in tasks.infos]
+        return cls(obs, actions, *times, make_env, running, order, tasks, choices, dims)
 
     @classmethod
     def from_dataset(cls, dataset: Dataset) -> "Task":
         """Build a task from a dataset; its longest episode serves as the time limit."""
-        return cls(dataset.obs, dataset.actions, max(dataset.lengths))
+        length = max(dataset.lengths)
+        return cls(dataset.obs, dataset.actions, length, action_dims=dataset.action_dims)
 
     @property
     def spaces(self) -> tuple[Any, Any, Any]:
         """Return obs_shape, action_dim and discrete, as models take them."""
         return self.obs.shape, self.actions.action_dim, self.actions.discrete
 
-    def vector_env(self, max_steps: int | None = None, **changes: int) -> Any:
+    def vector_env(self, max_steps: int | None = None, first: int = 0, **changes: int) -> Any:
         """Make the environments of a run, with changes of num_envs or workers.
 
         max_steps: actions after which episodes are truncated, if there is no shorter time limit.
+        first: number of the first of these environments among those of all processes.
         """
         assert self.make_env is not None
-        make = self.make_env
+        running = {**self.running, **changes}
+        count = running.get("num_envs", 1)
+        makers: list[Callable[[], Any]] = [self.make_env] * count
+        if self.tasks is not None:
+            makers = [self.tasks.maker(task) for task in self.find_tasks(first, count)]
         if max_steps is not None and max_steps < (self.episode_length or math.inf):
-            make = functools.partial(make_limited_env, make, max_steps)
-        return make_vector_env(make, keys=self.obs.parts, **{**self.running, **changes})
+            makers = [functools.partial(make_limited_env, make, max_steps) for make in makers]
+        return make_vector_env(makers, keys=self.obs.parts, **{**running, "num_envs": count})
+
+    def find_tasks(self, first: int, count: int) -> list[int]:
+        """Return the number of the task of each of `count` environments from `first` on."""
+        numbers = [0] if self.tasks is None else self.tasks.playable
+        return [numbers[i % len(numbers)] for i in range(first, first + count)]
+
+    def collecting(self) -> dict[str, Any]:
+        """Return what a collector has to know of the tasks of this process's environments."""
+        if self.tasks is None:
+            return {"frames_per_step": self.frames_per_step}
+        count = self.running["num_envs"]
+        numbers = self.find_tasks(rank() * count, count)
+        infos = [self.tasks.infos[number] for number in numbers]
+        return {
+            "frames_per_step": [info.frames_per_step for info in infos],
+            "names": [info.name for info in infos],
+            "masks": self.tasks.action_masks(numbers),
+        }
 
     def build_model(self, config: Mapping[str, Any]) -> nn.Module:
         """Build the model section's class for this task.
 
-        `episode_length`, `episodic` and `obs_order` are filled in where the section leaves them
-        null.
+        `episode_length`, `episodic`, `obs_order` and, for several tasks, `action_dims` and
+        `episode_lengths` are filled in where the section leaves them null.
         """
         known: dict[str, Any] = {"episode_length": self.episode_length, "episodic": "auto"}
         known["obs_order"] = self.obs_order
+        if self.tasks is not None:
+            known["episode_lengths"] = [info.episode_length for info in self.tasks.infos]
+        if self.action_dims is not None:
+            known["action_dims"] = list(self.action_dims)
+            if config.get("action_dims") not in (None, known["action_dims"]):
+                raise ValueError(
+                    f"model.action_dims is {config['action_dims']}, but the tasks have "
+                    f"{known['action_dims']} actions; leave it out"
+                )
         filled = {k: v for k, v in known.items() if k in config and config[k] is None}
         model = build_model({**config, **filled}, *self.spaces)
         if lacking := find_missing_methods(model):
@@ -150,10 +195,22 @@ class Task:
                 "observations:",
                 *lines,
                 f"actions: {self.actions.action_dim} ({kind})",
+                *self._describe_tasks(),
                 *self._describe_workers(),
                 *([] if self.episode_length or self.make_env is None else [NO_LIMIT]),
             ]
         )
+
+    def _describe_tasks(self) -> list[str]:
+        """Return a line about each task."""
+        if self.tasks is None:
+            return []
+        lines = [
+            f"  {escape(info.name):<16} {info.width} numbers, {info.actions} actions, "
+            f"{info.episode_length or 'endless'} steps of {info.frames_per_step} frames"
+            for info in self.tasks.infos
+        ]
+        return [f"tasks: {len(self.tasks)}", *lines]
 
     def _describe_workers(self) -> list[str]:
         """Return a line about the processes that step the environments."""
@@ -174,6 +231,8 @@ def env_maker(env: Mapping[str, Any]) -> Callable[[], Any]:
     """
     if env["_target_"] is None:
         raise ValueError("there is no environment; name one: env=gymnasium env.id=CartPole-v1")
+    if env["_target_"] == MULTITASK:
+        return _make_task_set(env)
     make = import_target(str(env["_target_"]))
     kept = {k: v for k, v in env.items() if k not in (*RUNNING, "obs") and not k.startswith("_")}
     options, around = split_options(make, kept)
@@ -181,6 +240,33 @@ def env_maker(env: Mapping[str, Any]) -> Callable[[], Any]:
     if not around:
         return functools.partial(make, **options)
     return functools.partial(make_custom_env, make, options, **around)
+
+
+def _make_task_set(env: Mapping[str, Any]) -> TaskSet:
+    """Return what makes the environments of env=multitask."""
+    makers: dict[str, Any] = {}
+    for task in expand_tasks(env):
+        try:
+            makers[task.name] = task.info or env_maker(task.env)
+        except ValueError as error:
+            raise ValueError(f"env.tasks: {task.name}: {error}") from error
+    return TaskSet(makers, env.get("obs"))
+
+
+def _require_multiple(num_envs: int, tasks: TaskSet) -> None:
+    """Raise ValueError unless every task has equally many of the environments of a run."""
+    count = len(tasks)
+    if lacking := [tasks.names[i] for i in range(count) if i not in tasks.playable]:
+        raise ValueError(
+            f"env.tasks: {list_names(lacking)} have no simulator here, only recorded data; "
+            "expected tasks to collect from; leave them out, or train on data: data=offline"
+        )
+    if num_envs % count:
+        valid = [n for n in (num_envs - num_envs % count, num_envs + count - num_envs % count) if n]
+        raise ValueError(
+            f"env.num_envs is {num_envs}, but there are {count} tasks; expected a multiple, so "
+            f"that each task has as many environments; set it to {' or '.join(map(str, valid))}"
+        )
 
 
 @contextmanager
@@ -228,6 +314,7 @@ def open_saved_run(path: Path, overrides: Overrides) -> tuple[dict[str, Any], di
                 f"of the training command, or leave {key_of(arg)} out"
             )
     section = compose_env(env_overrides, config["env"])
+    require_same_tasks(path, config["env"], section)
     if config["model"]["_target_"] not in REGISTERED:  # the name of a family in a saved model
         require_trusted({"model": config["model"]}, overrides)
     require_trusted({"env": section, "planner": config["planner"]}, overrides)
@@ -266,96 +353,3 @@ def load_actor(path: Path, config: Mapping[str, Any], task: Task, device: Any = 
                 "choose the environment in which it was trained"
             )
     return task.build_actor(model, config["planner"])
-
-
-class Evaluator:
-    """Scores an actor in its own environments.
-
-    ranks: the other processes of a run, which share the episodes and return the same scores.
-    stops: returns whether this process asks to stop; called after every step.
-    say: prints lines about the progress.
-    """
-
-    def __init__(
-        self,
-        task: Task,
-        actor: Actor,
-        settings: Mapping[str, Any],
-        ranks: Ranks | None = None,
-        stops: Callable[[], bool] = lambda: False,
-        say: Callable[[str], None] = print,
-    ) -> None:
-        self.task, self.actor, self.settings = task, actor, settings
-        self.ranks, self.stops, self.say = ranks or Ranks(), stops, say
-
-    def score_unfinished(self) -> dict[str, float]:
-        """Score an unfinished run, with other seeds than the final evaluation."""
-        return self(self.settings["episodes_during"], self.settings["seed"] + 1_000_000)
-
-    def __call__(
-        self, episodes: int, seed: int | None = None, film: Film | None = None
-    ) -> dict[str, float]:
-        """Return the means "return", "length" and, if known, "success", and "return_std".
-
-        film: records the episodes of the first environment.
-
-        Raises:
-            EvaluationStopped: a process asked to stop.
-        """
-        # Environment i has the same seed and episodes, whichever rank runs it.
-        count, size = min(self.settings["num_envs"], episodes), self.ranks.size
-        shares = share_episodes(episodes, min(max(count, size), episodes))
-        first, end = (rank * len(shares) // size for rank in (self.ranks.rank, self.ranks.rank + 1))
-        most = self.settings.get("max_steps", EvaluationConfig.max_steps)  # the first runs lack it
-        env = self.task.vector_env(most, num_envs=end - first) if end > first else None
-        model: Any = self.actor.model
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            if film is not None and env is not None:
-                film.record(env, shares[first])
-            results = evaluate(
-                self.actor,
-                env,
-                self.task.obs,
-                self.task.actions,
-                shares[first:end],
-                (self.settings["seed"] if seed is None else seed) + first,
-                self.settings["deterministic"],
-                self.ranks,
-                self._watch(sum(shares[first:end])),
-            )
-        finally:
-            for module, mode in modes:
-                module.training = mode
-            if env is not None:
-                env.close()
-        cut = sum(result["length"] >= most for result in results)
-        if cut and self.ranks.rank == 0 and (self.task.episode_length or math.inf) > most:
-            self.say(
-                f"{cut} of the {len(results)} evaluated episodes were cut off after {most:,} steps "
-                "(evaluation.max_steps), and their returns are those up to there"
-            )
-        names = sorted({name for result in results for name in result})
-        scores = {
-            n: float(np.mean([result[n] for result in results if n in result])) for n in names
-        }
-        scores["return_std"] = float(np.std([r["return"] for r in results]))
-        return scores
-
-    def _watch(self, episodes: int) -> Watch:
-        """Return a function that prints a line from time to time, and whether to stop."""
-        start = last = time.monotonic()
-
-        def watch(ended: int, steps: int) -> bool:
-            nonlocal last
-            now = time.monotonic()
-            if self.ranks.rank == 0 and now >= last + LOG_INTERVAL:
-                last = now
-                self.say(
-                    f"evaluating: {ended} of {episodes} episodes | {steps:,} steps | "
-                    f"{steps / max(now - start, 1e-9):,.0f} steps/s"
-                )
-            return self.stops()
-
-        return watch

@@ -14,6 +14,7 @@ from worldloom.app.command_line import parse_settings, run_command, split_settin
 from worldloom.app.compose import Overrides, compose_env
 from worldloom.app.task import env_maker, name_failing_env
 from worldloom.check.environment import EnvProblems, check_env
+from worldloom.envs.suites.multitask import TaskSet
 from worldloom.errors import require_positive
 
 
@@ -38,7 +39,13 @@ def check_command(overrides: Overrides) -> None:
     section = compose_env(env_overrides)
     try:
         with name_failing_env(section["_target_"]):
-            print(check_env(env_maker(section), **vars(settings), **(section.get("obs") or {})))
+            make, choice = env_maker(section), section.get("obs") or {}
+            if not isinstance(make, TaskSet):
+                print(check_env(make, **vars(settings), **choice))
+                return
+            for task in make.playable:  # which have made the choice of observations
+                print(f"{make.names[task]}:")
+                print(check_env(make.maker(task), **vars(settings)))
     except EnvProblems as found:
         print(found)
         sys.exit(1)

@@ -13,6 +13,7 @@ from worldloom.datasets.episode import Dataset, Episode, require_same_spaces
 from worldloom.datasets.folder import open_folder
 from worldloom.datasets.hdf5 import SUFFIXES, open_hdf5
 from worldloom.datasets.minari import open_minari
+from worldloom.datasets.tensordicts import SUFFIX, open_tensordicts
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.memory import require_memory
 
@@ -29,7 +30,7 @@ def open_dataset(
     choice: Mapping[str, str | None] | None = None,
     episode_length: int | None = None,
 ) -> Dataset:
-    """Open a folder of episodes, HDF5 files in D4RL's layout, or a Minari dataset.
+    """Open a folder of episodes, HDF5 files in D4RL's or .pt files in TD-MPC2's layout, or Minari.
 
     path: folder, file, or id of a Minari dataset.
     obs, actions: of the environment in which a model will act; the data must match them.
@@ -68,14 +69,18 @@ def _find_reader(path: Path) -> tuple[Reader, Path]:
         suffixes = {path.suffix}
     else:
         return open_minari, _find_minari(path)
-    npz, hdf5 = ".npz" in suffixes, bool(suffixes & {*SUFFIXES})
-    if npz == hdf5:
+    hdf5: dict[str, tuple[str, Reader]] = dict.fromkeys(SUFFIXES, ("HDF5", open_hdf5))
+    known = {".npz": (".npz", open_folder), **hdf5, SUFFIX: (SUFFIX, open_tensordicts)}
+    kinds = dict(known[suffix] for suffix in sorted(suffixes) if suffix in known)
+    if len(kinds) != 1:
+        both = f"both {' and '.join(sorted(kinds))} files"
         raise ValueError(
-            f"{path} holds {'both .npz and HDF5 files' if npz else 'no data'}; expected .npz files,"
-            " one per episode (see worldloom/datasets/folder.py), HDF5 files in D4RL's layout "
-            "(.hdf5, .h5), or a Minari dataset (data/metadata.json)"
+            f"{path} holds {both if kinds else 'no data'}; expected .npz "
+            "files, one per episode (see worldloom/datasets/folder.py), HDF5 files in D4RL's "
+            "layout (.hdf5, .h5), .pt files in TD-MPC2's (see worldloom/datasets/tensordicts.py), "
+            "or a Minari dataset (data/metadata.json)"
         )
-    return open_folder if npz else open_hdf5, path
+    return next(iter(kinds.values())), path
 
 
 def _find_minari(path: Path) -> Path:

@@ -4,7 +4,7 @@ Letters used in shapes: N steps of an episode, A = width of an action.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -45,6 +45,7 @@ class Dataset:
     path: as given by the user. obs, actions: spaces of the data, as models see them.
     lengths: steps of each episode. read: starts reading all episodes.
     env: section of the configuration that made its environment, if the dataset contains it.
+    action_dims: how many actions each task uses, if there are several tasks.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Dataset:
     lengths: list[int]
     read: Callable[[], Iterator[Episode]]
     env: dict[str, Any] | None = None
+    action_dims: Sequence[int] | None = None
 
     def __len__(self) -> int:
         """Count the episodes."""

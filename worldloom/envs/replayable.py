@@ -7,7 +7,7 @@ Letters used in shapes: N environments, T steps.
 
 import logging
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -188,6 +188,7 @@ class LocalVectorEnv(SyncVectorEnv):
         new episode, with reward 0, as after a restart of a worker.
     notes: pairs (kind, text) for `report_once`.
 
+    makers: a function for each environment, which makes it.
     keys: of the flattened observations that are read; None for all. Others are left out.
     first: number of the first environment, for messages.
 
@@ -198,12 +199,12 @@ class LocalVectorEnv(SyncVectorEnv):
 
     def __init__(
         self,
-        make_env: Callable[[], gym.Env],
-        num_envs: int,
+        makers: Sequence[Callable[[], gym.Env]],
         keys: Collection[str] | None = None,
     ) -> None:
-        makers = [lambda: ReplayableEpisodes(make_env())] * num_envs
-        super().__init__(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
+        wrapped = [lambda make=make: ReplayableEpisodes(make()) for make in makers]
+        super().__init__(wrapped, autoreset_mode=AutoresetMode.NEXT_STEP)
+        num_envs = len(makers)
         self.first = 0
         self._seed: int | None = None
         self._reader = ObsReader(self.single_observation_space, num_envs, keys)

@@ -5,7 +5,7 @@ Letters used in shapes: N environments, A = width of a model's action.
 
 import logging
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -77,7 +77,7 @@ def make_limited_env(make_env: MakeEnv, steps: int) -> gym.Env:
 
 
 def make_vector_env(
-    make_env: MakeEnv,
+    make_env: MakeEnv | Sequence[MakeEnv],
     num_envs: int = 1,
     workers: int | Literal["auto"] = 0,
     timeout: float = 120.0,
@@ -85,7 +85,8 @@ def make_vector_env(
 ) -> VectorEnv:
     """Make N copies of an environment that are stepped together.
 
-    make_env: any function without arguments that returns a new gymnasium environment.
+    make_env: any function without arguments that returns a new gymnasium environment, or a list of
+        N of them, whose environments have the same spaces.
     workers: number of processes that step the copies, which pays if a step takes over 1 ms; 0
         steps them one after the other in this process; "auto" measures a step and chooses.
     timeout: seconds for a step before a worker is replaced, as after a crash.
@@ -94,12 +95,22 @@ def make_vector_env(
     The step after the end of an episode ignores its action and returns the next episode's first
     observation (gymnasium's NEXT_STEP autoreset); `RowStream` turns that into rows.
     """
-    if not callable(make_env):
+    makers = [make_env] * num_envs if callable(make_env) else make_env
+    if (
+        isinstance(makers, str)
+        or not isinstance(makers, Sequence)
+        or not all(map(callable, makers))
+    ):
         raise TypeError(
             f"make_env is {make_env!r}; expected a function that makes an environment; for example "
             "make_vector_env(lambda: gymnasium.make('CartPole-v1'))"
         )
     require_positive(num_envs=num_envs)
+    if len(makers) != num_envs:
+        raise ValueError(
+            f"make_env has {len(makers)} functions, but num_envs is {num_envs}; expected one for "
+            "each environment"
+        )
     if workers != "auto" and (isinstance(workers, str) or workers < 0):
         raise ValueError(f"workers is {workers!r}; expected 'auto' or at least 0")
     if not 0 < timeout <= MAX_TIMEOUT:
@@ -108,21 +119,21 @@ def make_vector_env(
             "set it to several times the duration of the slowest reset"
         )
     if workers == "auto":
-        probe = ReplayableEpisodes(make_single_env(make_env))
+        probe = ReplayableEpisodes(make_single_env(makers[0]))
         workers = choose_workers(probe, num_envs)
         probe.close()
-    make_envs = partial(_make_envs, make_env, None if keys is None else {*keys})
+    make_envs = partial(_make_envs, makers, None if keys is None else {*keys})
     if workers:
         return WorkerVectorEnv(make_envs, num_envs, workers, timeout)
-    return make_envs(num_envs)
+    return make_envs(range(num_envs))
 
 
-def _make_envs(make_env: MakeEnv, keys: set[str] | None, num_envs: int) -> LocalVectorEnv:
-    """Make environments that are stepped one after the other in this process."""
-    env = LocalVectorEnv(partial(make_single_env, make_env), num_envs, keys)
-    if len({id(copy.unwrapped) for copy in env.envs}) < num_envs:
+def _make_envs(makers: Sequence[MakeEnv], keys: set[str] | None, indices: range) -> LocalVectorEnv:
+    """Make the environments with these numbers, stepped one after the other in this process."""
+    env = LocalVectorEnv([partial(make_single_env, makers[i]) for i in indices], keys)
+    if len({id(copy.unwrapped) for copy in env.envs}) < len(indices):
         raise ValueError(
-            f"make_env returned the same {env.envs[0]} more than once for num_envs={num_envs}; "
+            f"make_env returned the same {env.envs[0]} more than once for num_envs={len(makers)}; "
             "expected a new environment from each call; create it inside the function"
         )
     return env

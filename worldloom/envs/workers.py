@@ -46,12 +46,12 @@ class WorkerVectorEnv(VectorEnv):
     with new seeds. Their next rows are their first observations, with reward 0, and
     infos["restarted"] [N] bool, which is present only in such a step, marks them.
 
-    make_envs: function of a number n that makes n environments stepped together.
+    make_envs: function of a range that makes the environments with these numbers, stepped together.
     """
 
     def __init__(
         self,
-        make_envs: Callable[[int], VectorEnv],
+        make_envs: Callable[[range], VectorEnv],
         num_envs: int,
         workers: int,
         timeout: float = 120.0,
@@ -60,7 +60,7 @@ class WorkerVectorEnv(VectorEnv):
         self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
         count = min(workers, num_envs)
         shares = [range(num_envs * k // count, num_envs * (k + 1) // count) for k in range(count)]
-        codes = [pickle.dumps(CloudpickleWrapper(partial(make_envs, len(s)))) for s in shares]
+        codes = [pickle.dumps(CloudpickleWrapper(partial(make_envs, share))) for share in shares]
         self._workers = [EnvProcess(*x, timeout) for x in zip(codes, shares, strict=True)]
         # Runs before multiprocessing's exit handler, which waits for the processes forever.
         self._stop = Finalize(self, EnvProcess.stop, (self._workers,), exitpriority=10)

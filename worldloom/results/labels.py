@@ -71,6 +71,8 @@ def name_task(config: Mapping[str, Any]) -> str:
     for key in ("env.id", "env.task", "env.game"):
         if config.get(key) is not None:
             return str(config[key])
+    if tasks := config.get("env.tasks"):
+        return tasks if isinstance(tasks, str) else f"{len(tasks)} tasks"
     target = str(config.get("env._target_") or config.get("data.path") or "")
     suite = re.fullmatch(r"worldloom\.envs\.suites\.(\w+)\.make_env", target)
     return suite[1] if suite else target.rpartition("/")[2]

@@ -268,6 +268,8 @@ def describe_scores(scores: dict[str, float], highest: float | None) -> str:
     parts = [f"return {scores['return']:.4g}{spread}", f"length {scores['length']:.4g}"]
     if "success" in scores:
         parts.append(f"success {scores['success']:.2f}")
+    if "normalized_score" in scores:
+        parts.append(f"normalized score {scores['normalized_score']:.2f}")
     best = "" if is_best(scores["return"], highest) else f": {highest:.4g}"
     return f"{', '.join(parts)} (best so far{best})"
 

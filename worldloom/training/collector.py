@@ -3,6 +3,7 @@
 Letters used in shapes: N environments, A = width of an action.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,11 +27,15 @@ class Collector:
     """Step N environments with an actor; each step adds one row per environment to a buffer.
 
     random_steps: number of environment steps with random actions at the start.
-    frames_per_step: simulator frames per environment step (action repeat).
+    frames_per_step: simulator frames per environment step (action repeat), or those of each
+        environment.
+    names: of the task of each environment, if there are several tasks. The summaries of episodes
+        then have "TASK/return" and so on, too.
+    masks: [N, A], 1 for the actions that exist in each environment; random actions are 0 elsewhere.
 
     The following are those of all ranks together, and the same in each of them.
 
-    env_steps: steps of all environments together; resets do not count.
+    env_steps: steps of all environments together; resets do not count. frames: of the simulators.
     episodes: number of finished episodes. returns: those of the last 20.
     finished: {"return", "length", "success" if the environment's info has it} and the counters of
         the episodes that are not logged yet; the logging callback empties the list.
@@ -47,13 +52,16 @@ class Collector:
         action_spec: ActionSpec,
         seed: int = 0,
         random_steps: int = 0,
-        frames_per_step: int = 1,
+        frames_per_step: int | Sequence[int] = 1,
+        names: Sequence[str] = (),
+        masks: np.ndarray | None = None,
     ) -> None:
         self.rows = RowStream(env, obs_spec, action_spec)
         self.actor, self.buffer = actor, buffer
-        self.random_steps, self.frames_per_step = random_steps, frames_per_step
+        self.random_steps, self.names, self.masks = random_steps, list(names), masks
         self.num_envs = self.rows.num_envs
-        self.env_steps = 0
+        self.frames_per_step = np.broadcast_to(frames_per_step, self.num_envs)
+        self.env_steps = self.frames = 0
         self.episodes = 0
         self.returns: list[float] = []
         self.finished: list[dict[str, float]] = []
@@ -73,18 +81,19 @@ class Collector:
         Raises:
             RankError: another rank failed.
         """
-        steps, failed = 0, None
+        steps, frames, failed = 0, 0, None
         ended: list[dict[str, float]] = []
         try:
-            steps, ended = self._step()
+            steps, frames, ended = self._step()
         except Exception as error:
             if self.ranks.size == 1:
                 raise
             failed = error
-        counts = (steps, len(ended), self.rows.restarts, stop, failed is not None)
+        counts = (steps, frames, len(ended), self.rows.restarts, stop, failed is not None)
         shared = self.ranks.share(*counts)
-        steps, new, restarts, stops, failures = shared.sum(0).tolist()
+        steps, frames, new, restarts, stops, failures = shared.sum(0).tolist()
         self.env_steps += steps
+        self.frames += frames
         self._restarts_elsewhere = restarts - self.rows.restarts
         if new:
             ended = [episode for episodes in self.ranks.gather(ended) for episode in episodes]
@@ -102,8 +111,8 @@ class Collector:
             raise failed or RankError(f"rank {first} failed: {text}")
         return bool(stops)
 
-    def _step(self) -> tuple[int, list[dict[str, float]]]:
-        """Step this rank's environments; return the number of steps and the episodes that ended."""
+    def _step(self) -> tuple[int, int, list[dict[str, float]]]:
+        """Step this rank's environments; return steps, frames and the episodes that ended."""
         if not self._running:
             self.rows.reset(seed=int(self._rng.integers(2**31)))
             self._memory, self._running = None, True
@@ -125,7 +134,14 @@ class Collector:
         ended = rows.step(actions)
         self._running = True
         # A first row results from a reset, which is not a step.
-        return int(np.count_nonzero(~rows.is_first)), [episode for _, episode in ended]
+        moved = ~rows.is_first
+        frames = int(self.frames_per_step[moved].sum())
+        return int(np.count_nonzero(moved)), frames, [self._label(*episode) for episode in ended]
+
+    def _label(self, index: int, episode: dict[str, float]) -> dict[str, float]:
+        """Add the values under the name of the task to the summary of an episode."""
+        name = self.names[index] if self.names else None
+        return episode | ({f"{name}/{k}": v for k, v in episode.items()} if name else {})
 
     @property
     def restarts(self) -> int:
@@ -134,8 +150,7 @@ class Collector:
 
     def counters(self) -> dict[str, int]:
         """Return env_steps, frames (simulator steps), episodes and restarts so far."""
-        frames = self.env_steps * self.frames_per_step
-        counts = {"env_steps": self.env_steps, "frames": frames, "episodes": self.episodes}
+        counts = {"env_steps": self.env_steps, "frames": self.frames, "episodes": self.episodes}
         return {**counts, "restarts": self.restarts}
 
     def close(self) -> None:
@@ -153,6 +168,7 @@ class Collector:
         rows = self.rows.state_dict() if running else None
         return {
             "env_steps": self.env_steps,
+            "frames": self.frames,
             "episodes": self.episodes,
             "returns": list(self.returns),
             "finished": [dict(episode) for episode in self.finished],
@@ -173,6 +189,8 @@ class Collector:
             self.rows.load_state_dict(arrays)
             self._memory, self._running = Memory.from_state_dict(state["memory"]), True
         self.env_steps = state["env_steps"]
+        # The first runs lack it.
+        self.frames = state.get("frames", self.env_steps * int(self.frames_per_step[0]))
         self.episodes = state["episodes"]
         self.returns = list(state["returns"])
         self.finished = [dict(episode) for episode in state["finished"]]
@@ -188,6 +206,8 @@ class Collector:
         # Keep the latent state up to date: the actor may take over in the middle of an episode.
         state = self.actor.observe(rows.obs, rows.is_first, self._memory)
         actions = rows.action_spec.sample(self._rng, self.num_envs)
+        if self.masks is not None:
+            actions *= self.masks
         return Memory(state, torch.as_tensor(actions, device=device))
 
     @torch.no_grad()

@@ -45,7 +45,7 @@ class Hyperparameters:
     discount_max: float
     episode_length: int | None
     episodic: bool | str | None
-    task_dim: int
+    task_dim: Any  # int after the checks
     action_dims: Sequence[int] | None
     episode_lengths: Sequence[int | None] | None
     mpc: bool
@@ -60,7 +60,9 @@ class Hyperparameters:
     decoder: bool
 
     def __post_init__(self) -> None:
-        """Check ranges."""
+        """Check ranges; a task_dim of None becomes the official one."""
+        if self.task_dim is None:
+            object.__setattr__(self, "task_dim", 96 if self.action_dims else 0)
         require(self.num_q >= 2, "num_q", self.num_q, "at least 2: two of them make a target")
         groups = f"a multiple of simnorm_dim = {self.simnorm_dim}"
         require(self.latent_dim % self.simnorm_dim == 0, "latent_dim", self.latent_dim, groups)
