@@ -37,13 +37,26 @@ LATER = (
     "results.labels",
     "training.callbacks",
     "training.checkpoints",
+    "training.collector",
     "training.datamodule",
     "training.logger_guard",
     "training.loggers",
     "training.module",
+    "training.monitors",
     "training.optimizers",
+    "training.pictures",
     "training.progress",
 )
+PACKAGES = (
+    *("h5py", "minari", "gymnasium.envs.classic_control", "PIL.ImageFont", "PIL.GifImagePlugin"),
+    *("torch.utils.tensorboard", "tensorboard.plugins.hparams.metadata", "torch.profiler"),
+)
+WORDS = [
+    *("experiment=cartpole", "env=gymnasium", "env.id=CartPole-v1", "model=dreamerv3_size1m"),
+    *("model.units=8", "training.learning_rate=1e-3", "checkpoint.every=3updates", "name=a-b_c"),
+    *("~callbacks.open_loop", "+trainer.max_steps=-1", "optimizer.betas=[0.9,0.999]", "seed=0"),
+    *("data.capacity=1000", "env.workers=auto", "init_from=/tmp/a.ckpt", "env.pixels=true"),
+]
 WAITS = os.WEXITED | os.WNOHANG | os.WNOWAIT
 SECONDS = 240  # that a command may take, on a machine with other jobs
 
@@ -171,11 +184,14 @@ def fork(
 if __name__ == "__main__":
     for name in (*COMMANDS, *LATER):
         importlib.import_module(f"worldloom.{name}")
-    for package in ("h5py", "minari", "torch.utils.tensorboard", "PIL.ImageFont"):
+    for package in PACKAGES:
         with contextlib.suppress(ImportError):
             importlib.import_module(package)
     cli = importlib.import_module("worldloom.app.compose")
-    cli.compose_config()  # Hydra looks for its plugins once
+    # Hydra looks for its plugins once, and its parser learns from what it reads.
+    cli.compose_config(*WORDS)
+    validation = importlib.import_module("worldloom.app.validation")
+    validation.top_level_keys()
     presets = importlib.import_module("worldloom.presets")
     for name in presets.preset_names():  # they are read once
         presets.load_preset(name)

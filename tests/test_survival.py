@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,8 +137,8 @@ def kill_and_resume(server, name, kills, seed, cwd, expected):
 
 
 @pytest.mark.parametrize("name", ["dreamerv3, vectors"])  # all: the slow test below
-def test_five_kills_change_nothing(server, straight, tmp_path, name):
-    kill_and_resume(server, name, 5, name, tmp_path, straight(name))
+def test_three_kills_change_nothing(server, straight, tmp_path, name):
+    kill_and_resume(server, name, 3, name, tmp_path, straight(name))
 
 
 @pytest.mark.slow
@@ -147,8 +148,8 @@ def test_many_kills_change_nothing(server, straight, tmp_path, name, seed):
     kill_and_resume(server, name, 5, seed, tmp_path, straight(name))
 
 
-SAVES = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
-RARER = [signal.SIGUSR1, signal.SIGUSR2]
+SAVES = [signal.SIGTERM, signal.SIGINT]
+RARER = [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
 
 
 @pytest.mark.parametrize(
@@ -202,10 +203,8 @@ def test_auto_is_the_same_command_again_and_again(server, straight, tmp_path):
     require_equal(folder, straight(name))
 
 
-def test_a_run_can_be_extended_with_what_was_changed_written_down(server, tmp_path):
-    name = "dreamerv3, vectors"
-    folder = tmp_path / "run"
-    server.good([*RUNS[name], f"hydra.run.dir={folder}"], tmp_path)
+def test_a_run_can_be_extended_with_what_was_changed_written_down(server, straight, tmp_path):
+    folder = shutil.copytree(straight("dreamerv3, vectors"), tmp_path / "run")
     before = len(metrics(folder))
     words = [f"resume={folder}", "training.total_steps=180", "training.learning_rate=1e-3"]
     done = server.good(words, tmp_path)
@@ -372,7 +371,8 @@ def make_env(fault):
 def faulty(fault, cwd, *words):
     (cwd / "my_env.py").write_text(FAULTY)
     own = ["env=custom", "env._target_=my_env.make_env", f"+env.fault='{fault}'"]
-    return [*DREAMER, *own, *words, "env.num_envs=2", f"hydra.run.dir={cwd / 'run'}"]
+    words = [*words, "env.num_envs=2", "training.total_steps=100"]
+    return [*DREAMER, *own, *words, f"hydra.run.dir={cwd / 'run'}"]
 
 
 @pytest.mark.parametrize(
@@ -385,14 +385,14 @@ def test_a_broken_worker_is_replaced_and_the_run_goes_on(server, tmp_path, fault
     assert f": {reason}" in done["out"] + done["err"]
     restarts = [row["restarts"] for row in metrics(tmp_path / "run") if row["restarts"]]
     assert float(restarts[-1]) == 1
-    assert int(metrics(tmp_path / "run")[-1]["step"]) >= 140
+    assert int(metrics(tmp_path / "run")[-1]["step"]) >= 100
 
 
 def test_a_nan_in_an_observation_ends_its_episode_and_the_run_goes_on(server, tmp_path):
     done = server.good(faulty("no number", tmp_path), tmp_path)
     assert (done["out"] + done["err"]).count("returned nan in the observation") == 1
     last = metrics(tmp_path / "run")[-1]
-    assert int(last["step"]) >= 140
+    assert int(last["step"]) >= 100
     restarts = [row["restarts"] for row in metrics(tmp_path / "run") if row["restarts"]]
     assert float(restarts[-1]) == 2  # one in each environment
 
