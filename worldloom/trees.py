@@ -19,6 +19,11 @@ def map_tree(fn: Callable[[Any], Any], tree: Any, sequence: type | None = None) 
     return fn(tree)
 
 
+def to_device(batch: Any, device: Any) -> Any:
+    """Move the tensors of a nested dict to a device, into new dicts."""
+    return map_tree(lambda x: x.to(device), batch)
+
+
 def flatten_tree(
     tree: Any, separator: str = "/", *, lists: bool = False, prefix: str = ""
 ) -> dict[str, Any]:

@@ -310,6 +310,112 @@ def test_online_pointer_moves_on_when_the_ring_overtakes_it():
     assert index[2:, 1].min() >= 15 and index[2:, 1].max() <= 21
 
 
+def test_the_queue_waits_for_episodes_to_finish():
+    buffer = ReplayBuffer(200, online_queue=True, finished_episodes=True)
+    buffer.add_episode(**episode(8))  # rows 0 to 8
+    no = np.array([False])
+    row = {"obs": np.zeros((1, 4)), "actions": np.zeros((1, 2)), "rewards": np.zeros(1)}
+    for t in range(11):
+        buffer.add(**row, is_first=np.array([t == 0]), is_last=no, is_terminal=no)
+    starts = buffer.sample(4, 4)["index"][:, 1]
+    assert starts[:2].tolist() == [0, 4] and starts.max() <= 5
+    buffer.add(**row, is_first=no, is_last=~no, is_terminal=no)
+    assert buffer.sample(4, 4)["index"][:3, 1].tolist() == [8, 12, 16]
+
+
+# ---- draws by episode, and of finished episodes only --------------------------------------------
+
+
+def drawable(recorder, length, rows, finished):
+    """Return the starts in each episode with `length` rows or more, {(env, episode): starts}."""
+    found = {}
+    for env, log in enumerate(recorder.log):
+        numbers = [int(row["obs"][1]) for row in log]
+        end = len(log)
+        if finished and not log[-1]["is_last"]:
+            end = numbers.index(numbers[-1])
+        for start in range(max(0, len(log) - rows), end - length + 1):
+            if numbers[start] == numbers[start + length - 1]:
+                found.setdefault((env, numbers[start]), []).append(start)
+    return found
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    length=st.integers(1, 6),
+    finished=st.booleans(),
+    by_episode=st.booleans(),
+    rows=st.integers(12, 60),
+    seed=st.integers(0, 99),
+)
+def test_draws_are_from_the_allowed_episodes_and_from_all(
+    steps, length, finished, by_episode, rows, seed
+):
+    """Rows are added between draws, so the list of episodes is continued and its ring overtaken."""
+    options = {"draw_by": "episode" if by_episode else "start", "finished_episodes": finished}
+    buffer = ReplayBuffer(2 * rows, num_envs=2, seed=seed, **options)
+    recorder = Recorder(buffer, seed, end=0.2, abandon=0.05)
+    recorder.step()
+    for count in steps:
+        recorder.step(count)
+        expected = drawable(recorder, length, rows, finished)
+        assert buffer.can_sample(length, across_episodes=False) == bool(expected)
+        if not expected:
+            with pytest.raises(ValueError, match=r"episodes? (in the replay have|has) \d+ "):
+                buffer.sample(2, length, across_episodes=False)
+            continue
+        index = buffer.sample(1500, length, across_episodes=False)["index"].tolist()
+        starts = {(env, start) for (env, _), x in expected.items() for start in x}
+        # A start is missed with probability (1 - 1/120)^1500 = 4e-6 at most.
+        assert {tuple(pair) for pair in index} == starts
+        again = ReplayBuffer(2 * rows, num_envs=2, seed=seed + 1, **options)
+        again.load_state_dict(copy.deepcopy(buffer.state_dict()))
+        pair = [x.sample(50, length, across_episodes=False)["index"] for x in (buffer, again)]
+        assert torch.equal(*pair)
+
+
+def test_episodes_are_drawn_uniformly_and_then_the_starts_in_each():
+    buffer = ReplayBuffer(200, num_envs=2, draw_by="episode", seed=2)
+    for number, steps in enumerate([5, 30, 2, 9]):  # starts: 3, 28, none and 7
+        buffer.add_episode(**episode(steps, number), env=0)
+    buffer.add_episode(**episode(4), env=1)  # 2
+    index = buffer.sample(40_000, 4, across_episodes=False)["index"].numpy()
+    for env, start, count in [(0, 0, 3), (0, 6, 28), (0, 40, 7), (1, 0, 2)]:
+        inside = (index[:, 0] == env) & (index[:, 1] >= start) & (index[:, 1] < start + count)
+        assert abs(inside.mean() - 1 / 4) < 0.011  # five standard deviations
+        assert chi_square(torch.from_numpy(index[inside]), count) < count + 5 * (2 * count) ** 0.5
+
+
+def test_many_short_episodes_and_then_a_long_one():
+    """The list grows, and then its oldest episodes expire without new ones."""
+    buffer = ReplayBuffer(3000, draw_by="episode")
+    for number in range(700):
+        buffer.add_episode(**episode(3, number))
+        if number % 50 == 0:
+            buffer.sample(1, 4, across_episodes=False)
+    buffer.add_episode(**episode(2900))
+    starts = buffer.sample(20_000, 4, across_episodes=False)["index"][:, 1]
+    # 99 rows are left of the short episodes: 24 of them with four rows.
+    assert abs((starts < 2800).float().mean() - 24 / 25) < 0.007
+
+
+@pytest.mark.parametrize(
+    ("options", "across", "message"),
+    [
+        ({"draw_by": "length"}, False, "draw_by is 'length'; expected start or episode"),
+        ({"draw_by": "episode"}, True, "across_episodes is true; set data.across_episodes=false"),
+        ({"draw_by": "episode", "online_queue": True}, False, "set data.online_queue=false or"),
+        ({"online_queue": True}, False, "set data.online_queue=false or"),
+    ],
+)
+def test_ways_of_drawing_that_exclude_each_other(options, across, message):
+    with pytest.raises(ValueError, match=message):
+        buffer = ReplayBuffer(100, **options)
+        buffer.add_episode(**episode(8))
+        buffer.sample(1, 4, across_episodes=across)
+
+
 # ---- latents ------------------------------------------------------------------------------------
 
 LATENTS = {"deter": ReplayField((3,), torch.float16), "stoch": ReplayField((2, 2), torch.uint8)}

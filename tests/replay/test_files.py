@@ -322,6 +322,13 @@ def test_rows_of_a_damaged_file_are_never_drawn(tmp_path, storage, harm, caplog)
         index = hurt.sample(3000, length)["index"][:, 1].tolist()
         whole = {*range(23, 40 - length + 1), *range(50, 65 - length + 1)}
         assert set(index) == whole  # one of 30 is missed with probability (29/30)^3000 = 1e-44
+    options = {"online_queue": False, "draw_by": "episode"}
+    by_episode = make(tmp_path, storage, num_envs=1, **options)
+    with caplog.at_level(logging.ERROR):
+        by_episode.load_state_dict(state)
+    inside = [hurt, by_episode]
+    drawn = [{*x.sample(3000, 3, across_episodes=False)["index"][:, 1].tolist()} for x in inside]
+    assert drawn[0] == drawn[1] < {*range(23, 38), *range(50, 63)}
     assert hurt.can_sample(17) and not hurt.can_sample(18)
     with pytest.raises(ValueError, match="replay holds 17 steps but a sequence needs 18"):
         hurt.sample(1, 18)

@@ -37,6 +37,7 @@ def test_as_the_documentation_makes_it():
         ("train_ratio", -1.0, "train_ratio is -1.0; expected a finite number above 0, or null"),
         ("seed_episodes", -1, "seed_episodes is -1; expected at least 0"),
         ("prefill", 0, "prefill is 0; expected at least 1, or null for a batch"),
+        ("prefill_counts", "rows", "prefill_counts is 'rows'; expected steps or starts"),
         ("random_steps", -1, "random_steps is -1; expected at least 0"),
         ("log_every", 0, "log_every is 0; expected at least 1"),
     ],

@@ -52,9 +52,11 @@ class FakeCollector:
         self.generator.set_state(state["generator"])
 
 
-def online(num_envs=2, latents=None, length=9, seed=0, capacity=4000, queue=True, **changes):
+def online(
+    num_envs=2, latents=None, length=9, seed=0, capacity=4000, queue=True, buffer=(), **changes
+):
     options = {"num_envs": num_envs, "fields": latents, "online_queue": queue, "seed": seed}
-    buffer = ReplayBuffer(capacity, **options)
+    buffer = ReplayBuffer(capacity, **options, **dict(buffer))
     settings = {"batch_size": 4, "sequence_length": 6, "train_ratio": 8.0, "total_steps": 300}
     return ReplayDataModule(buffer, FakeCollector(buffer, length=length), **(settings | changes))
 
@@ -250,9 +252,26 @@ def test_closing_waits_and_closes_the_environments():
 # ---- resume -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("latents", [None, LATENTS])
-@pytest.mark.parametrize("stop_after", [1, 20, 55])
-def test_resume_equals_uninterrupted(latents, stop_after):
+FINISHED = {"finished_episodes": True}
+SLICES = {"across_episodes": False, "queue": False}
+BY_EPISODE = SLICES | {"buffer": {"draw_by": "episode"}}
+LOOPS = [
+    {"prefill_counts": "starts", "count_resets": True},
+    {"prefill_counts": "starts", "pretrain": True},
+    {"buffer": FINISHED},
+    SLICES | {"buffer": FINISHED},
+    BY_EPISODE,
+    BY_EPISODE | {"buffer": {"draw_by": "episode"} | FINISHED, "count_resets": True},
+]
+
+
+CASES = [(latents, {}, stop) for latents in (None, LATENTS) for stop in (1, 20, 55)]
+
+
+@pytest.mark.parametrize(
+    ("latents", "loop", "stop_after"), CASES + [(LATENTS, loop, 20) for loop in LOOPS], ids=str
+)
+def test_resume_equals_uninterrupted(latents, loop, stop_after):
     def run(data: ReplayDataModule, stop: int | None = None) -> list[dict]:
         seen = []
         for batch in data.train_dataloader():
@@ -263,7 +282,7 @@ def test_resume_equals_uninterrupted(latents, stop_after):
                 break
         return seen
 
-    settings = {"latents": latents, "capacity": 160}
+    settings = {"latents": latents, "capacity": 160} | loop
     whole = run(online(**settings))
     first = online(**settings)
     head = run(first, stop_after)
@@ -362,6 +381,11 @@ def test_under_lightning_resume_is_exact_and_the_run_ends_by_itself(tmp_path):
         ({"train_ratio": 0.0}, "train_ratio is 0.0; expected a number above 0"),
         ({"prefill": 500}, "start after 500 environment steps but total_steps is 300; raise"),
         ({"prefill": 0, "sequence_length": 200}, "start after 400 environment steps but"),
+        ({"prefill_counts": "rows"}, "prefill_counts is 'rows'; expected steps or starts"),
+        (
+            {"prefill_counts": "starts", "prefill": 290},
+            "start after 300 environment steps but total_steps is 300; raise",
+        ),
     ],
 )
 def test_bad_settings(changes, message):
@@ -376,6 +400,39 @@ def test_episodes_too_short_to_train_on_are_reported_soon():
     ):
         next(iter(data.train_dataloader()))
     assert data.env_steps < 60
+
+
+def test_prefill_waits_for_a_finished_episode():
+    data = online(length=200, buffer=FINISHED, total_steps=10**6)
+    next(iter(data.train_dataloader()))
+    assert data.env_steps == 404  # 24 would be enough otherwise
+    endless = online(length=10**6, buffer=FINISHED)
+    with pytest.raises(ValueError, match="finished episodes in the replay have 0 consecutive rows"):
+        next(iter(endless.train_dataloader()))
+    assert endless.env_steps == 300
+
+
+def test_counting_resets_from_a_resume_on_owes_no_burst():
+    first = online()
+    for _ in range(10):
+        next(iter(first.train_dataloader()))
+    second = online(count_resets=True)
+    second.load_state_dict(through_file(first.state_dict()))
+    next(iter(second.train_dataloader()))
+    assert second.env_steps - first.env_steps <= 4
+    assert second.updates == first.updates + 1
+
+
+def test_forecast_of_updates_with_resets_and_starts():
+    """Before, during and after: one row in ten is that of a reset."""
+    for loop in ({}, *LOOPS, LOOPS[0] | {"train_ratio": 100.0, "prefill": 100}):
+        data = online(total_steps=900, **loop)
+        forecasts = [data.expected_updates]
+        for _ in data.train_dataloader():
+            if data.updates in (1, 150):
+                forecasts.append(data.expected_updates)
+        for forecast, error in zip(forecasts, (0.12, 0.06, 0.02), strict=True):
+            assert forecast == pytest.approx(data.updates, rel=error)
 
 
 def test_offline_and_online_checkpoints_do_not_mix():

@@ -90,16 +90,15 @@ class Line(nn.Module):
         }
 
 
-def make(fails_at=-1, overlap=False, num_envs=4, **changes):
+def make(fails_at=-1, overlap=False, num_envs=4, buffer=(), **changes):
     size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     envs = num_envs // size
     env = make_vector_env(lambda: Walk(fails_at), num_envs=envs)
     obs = ObsSpec.from_space(env.single_observation_space)
     actions = ActionSpec.from_space(env.single_action_space)
     model, seed = Line(), seed_of_rank(5)
-    buffer = ReplayBuffer(
-        4000, (2,), 1, num_envs=envs, fields=model.replay_fields, seed=seed, online_queue=True
-    )
+    kept = {"num_envs": envs, "fields": model.replay_fields, "seed": seed, "online_queue": True}
+    buffer = ReplayBuffer(4000, (2,), 1, **kept | dict(buffer))
     collector = Collector(
         env, Actor(model), buffer, obs_spec=obs, action_spec=actions, seed=seed, frames_per_step=2
     )
@@ -143,8 +142,8 @@ def fit(model, data, *callbacks, nonfinite="stop"):
     return trainer
 
 
-def train(rank, overlap):
-    model, data = make(overlap=overlap)
+def train(rank, overlap, loop=()):
+    model, data = make(overlap=overlap, **dict(loop))
     note, writer = Note(), MetricsWriter()
     trainer = fit(model, data, note, writer)
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -191,9 +190,21 @@ def test_ranks_train_one_model_on_their_own_data_and_count_together(overlap):
     assert known["frames"] == 2 * known["env_steps"]
 
 
-def test_one_process_counts_the_same():
-    (one,) = run_ranks(train, 1, False)
-    pair, _ = run_ranks(train, 2, False)
+OFFICIAL_SLICES = {"online_queue": False, "draw_by": "episode", "finished_episodes": True}
+
+
+@pytest.mark.parametrize(
+    "loop",
+    [
+        {},
+        {"prefill_counts": "starts", "count_resets": True, "total_steps": 300},
+        {"across_episodes": False, "buffer": OFFICIAL_SLICES, "total_steps": 300},
+    ],
+    ids=str,
+)
+def test_one_process_counts_the_same(loop):
+    (one,) = run_ranks(train, 1, False, loop)
+    pair, _ = run_ranks(train, 2, False, loop)
     for key in ("updates", "env_steps", "episodes", "ratio", "replayed"):
         assert one[key] == pair[key], key
     assert one["counters"] == pair["counters"]

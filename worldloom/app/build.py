@@ -27,6 +27,7 @@ from worldloom.envs.workers import count_cores
 from worldloom.errors import escape, quote
 from worldloom.factory import transfer
 from worldloom.ranks import Ranks, rank, seed_of_rank, world_size
+from worldloom.training.config import DataConfig, TrainingConfig
 
 
 @dataclass
@@ -247,8 +248,8 @@ def build_data(
     """
     from worldloom.training import ReplayBuffer, ReplayDataModule
 
-    training, data = plain["training"], plain["data"]
-    capacity = data["capacity"]
+    training, data = plain["training"], DataConfig(**plain["data"])
+    capacity = data.capacity
     if capacity is None:
         if dataset is None:
             raise ValueError("data.capacity is null; expected steps or memory, such as 2GB")
@@ -264,21 +265,23 @@ def build_data(
         task.actions.width,
         num_envs=task.running["num_envs"] if dataset is None else 1,
         fields=getattr(actor.model, "replay_fields", None),
-        online_queue=dataset is None and data["online_queue"],
+        online_queue=dataset is None and data.online_queue,
+        draw_by=data.draw_by,
+        finished_episodes=dataset is None and data.finished_episodes,
         seed=seed_of_rank(plain["seed"]),
-        storage=data["storage"],
+        storage=data.storage,
         folder=Path(plain["folder"]) / "checkpoints" / "replay",
         expected=most if dataset is None or world_size() > 1 else None,
         share=share,
     )
     names = ("batch_size", "sequence_length", "total_steps")
-    options = {k: training[k] for k in names} | {"across_episodes": data["across_episodes"]}
+    options = {k: training[k] for k in names} | {"across_episodes": data.across_episodes}
     rows = training["sequence_length"] + buffer.context_rows
     if dataset is None:
-        _require_room(buffer, capacity, rows)
+        _require_room(buffer, capacity, rows, task.episode_length)
         return _build_online_data(plain, task, actor, buffer, options)
     filled = fill_buffer(buffer, dataset, capacity, share)
-    if not buffer.can_sample(rows, across_episodes=data["across_episodes"]):
+    if not buffer.can_sample(rows, across_episodes=data.across_episodes):
         raise ValueError(
             f"a sequence needs {rows} rows, but {dataset.path} has {len(buffer)} and its longest "
             f"episode {max(dataset.lengths) + 1}; lower training.sequence_length"
@@ -287,8 +290,8 @@ def build_data(
     return ReplayDataModule(buffer, **options)
 
 
-def _require_room(buffer: Any, capacity: int | str, rows: int) -> None:
-    """Raise ValueError if the replay has no room for one sequence of each environment."""
+def _require_room(buffer: Any, capacity: int | str, rows: int, length: int | None) -> None:
+    """Raise ValueError if a sequence of each environment, or an episode of `length`, lacks room."""
     from worldloom.replay.capacity import rows_per_stream
 
     held = rows_per_stream(capacity, buffer.bytes_per_step, buffer.num_envs)
@@ -296,6 +299,12 @@ def _require_room(buffer: Any, capacity: int | str, rows: int) -> None:
         raise ValueError(
             f"data.capacity is {capacity}, {held} rows for each of {buffer.num_envs} "
             f"environments, but a sequence needs {rows}; raise it to {rows * buffer.num_envs}"
+        )
+    if buffer.finished_episodes and held < (needed := (length or 0) + rows + 1):
+        raise ValueError(
+            f"data.capacity is {capacity}, {held} rows for each of {buffer.num_envs} environments, "
+            f"but data.finished_episodes=true needs {needed}: an unfinished episode and a slice; "
+            f"raise it to {needed * buffer.num_envs}"
         )
 
 
@@ -322,7 +331,9 @@ def _build_online_data(
         random_steps=max(training["random_steps"], seed_steps),
         **task.collecting(),
     )
-    options |= {name: training[name] for name in ("train_ratio", "pretrain")}
+    settings = TrainingConfig(**training)
+    names = ("train_ratio", "pretrain", "prefill_counts", "count_resets")
+    options |= {name: getattr(settings, name) for name in names}
     prefill = training["prefill"]
     if prefill is None:
         prefill = training["batch_size"] * training["sequence_length"]

@@ -23,10 +23,11 @@ from worldloom.factory import create_world_model, import_target
 from worldloom.presets import file_name, load_preset
 from worldloom.protocol import Batch, context_rows, split_result
 from worldloom.random_batches import RandomData
-from worldloom.replay.buffer import ReplayBuffer, to_device
+from worldloom.replay.buffer import ReplayBuffer
 from worldloom.timing import REST, Timer, phase
 from worldloom.training.loggers import MetricsCSV, TensorBoard
 from worldloom.training.metrics import RunningMeans
+from worldloom.trees import to_device
 
 INDENT = "  "  # in front of the names of an update's phases
 

@@ -1,5 +1,1 @@
 """Storage and sampling of environment steps."""
-
-from worldloom.replay.buffer import ReplayBuffer
-
-__all__ = ["ReplayBuffer"]

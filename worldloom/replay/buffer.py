@@ -20,6 +20,7 @@ from worldloom.protocol import Batch, ReplayField, context_rows
 from worldloom.replay.archive import Archive, check_kind
 from worldloom.replay.block_files import BlockFiles, choose_block_rows
 from worldloom.replay.capacity import describe_resources, fit_rows, rows_per_stream
+from worldloom.replay.episodes import require_drawing
 from worldloom.replay.row_format import (
     Array,
     ArrayObs,
@@ -35,7 +36,7 @@ from worldloom.replay.row_format import (
 from worldloom.replay.sampler import BatchReader, Sampler
 from worldloom.replay.shares import Share, join_states, load_episodes
 from worldloom.replay.store import RowStore, bytes_needed, check_storage
-from worldloom.trees import map_tree
+from worldloom.trees import map_tree, to_device
 
 
 class ReplayBuffer:
@@ -49,6 +50,8 @@ class ReplayBuffer:
     obs_dtypes: a numpy dtype (or a dict of them) in which observations are stored. The default is
         uint8 for three dimensions (images, channels first) and float32 otherwise.
     online_queue: sample each new stretch of T rows once before sampling uniformly (DreamerV3).
+    draw_by: what is drawn uniformly: a "start" position, or an "episode" and then a start in it.
+    finished_episodes: sample only episodes that have ended, or were abandoned.
     storage: "ram", or "memmap" to keep fields of 512 bytes and more in files instead of memory.
     folder: of files with the rows. With it, `state_dict` contains only what is not in a file, and
         every state has to be completed by `finish` before it is saved.
@@ -72,6 +75,8 @@ class ReplayBuffer:
         fields: Mapping[str, ReplayField] | None = None,
         obs_dtypes: Any = None,
         online_queue: bool = False,
+        draw_by: str = "start",
+        finished_episodes: bool = False,
         seed: int = 0,
         storage: str = "ram",
         folder: Path | None = None,
@@ -81,10 +86,11 @@ class ReplayBuffer:
     ) -> None:
         require_positive(action_dim=action_dim, num_envs=num_envs)
         check_storage(storage, folder)
+        require_drawing(draw_by, draw_by == "start", online_queue)
         fields = fields or {}
         self._schema = RowSchema(obs_shape, action_dim, fields, obs_dtypes, num_envs)
-        self.num_envs = num_envs
-        self.online_queue = online_queue
+        self.num_envs, self.online_queue = num_envs, online_queue
+        self.draw_by, self.finished_episodes = draw_by, finished_episodes
         self._share = share
         # Rows to sample in front of those that are trained on, as context.
         self.context_rows = context_rows(fields)
@@ -106,11 +112,10 @@ class ReplayBuffer:
         self._store = RowStore(schema, names, num_envs, self.rows, block, files, mapped)
         self._archive = None if files is None else Archive(self._store, files)
         self._writer = self._archive or self._store
-        self._frozen = False
+        self._frozen = self._warned = False
         self._episodes: list[int] = []  # rows of each episode of the dataset
-        self._sampler = Sampler(self._store, seed)
+        self._sampler = Sampler(self._store, seed, draw_by, finished_episodes)
         self._reader = BatchReader(self._store, self._schema)
-        self._warned = False
 
     @property
     def capacity(self) -> int:
@@ -126,6 +131,11 @@ class ReplayBuffer:
     def num_episodes(self) -> int:
         """Number of episodes with at least one stored row, including unfinished ones."""
         return self._sampler.num_episodes()
+
+    @property
+    def rows_added(self) -> int:
+        """Number of rows ever added to all streams together."""
+        return int(self._store.written.sum())
 
     def __len__(self) -> int:
         """Return the number of stored rows in all streams together."""
@@ -240,18 +250,14 @@ class ReplayBuffer:
         *,
         across_episodes: bool = True,
     ) -> Batch:
-        """Draw B sequences of T rows, uniformly over all stored start positions.
+        """Draw B sequences of T rows, uniformly over start positions or over episodes (`draw_by`).
 
         across_episodes: whether a sequence may continue into the next episode, where is_first is
             set.
         """
         require_positive(batch_size=batch_size, seq_len=seq_len)
+        require_drawing(self.draw_by, across_episodes, self.online_queue)
         self._sampler.require_length(seq_len)
-        if self.online_queue and not across_episodes:
-            raise ValueError(
-                "the online queue samples stretches of a stream that cross episodes; set "
-                "data.online_queue=false or data.across_episodes=true"
-            )
         draw = self._sampler.draw if across_episodes else self._sampler.draw_inside_episodes
         env, start = draw(batch_size, seq_len)
         if self.online_queue:
@@ -263,9 +269,8 @@ class ReplayBuffer:
     def newest(self, rows: int, device: str | torch.device = "cpu") -> Batch:
         """Return up to `rows` of the newest rows of the first stream, [1, T], without sampling."""
         start, length = self._sampler.find_newest(rows)
-        return cast(
-            Batch, to_device(self._reader.read(np.zeros(1, np.int64), start, length), device)
-        )
+        batch = self._reader.read(np.zeros(1, np.int64), start, length)
+        return cast(Batch, to_device(batch, device))
 
     def freeze(self, episodes: Sequence[int] = ()) -> None:
         """Accept no more rows, because they come from a dataset that every start reads again.
@@ -357,6 +362,7 @@ class ReplayBuffer:
                 f"the saved replay has {max(state['written'])} rows per environment, but this one "
                 f"expects {self.rows} at most; raise training.total_steps"
             )
+        self._sampler.forget_episodes()
         self._store.written = np.array(state["written"], np.int64)
         if self._archive is None or "streams" in state:
             rings = [map_tree(to_numpy, stream) for stream in state["streams"]]
@@ -392,8 +398,3 @@ class ReplayBuffer:
     def _require_open(self) -> None:
         if self._frozen:
             raise RuntimeError("this replay was frozen; add all rows before freeze()")
-
-
-def to_device(batch: Any, device: str | torch.device) -> Any:
-    """Move the tensors of a nested dict to a device, into new dicts."""
-    return map_tree(lambda x: x.to(device), batch)

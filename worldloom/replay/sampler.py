@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from worldloom.protocol import Obs
+from worldloom.replay.episodes import EpisodeList, finished_ends
 from worldloom.replay.row_format import FLAGS, RowSchema
-from worldloom.replay.store import RowStore
+from worldloom.replay.store import RowStore, Stretches
 
 Places = tuple[np.ndarray, np.ndarray]  # streams and numbers of first rows, [B] each
 
@@ -20,26 +21,36 @@ Places = tuple[np.ndarray, np.ndarray]  # streams and numbers of first rows, [B]
 class Sampler:
     """Random and queued start positions of sequences in the rows of `store`.
 
+    draw_by, finished: `draw_by` and `finished_episodes` of the replay.
     queue_position: [E], number of the first row of each stream that `take_fresh` has not returned.
     """
 
-    def __init__(self, store: RowStore, seed: int = 0) -> None:
+    def __init__(
+        self, store: RowStore, seed: int = 0, draw_by: str = "start", finished: bool = False
+    ) -> None:
         self.queue_position = np.zeros(store.num_envs, np.int64)
         self.rng = np.random.default_rng(seed)
-        self._store = store
+        self._store, self._draw_by, self._finished = store, draw_by, finished
+        self._episode_list: EpisodeList | None = None
 
     def longest(self) -> int:
         """Return the number of rows in the longest stretch."""
         if (common := self._common()) is not None:
             return min(common, self._store.rows)
-        _, first, end = self._store.stretches()
+        _, first, end = self._stretches()
         return int((end - first).max())
 
     def require_length(self, length: int) -> None:
         """Raise ValueError if no sequence of that length is stored."""
         longest, streams = self.longest(), self._store.num_envs
-        if longest == 0:
+        if longest == 0 and not self._store.written.any():
             raise ValueError("replay is empty; add episodes, or collect first (training.prefill)")
+        if self._finished and longest < length:
+            raise ValueError(
+                f"the finished episodes in the replay have {longest} consecutive rows but a "
+                f"sequence needs {length}; raise training.prefill, or data.capacity above the "
+                "length of an episode, or set data.finished_episodes=false"
+            )
         if longest < length:
             setting = "data.capacity" if self._store.rows < length else "training.prefill"
             raise ValueError(
@@ -51,7 +62,7 @@ class Sampler:
     def num_episodes(self) -> int:
         """Count the episodes of which at least one row is stored."""
         parts: list[list[np.ndarray]] = [[] for _ in range(self._store.num_envs)]
-        for env, first, end in self._each_stretch():
+        for env, first, end in zip(*self._store.stretches(), strict=True):
             parts[env].append(self._episodes(env, first, end))
         # An episode may continue after a gap, so the stretches of a stream are counted together.
         streams = [np.concatenate(part) for part in parts]
@@ -64,7 +75,7 @@ class Sampler:
             starts = common - oldest - length + 1
             drawn = self.rng.integers(starts * self._store.num_envs, size=count)
             return drawn // starts, oldest + drawn % starts
-        streams, first, end = self._store.stretches()
+        streams, first, end = self._stretches()
         starts = np.maximum(end - first - length + 1, 0)
         ends = starts.cumsum()
         drawn = self.rng.integers(ends[-1], size=count)
@@ -72,7 +83,9 @@ class Sampler:
         return streams[stretch], first[stretch] + drawn - (ends - starts)[stretch]
 
     def draw_inside_episodes(self, count: int, length: int) -> Places:
-        """Draw uniformly from the start positions whose sequence stays within one episode."""
+        """Draw sequences that stay within one episode, uniformly over starts or over episodes."""
+        if self._draw_by == "episode":
+            return self._draw_episodes(count, length)
         env, start = self.draw(count, length)
         episode, rows = self._store.rings["episode"], self._store.rows
         for _ in range(8):
@@ -84,14 +97,22 @@ class Sampler:
         # Drawing again is cheap if few sequences cross episodes. If most do, list the others.
         envs, starts = self.starts_inside_episodes(length)
         if len(envs) == 0:
-            parts = [self._episodes(*stretch) for stretch in self._each_stretch()]
-            longest = max(np.unique(x, return_counts=True)[1].max(initial=0) for x in parts)
-            raise ValueError(
-                f"the longest stored episode has {longest} rows but a sequence needs {length}; "
-                f"lower training.sequence_length or set data.across_episodes=true"
-            )
+            raise self._too_short(length)
         pick = self.rng.integers(len(envs), size=count)
         return envs[pick], starts[pick]
+
+    def _draw_episodes(self, count: int, length: int) -> Places:
+        """Draw uniformly from the episodes with enough rows, then from the starts in each."""
+        if self._episode_list is None or self._episode_list.length != length:
+            self._episode_list = EpisodeList(self._store, length, self._finished)
+        env, start = self._episode_list.draw(count, self.rng)
+        if len(env) == 0:
+            raise self._too_short(length)
+        return env, start
+
+    def forget_episodes(self) -> None:
+        """Read all rows again before the next draw of episodes, because a state was loaded."""
+        self._episode_list = None
 
     def starts_inside_episodes(self, length: int) -> Places:
         """Return all start positions whose sequence stays within one episode."""
@@ -105,7 +126,7 @@ class Sampler:
 
     def take_fresh(self, count: int, length: int) -> Places:
         """Take up to `count` sequences of that length from the online queue, oldest first."""
-        streams, first, end = self._store.stretches()
+        streams, first, end = self._stretches()
         first = np.maximum(first, self.queue_position[streams])
         ready = np.maximum(end - first, 0) // length
         env = np.repeat(streams, ready)
@@ -126,10 +147,27 @@ class Sampler:
 
     def _common(self) -> int | None:
         """Return the number of rows written if each stream is one stretch of as many rows."""
-        return None if self._store.lost else self._store.common
+        return None if self._store.lost or self._finished else self._store.common
+
+    def _stretches(self) -> Stretches:
+        """Return the stretches to sample from: all rows, or those of finished episodes."""
+        streams, first, end = self._store.stretches()
+        if self._finished:
+            end = np.maximum(np.minimum(end, finished_ends(self._store)[streams]), first)
+        return streams, first, end
 
     def _each_stretch(self) -> zip:
-        return zip(*self._store.stretches(), strict=True)
+        return zip(*self._stretches(), strict=True)
+
+    def _too_short(self, length: int) -> ValueError:
+        """Return the error for episodes with fewer rows than a sequence needs."""
+        parts = [self._episodes(*stretch) for stretch in self._each_stretch()]
+        longest = max(np.unique(x, return_counts=True)[1].max(initial=0) for x in parts)
+        kind = "finished" if self._finished else "stored"
+        return ValueError(
+            f"the longest {kind} episode has {longest} rows but a sequence needs {length}; "
+            f"lower training.sequence_length or set data.across_episodes=true data.draw_by=start"
+        )
 
     def _episodes(self, env: int, first: int, end: int) -> np.ndarray:
         """Return the episode (number of its first row) of each row of a stretch."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from worldloom.errors import require, require_positive
 from worldloom.memory import require_memory
+from worldloom.replay.episodes import require_drawing
 
 # Lower limits of the memory that anything takes, to find settings that no machine can have.
 ENV_BYTES, WORKER_BYTES, ROW_BYTES = 2**14, 2**25, 16
@@ -28,6 +29,10 @@ class TrainingConfig:
         train_ratio: replayed steps per environment step. One environment step is followed by
             train_ratio / (batch_size * sequence_length) updates. None for one update per step.
         prefill: environment steps before the first update; None for as many as one batch has.
+        prefill_counts: "steps", or "starts": prefill is then a number of start positions of
+            sequences in the replay, and the first update follows at once (official DreamerV3).
+        count_resets: the rows that resets add count as steps for train_ratio and prefill
+            (official DreamerV3); total_steps never counts them.
         random_steps: environment steps with random actions at the start.
         seed_episodes: minimum length of prefill and of the random steps, in episodes of the
             environment's time limit (no effect without a time limit).
@@ -44,6 +49,8 @@ class TrainingConfig:
     grad_clip: float | None = None
     train_ratio: float | None = 32.0
     prefill: int | None = None
+    prefill_counts: str = "steps"
+    count_resets: bool = False
     random_steps: int = 0
     seed_episodes: int = 0
     pretrain: bool = False
@@ -65,6 +72,14 @@ class TrainingConfig:
             _require_size("grad_clip", self.grad_clip, ", or null for no clipping")
         if self.prefill is not None:
             require(self.prefill >= 1, "prefill", self.prefill, "at least 1, or null for a batch")
+        counts = self.prefill_counts
+        require(counts in ("steps", "starts"), "prefill_counts", counts, "steps or starts")
+        if counts == "starts" and self.seed_episodes:
+            raise ValueError(
+                f"seed_episodes is {self.seed_episodes}, which prolongs prefill in steps, but "
+                "prefill_counts is 'starts'; set training.prefill_counts=steps or "
+                "training.seed_episodes=0"
+            )
 
 
 @dataclass
@@ -196,6 +211,9 @@ class DataConfig:
         storage: "ram", or "memmap" to keep images and latents in files.
         across_episodes: sequences continue into the next episode.
         online_queue: train on new steps once, soon after they are collected.
+        draw_by: what is drawn uniformly: a "start" position, or an "episode" and then a start in
+            it, so that short episodes are trained on more often (official TD-MPC2).
+        finished_episodes: train on an episode only once it has ended (official TD-MPC2).
         overlap: collect while the trainer works; such runs are not reproducible bit for bit.
         episode_length: steps per episode of HDF5 files that do not tell where episodes end.
     """
@@ -205,6 +223,8 @@ class DataConfig:
     storage: str = "ram"
     across_episodes: bool = True
     online_queue: bool = True
+    draw_by: str = "start"
+    finished_episodes: bool = False
     overlap: bool = False
     episode_length: int | None = None
 
@@ -219,6 +239,9 @@ class DataConfig:
         ok = length is None or length >= 1
         require(ok, "episode_length", length, "at least 1, or null if the file tells it")
         require(self.storage in ("ram", "memmap"), "storage", self.storage, "ram or memmap")
+        # Datasets have no online queue.
+        queue = self.online_queue and self.path is None
+        require_drawing(self.draw_by, self.across_episodes, queue)
 
 
 def _require_size(name: str, value: float, alternative: str) -> None:

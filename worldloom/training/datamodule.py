@@ -7,41 +7,18 @@ from typing import TYPE_CHECKING, Any
 import lightning
 import torch
 
-from worldloom.errors import require_positive
+from worldloom.errors import require, require_positive
 from worldloom.protocol import Batch
 from worldloom.ranks import Ranks, seed_of_rank
-from worldloom.replay.buffer import ReplayBuffer, to_device
+from worldloom.replay.buffer import ReplayBuffer
 from worldloom.timing import phase
 from worldloom.training.interruption import Interrupted
 from worldloom.training.randomness import seed_generators
+from worldloom.training.stream import ReplayStream
+from worldloom.trees import to_device
 
 if TYPE_CHECKING:
     from worldloom.training.collector import Collector
-
-
-class ReplayStream:
-    """Iterable over the batches of a run."""
-
-    def __init__(self, batches: Callable[[], Iterator[Batch]]) -> None:
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Iterate over the batches, from where the previous iterator stopped."""
-        return self._batches()
-
-    def __len__(self) -> int:
-        """Return a very large number; without a length, Lightning would draw one batch ahead.
-
-        That batch would be sampled before the current update and be missing after a resume.
-        """
-        return 10**9
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the data module saves the state, but Lightning requires the method."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing; see `state_dict`."""
 
 
 class ReplayDataModule(lightning.LightningDataModule):
@@ -54,6 +31,9 @@ class ReplayDataModule(lightning.LightningDataModule):
 
     train_ratio: replayed steps per environment step; None for one batch per environment step.
     prefill: None for the steps of one batch, batch_size * sequence_length.
+    prefill_counts: what prefill counts: environment "steps", or "starts" of sequences in the
+        replay, and then the first batch follows at once (official DreamerV3).
+    count_resets: the train ratio and prefill also count the rows that resets add (likewise).
     pretrain: count the steps of the prefill too, so that all their batches follow it directly.
     sequence_length: rows that are trained on; if the replay stores fields of which a batch has
         only row 0, one more row is sampled in front of them as context.
@@ -75,23 +55,22 @@ class ReplayDataModule(lightning.LightningDataModule):
         sequence_length: int,
         train_ratio: float | None = 32.0,
         prefill: int | None = None,
+        prefill_counts: str = "steps",
+        count_resets: bool = False,
         pretrain: bool = False,
         total_steps: int,
         across_episodes: bool = True,
         sync_acting_copy: Callable[[], None] | None = None,
     ) -> None:
         super().__init__()
-        self.buffer = buffer
-        self.collector = collector
-        self.batch_size = batch_size
-        self.sequence_length = sequence_length
+        self.buffer, self.collector = buffer, collector
+        self.batch_size, self.sequence_length = batch_size, sequence_length
         per_batch = batch_size * sequence_length
         self.train_ratio = float(per_batch) if train_ratio is None else train_ratio
         self.prefill = per_batch if prefill is None else prefill
-        self.pretrain = pretrain
-        self.total_steps = total_steps
-        self.across_episodes = across_episodes
-        self.sync_acting_copy = sync_acting_copy
+        self.prefill_counts, self.count_resets = prefill_counts, count_resets
+        self.pretrain, self.total_steps = pretrain, total_steps
+        self.across_episodes, self.sync_acting_copy = across_episodes, sync_acting_copy
         # Called after every update and before every environment step; may raise Interrupted to stop
         # there. What one rank raises stops all ranks, at the same place.
         self.check_interruption: Callable[[], None] = lambda: None
@@ -101,23 +80,20 @@ class ReplayDataModule(lightning.LightningDataModule):
         overlaps = collector is not None and sync_acting_copy is not None
         self._pool = ThreadPoolExecutor(1, "collector") if overlaps else None
         self._ahead: Future[None] | None = None
-        self._steps_before = 0  # environment steps at the start of `_ahead`
-        self.updates = 0
-        self.replayed_steps = 0
-        # Environment steps and replayed steps from which the train ratio counts: after prefill.
+        self._before = 0, 0  # environment steps, and those counted, at the start of `_ahead`
+        self.updates = self.replayed_steps = 0
+        # Counted steps and replayed steps from which the train ratio counts: after prefill.
         self._origin: tuple[int, int] | None = None
         # New values of the model's fields, with the index and the rows of their batch.
         self._returned: tuple[torch.Tensor, Mapping[str, torch.Tensor], int] | None = None
         self._check_settings()
 
     def _check_settings(self) -> None:
-        require_positive(
-            batch_size=self.batch_size,
-            sequence_length=self.sequence_length,
-            total_steps=self.total_steps,
-        )
-        if self.train_ratio <= 0:
-            raise ValueError(f"train_ratio is {self.train_ratio}; expected a number above 0")
+        sizes = ("batch_size", "sequence_length", "total_steps")
+        require_positive(**{name: getattr(self, name) for name in sizes})
+        require(self.train_ratio > 0, "train_ratio", self.train_ratio, "a number above 0")
+        counts = self.prefill_counts
+        require(counts in ("steps", "starts"), "prefill_counts", counts, "steps or starts")
         if self.collector is not None and self._start >= self.total_steps:
             raise ValueError(
                 f"training would start after {self._start} environment steps but total_steps is "
@@ -158,8 +134,13 @@ class ReplayDataModule(lightning.LightningDataModule):
         number.
         """
         if self._ahead is not None:
-            return self._steps_before
+            return self._before[0]
         return 0 if self.collector is None else self.collector.env_steps
+
+    def _count(self, resets: bool) -> int:
+        """Count the environment steps collected so far, or all rows: those of resets too."""
+        assert self.collector is not None
+        return self.buffer.rows_added * self.ranks.size if resets else self.collector.env_steps
 
     @property
     def complete(self) -> bool:
@@ -171,24 +152,27 @@ class ReplayDataModule(lightning.LightningDataModule):
 
     @property
     def replay_ratio(self) -> float:
-        """Return replayed steps per environment step since prefill; 0 before, and offline."""
-        if self._origin is None or self.env_steps == self._origin[0]:
+        """Return replayed steps per counted step since prefill; 0 before, and offline."""
+        if self._origin is None:
             return 0.0
-        return (self.replayed_steps - self._origin[1]) / (self.env_steps - self._origin[0])
+        counted = self._count(self.count_resets) if self._ahead is None else self._before[1]
+        return max(0, self.replayed_steps - self._origin[1]) / max(1, counted - self._origin[0])
 
     @property
     def expected_updates(self) -> int:
         """Return the number of updates at the end of the run, those before a resume included.
 
         An online run may do a few more or less: prefill and the run end with a step of all
-        environments, some of which only begin an episode.
+        environments, some of which only begin an episode. Resets are counted as often as before.
         """
         if self.collector is None:
             return self.total_steps
         per_batch = self.batch_size * self.sequence_length
-        start = 0 if self.pretrain else self._start
-        steps, replayed = self._origin or (start, self.replayed_steps)
-        batches = int(max(0, self.total_steps - steps) * self.train_ratio) // per_batch
+        steps, replayed = self._origin or self._find_origin(self._start)
+        total: float = self.total_steps
+        if self.count_resets and self.collector.env_steps:
+            total *= self._count(True) / self.collector.env_steps
+        batches = int(max(0, total - steps) * self.train_ratio) // per_batch
         return self.updates - (self.replayed_steps - replayed) // per_batch + batches
 
     def train_dataloader(self) -> ReplayStream:
@@ -211,6 +195,7 @@ class ReplayDataModule(lightning.LightningDataModule):
             "replayed_steps": self.replayed_steps,
             "origin": self._origin,
             "train_ratio": self.train_ratio,
+            "count_resets": self.count_resets,
             "buffer": self.buffer.state_dict(),
             "collector": None if self.collector is None else self.collector.state_dict(),
         }
@@ -230,12 +215,12 @@ class ReplayDataModule(lightning.LightningDataModule):
         self.buffer.load_state_dict(state_dict["buffer"])
         if self.collector is not None:
             self.collector.load_state_dict(state_dict["collector"])
-        self.updates = state_dict["updates"]
-        self.replayed_steps = state_dict["replayed_steps"]
+        self.updates, self.replayed_steps = state_dict["updates"], state_dict["replayed_steps"]
         self._origin = state_dict["origin"]
-        if self._origin is not None and state_dict["train_ratio"] != self.train_ratio:
+        before = state_dict["train_ratio"], state_dict.get("count_resets", False)
+        if self._origin is not None and before != (self.train_ratio, self.count_resets):
             # A changed ratio applies from now on; applied to past steps it would require a burst.
-            self._origin = (self.env_steps, self.replayed_steps)
+            self._origin = (self._count(self.count_resets), self.replayed_steps)
 
     def finish(self, state: dict[str, Any]) -> None:
         """Write the replay files that a state needs and list them in it."""
@@ -292,7 +277,7 @@ class ReplayDataModule(lightning.LightningDataModule):
         if self._origin is None:
             with phase("prefill"):
                 self._fill()
-            self._origin = (0 if self.pretrain else self.env_steps, self.replayed_steps)
+            self._origin = self._find_origin(self._count(self.count_resets))
         while True:
             while self._batch_is_due():
                 yield from self._next_batch()
@@ -348,16 +333,38 @@ class ReplayDataModule(lightning.LightningDataModule):
 
     @property
     def _start(self) -> int:
-        """Return the environment steps after which prefill is done and every stream is sampled."""
-        return max(self.prefill, self._rows * self.buffer.num_envs * self.ranks.size)
+        """Return the steps to collect until prefill is done and every stream can be sampled."""
+        streams = self.buffer.num_envs * self.ranks.size
+        prefill = self.prefill
+        if self.prefill_counts == "starts":  # a stream's last rows are no starts
+            prefill = streams * (-(-prefill // streams) + self._rows - 1)
+        return max(prefill, self._rows * streams)
+
+    def _find_origin(self, counted: int) -> tuple[int, int]:
+        """Return the steps from which the train ratio counts, if prefill ends at `counted`."""
+        if self.pretrain:
+            return 0, self.replayed_steps
+        at_once = self.batch_size * self.sequence_length * (self.prefill_counts == "starts")
+        return counted, self.replayed_steps + at_once
 
     def _fill(self) -> None:
         """Collect until prefill is done and a sequence can be sampled."""
-        while self.env_steps < self.prefill or (
+        starts = self.prefill_counts == "starts"
+        # The row that finishes an episode is only stored with the step after it.
+        prefill = (self._start if starts else self.prefill) + self.buffer.finished_episodes
+        while self._count(starts or self.count_resets) < prefill or (
             # If all episodes are too short, stop here: sampling raises an error that explains it.
-            self.env_steps < 2 * self._start and not self._can_sample()
+            self.env_steps < self._latest() and not self._can_sample()
         ):
             self._step()
+        if self.env_steps >= self.total_steps and not self._can_sample():
+            self.buffer.sample(1, self._rows, across_episodes=self.across_episodes)  # raises
+
+    def _latest(self) -> int:
+        """Return until which environment step to wait for a sequence after prefill."""
+        if self.buffer.finished_episodes and not self.ranks.share(self.buffer.can_sample(1)).all():
+            return self.total_steps  # no episode of some rank is finished
+        return 2 * self._start
 
     def _can_sample(self) -> bool:
         """Return whether every rank has a sequence to sample."""
@@ -366,7 +373,7 @@ class ReplayDataModule(lightning.LightningDataModule):
 
     def _batch_is_due(self) -> bool:
         assert self._origin is not None and self.collector is not None
-        allowed = (self.collector.env_steps - self._origin[0]) * self.train_ratio
+        allowed = (self._count(self.count_resets) - self._origin[0]) * self.train_ratio
         after = self.replayed_steps - self._origin[1] + self.batch_size * self.sequence_length
         return after <= allowed
 
@@ -381,7 +388,7 @@ class ReplayDataModule(lightning.LightningDataModule):
         if self._pool is not None and self.sync_acting_copy is not None:
             with phase("collect"):
                 self.sync_acting_copy()
-            self._steps_before = self.env_steps
+            self._before = self.env_steps, self._count(self.count_resets)
             self._ahead = self._pool.submit(self._collect)
         yield batch
         self.update_replay()
