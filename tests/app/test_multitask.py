@@ -1,6 +1,7 @@
 """Runs of several tasks, of a user's own module: online, offline, resumed, scored and loaded."""
 
 import csv
+import os
 import shlex
 import sys
 
@@ -153,8 +154,10 @@ def test_a_resumed_run_is_bit_for_bit_the_same(module, commands, tmp_path):
 @pytest.mark.slow
 def test_several_processes_divide_the_tasks(module, commands, tmp_path):
     words = [*ONLINE, "env.num_envs=2", "trainer=ddp", "trainer.accelerator=cpu"]
-    words += [f"hydra.run.dir={tmp_path}/run"]
-    done = commands.run([*words, "trainer.devices=2"], tmp_path, path=module)
+    env = {"PYTHONPATH": os.pathsep.join([str(module), *sys.path])}  # of the second process
+    more = {"path": module, "env": env}
+    devices = ["trainer.devices=2", f"folder={tmp_path}/run"]
+    done = commands.run([*words, *devices], tmp_path, **more)
     assert done["code"] == 0, done
     scores = yaml.safe_load((tmp_path / "run" / "scores.yaml").read_text())
     assert {"final/one/return", "final/three/return", "final/normalized_score"} <= {*scores}
@@ -164,7 +167,7 @@ def test_several_processes_divide_the_tasks(module, commands, tmp_path):
         row["episode/three/length"] for row in rows
     }
     assert {float(x) for x in lengths if x} == {5.0}
-    done = commands.run([*words, "trainer.devices=4"], tmp_path, path=module)
+    done = commands.run([*words, "trainer.devices=4"], tmp_path, **more)
     assert done["code"] and "env.num_envs is 2, which 4 processes cannot divide" in done["err"]
 
 
