@@ -40,13 +40,9 @@ def command(monkeypatch, capsys, tmp_path):
     return call
 
 
-def in_a_process(*arguments, **env):
-    return subprocess.run(
-        [sys.executable, "-m", "worldloom.run", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **env},
-    )
+def in_a_process(*arguments):
+    command = [sys.executable, "-m", "worldloom.run", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 # ---- mistakes that end before anything is built --------------------------------------------------
@@ -419,14 +415,14 @@ def test_as_a_process_it_is_one_line_too(tmp_path):
     assert line.startswith("error: unknown key 'training.batchsize' (did you mean 'training.batch_")
 
 
-def test_hydra_full_error_shows_the_traceback(tmp_path):
-    arguments = ("training.batch_size=0", f"hydra.run.dir={tmp_path}")
-    done = in_a_process(*arguments, HYDRA_FULL_ERROR="1")
-    assert done.returncode == 1
-    assert "Traceback (most recent call last)" in done.stderr
-    assert "ValueError: training.batch_size is 0; expected at least 1" in done.stderr
-    quiet = in_a_process(*arguments, HYDRA_FULL_ERROR="0")
-    assert quiet.stderr == "error: training.batch_size is 0; expected at least 1\n"
+def test_hydra_full_error_shows_the_traceback(commands, tmp_path):
+    words = ["training.batch_size=0", "hydra.run.dir=r"]
+    done = commands.run(words, tmp_path, env={"HYDRA_FULL_ERROR": "1"})
+    assert done["code"] == 1
+    assert "Traceback (most recent call last)" in done["err"]
+    assert "ValueError: training.batch_size is 0; expected at least 1" in done["err"]
+    quiet = commands.run(words, tmp_path, env={"HYDRA_FULL_ERROR": "0"})
+    assert quiet["err"] == "error: training.batch_size is 0; expected at least 1\n"
 
 
 def test_looking_at_the_configuration_needs_no_torch():
