@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from tests.app.official_settings import NO_EFFECT, SOURCES, TABLES, By
 from worldloom.app.command_line import explain_error
 from worldloom.app.compose import compose_config
+from worldloom.app.forecast import FEWEST
 from worldloom.app.task import Task
 from worldloom.app.unsupported import require_family
 from worldloom.envs.suites import atari, crafter, dmc, metaworld
@@ -142,8 +143,8 @@ SHORT = {
         *("training.random_steps=100", "training.total_steps=300", "env.time_limit=100"),
     ],
 }
-# Decisions: some after the start of training, which needs rows of all environments.
-STEPS = {1: "training.total_steps=1120", 16: "training.total_steps=2100"}
+# Decisions by the number of environments: a few after the start of training.
+STEPS = {1: "training.total_steps=1100", 16: "training.total_steps=2080"}
 
 
 @pytest.mark.slow
@@ -157,13 +158,15 @@ def test_a_protocol_trains_and_resumes(commands, tmp_path, recipe, request):
     words = [f"experiment={recipe}", *SHORT[family], "threads=1", "evaluation.episodes=1"]
     if family == "dreamerv3":
         words += [STEPS[official(recipe)["env.num_envs"]], "env.time_limit=400"]
-    paused = commands.good([*words, "+trainer.max_steps=2"], tmp_path)
-    assert re.search(r"^[\d,]+ updates to come, about .* in \d+ env", paused["out"], re.MULTILINE)
-    found = commands.good([*words, "+trainer.max_steps=2", "resume=auto"], tmp_path)
+    paused = commands.good([*words, "+trainer.max_steps=1"], tmp_path)
+    (line,) = re.findall(r"^[\d,]+ updates to come.*$", paused["out"], re.MULTILINE)
+    few = int(line.partition(" ")[0].replace(",", "")) < FEWEST  # too few to measure the time
+    assert few or re.search(r", about [\d.]+ \w+ \(.* in \d+ environments\)$", line)
+    found = commands.good([*words, "+trainer.max_steps=1", "resume=auto"], tmp_path)
     (run,) = (tmp_path / "runs").glob("*/*")
     assert run.parent.name == f"{family}_{name}"
     assert f"continuing runs/{run.parent.name}/{run.name}" in found["out"]
     commands.good([f"resume={run}", "trainer.max_steps=-1"], tmp_path)
     with (run / "metrics.csv").open(newline="") as file:
         updates = [int(row["updates"]) for row in csv.DictReader(file)]
-    assert (run / "scores.yaml").exists() and updates[-1] > 2
+    assert (run / "scores.yaml").exists() and updates[-1] > 1
