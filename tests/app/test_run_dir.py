@@ -78,6 +78,22 @@ def test_relative_and_chained_links_are_rejected_too(tmp_path, precious):
         reject_links(folder)
 
 
+def test_a_file_with_a_name_outside_is_rejected(tmp_path, precious):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "best.ckpt").write_bytes(b"1")
+    os.link(folder / "best.ckpt", folder / "last.ckpt")  # as checkpoints are kept
+    reject_links(folder)
+    os.link(precious / ".bashrc", folder / "metrics.csv")
+    with pytest.raises(ValueError, match=r"metrics.csv has another name outside .* use a copy: cp"):
+        reject_links(folder)
+    with pytest.raises(ValueError, match="another name"), claim_folder(folder, resumes=True):
+        pass
+    shutil.copytree(folder, tmp_path / "copy")
+    reject_links(tmp_path / "copy")
+    require_untouched(precious)
+
+
 def test_a_pipe_is_rejected(tmp_path):
     os.mkfifo(tmp_path / "worldloom.log")
     with pytest.raises(ValueError, match="neither a file nor a folder"):

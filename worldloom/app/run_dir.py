@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -112,9 +113,11 @@ def read_scores(run: Path) -> dict[str, Any]:
 def reject_links(folder: Path) -> None:
     """Raise ValueError if anything in a folder is a link to the outside, or not a regular file.
 
-    Programs that open such a file for writing would overwrite the file that the link points to.
+    Programs that open such a file for writing would overwrite the file that the link points to. A
+    hard link is one if the file has further names outside of the folder.
     """
     root = os.path.realpath(folder)
+    linked: dict[tuple[int, ...], list[str]] = {}  # names by device, inode and number of names
     for parent, folders, files in os.walk(root):
         for name in (*folders, *files):
             path = os.path.join(parent, name)
@@ -128,6 +131,17 @@ def reject_links(folder: Path) -> None:
                 )
             if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
                 raise ValueError(f"{path} is neither a file nor a folder; delete it")
+            with contextlib.suppress(FileNotFoundError):
+                found = os.lstat(path)
+                if stat.S_ISREG(found.st_mode) and found.st_nlink > 1:
+                    key = found.st_dev, found.st_ino, found.st_nlink
+                    linked.setdefault(key, []).append(path)
+    for (*_, count), paths in linked.items():
+        if count > len(paths):
+            raise ValueError(
+                f"{paths[0]} has another name outside of the run's folder (a hard link), where it "
+                f"would change too; use a copy: {quote('cp', '-r', folder, f'{folder}-copy')}"
+            )
 
 
 @contextmanager
