@@ -1,6 +1,7 @@
 """Texts for messages: argument checks, suggestions, and strings from files made safe to show."""
 
 import difflib
+import math
 import os
 import shlex
 from collections.abc import Iterable
@@ -17,6 +18,18 @@ def require_positive(**numbers: float) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name} is {number}; expected at least 1")
+
+
+def require_computable(name: str, value: object) -> None:
+    """Raise ValueError for a finite number with which tensors cannot compute.
+
+    A number beyond 1e30 overflows in float32 products such as learning_rate / (1 - beta), and an
+    integer must fit into 64 bits.
+    """
+    if isinstance(value, int):
+        require(abs(value) < 2**63, name, value, "an integer of at most 64 bits")
+    if isinstance(value, float) and math.isfinite(value):
+        require(abs(value) <= 1e30, name, value, "a number of at most 1e30, for float32")
 
 
 def find_similar(

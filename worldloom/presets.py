@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from worldloom.errors import require, suggest
+from worldloom.errors import require, require_computable, suggest
 
 # Ranges of hyperparameters: counts, shares, and numbers that divide or whose logarithm is taken.
 COUNTS = (
@@ -153,6 +153,7 @@ def _require_kind(key: str, value: Any, old: Any) -> None:
     require(holds or types == (object,), name, value, f"{type(old).__name__} such as {old!r}")
     if isinstance(value, float):
         require(math.isfinite(value), name, value, f"a finite number such as {old!r}")
+    require_computable(name, value)
 
 
 def read_choice(file: Path) -> dict[str, Any]:

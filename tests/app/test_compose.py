@@ -5,11 +5,12 @@ import subprocess
 import sys
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from worldloom import run
 from worldloom.app import command_line as cli
-from worldloom.app.compose import Overrides
+from worldloom.app.compose import Overrides, quote_value
 from worldloom.presets import aliases, choice_files, load_preset, preset_names
 
 BASIC = ["hydra/launcher=basic"]  # runs the jobs of a sweep in this process
@@ -43,6 +44,24 @@ def command(monkeypatch, capsys, tmp_path):
 def in_a_process(*arguments):
     command = [sys.executable, "-m", "worldloom.run", *arguments]
     return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("text", ["läuft", "Grüße/an b", "日本", "runs/é.x", "Лес"])
+def test_texts_in_any_language_need_no_quotes(command, text):
+    code, (cfg,), _, err = command(f"name={text}", f"data.path={text}", f"env.id={text}")
+    assert (code, err) == (0, "") and (cfg.name, cfg.data.path, cfg.env.id) == (text, text, text)
+    assert Overrides((f"folder={text}",)).with_implied().value("hydra.run.dir") == text
+    code, trained, _, err = command("-m", f"name={text},{text}2", "seed=0,1", *BASIC)
+    assert code == 0 and [cfg.name for cfg in trained] == [text, text, f"{text}2", f"{text}2"], err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [*("läuft", "日本/x", "a b", "a=b", "it's", 'x"y', "C:\\d\\", ""), *("a,b", "[x]", "{x}", "{")],
+)
+def test_a_quoted_value_is_read_back_unchanged(text):
+    (override,) = OverridesParser.create().parse_overrides([f"key={quote_value(text)}"])
+    assert override.value() == text
 
 
 # ---- mistakes that end before anything is built --------------------------------------------------
@@ -90,7 +109,7 @@ MISTAKES = {
     "training.learning_rate=-1": "training.learning_rate is -1; expected a finite number above 0",
     "evaluation.episodes=0": "evaluation.episodes is 0; expected at least 1",
     "model.stoch=0": "hyperparameter 'stoch' is 0; expected at least 1",
-    "threads=0": "threads is 0; expected at least 1, or null for all cores",
+    "threads=0": "threads is 0; expected from 1 to 1024, or null for all cores",
     # arguments of the trainer with which a run would silently do something else
     "+trainer.accumulate_grad_batches=2": "accumulate_grad_batches is 2, which a run does not … "
     "use training.batch_size",
@@ -171,6 +190,15 @@ MISTAKES = {
     "env=custom": "env._target_ is not set; add env._target_=my_pkg.MyClass",
     "model=dreamerv3_base": "model.classes, model.depth, model.deter, model.hidden, model.units",
     # the shell
+    "folder=a=b": "cannot read 'folder=a=b'; a value … needs quotes: 'folder=\"a=b\"'",
+    "name=ü(b": "cannot read 'name=ü(b'; a value … needs quotes: 'name=\"ü(b\"'",
+    "env.id=Lä,B": "cannot read 'env.id=Lä,B'; … needs quotes: 'env.id=\"Lä,B\"'",
+    # numbers with which nothing can be computed
+    "training.learning_rate=1e38": "training.learning_rate is 1e+38; expected … at most 1e30",
+    "model.free_nats=-1e300": "model.free_nats is -1e+300; expected a number of at most 1e30",
+    "optimizer.eps=1e300": "optimizer.eps is 1e+300; expected a number of at most 1e30",
+    "training.total_steps=10000000000000000000": "expected an integer of at most 64 bits",
+    "threads=5000": "threads is 5000; expected from 1 to 1024, or null for all cores",
     "foo": "cannot read 'foo'; expected GROUP=CHOICE or SECTION.KEY=VALUE",
 }
 

@@ -90,7 +90,7 @@ def test_a_setting_cannot_be_in_a_space_twice():
     "value",
     [
         *(1, -2.5, 1e-5, None, True, "auto", "it's, 'x'", "true", "007", "a b", [1, [2.0, "x"]]),
-        *("C:\\data\\", "a\\'b"),
+        *("C:\\data\\", "a\\'b", "läuft"),
     ],
 )
 def test_drawn_values_reach_the_runs_unchanged(value):

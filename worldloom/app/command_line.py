@@ -308,9 +308,15 @@ def _explain(error: BaseException) -> str:
             "add -m to run one after the other"
         )
     if isinstance(error, OverrideParseException):
+        wrong = re.sub(r"^hydra\.(run|sweep)\.dir=", "folder=", error.override)
+        if match := re.fullmatch(r"(\+*[A-Za-z_][\w.]*)=([^\s'\"\\[{][^'\"\\]*)", wrong):
+            return (
+                f"cannot read {wrong!r}; a value with brackets, commas or other characters with a "
+                f"meaning needs quotes: '{match[1]}=\"{match[2]}\"'"
+            )
         return (
-            f"cannot read {error.override!r}; expected GROUP=CHOICE or SECTION.KEY=VALUE, without "
-            "spaces around the = and with quotes around a value that contains spaces, commas or "
+            f"cannot read {wrong!r}; expected GROUP=CHOICE or SECTION.KEY=VALUE, without spaces "
+            "around the = and with quotes around a value that contains spaces, commas or "
             "brackets: 'data.path=\"my data\"'"
         )
     if match := re.search(r"Interpolation key '([^']+)' not found", text):

@@ -88,6 +88,8 @@ class Overrides:
         8. In a SLURM job that was requeued, resume=auto is implied (`with_restart`).
         9. search.KEY=VALUE without a choice of the group implies search=default;
            search.space.KEY={...} and search.sampler={...} need no + to add keys.
+        10. Values with letters that Hydra does not read without quotes, as in folder=läuft, are
+            quoted.
 
         Raises:
             ValueError: folder=PATH or sweep=NAME is given without a value, or a search without -m.
@@ -103,8 +105,9 @@ class Overrides:
                 "folder is folder=PATH"
             )
         keys = {key_of(arg) for arg in self.args}
+        args = [_quote_letters(arg, sweeps) for arg in self.args]
         full: list[str] = []
-        for arg in self.args:
+        for arg in args:
             custom = arg.startswith("env._target_=")
             names_data = arg == "data=offline" or names_env(Overrides((arg,)))
             if names_data and not {"experiment", "~experiment"} & {*keys, *full}:
@@ -114,7 +117,7 @@ class Overrides:
             arg = re.sub(r"^\+*(search\.(space\.[^=]+|sampler|pruner)=\{)", r"++\1", arg)
             full.append(_name_file(re.sub(r"^\+*folder=", f"{where}=", arg)))
         if sweeps and not {"sweep", "folder", "hydra.sweep.dir"} & keys:
-            full.append(f"sweep={name_sweep([_name_file(arg) for arg in self.args])}")
+            full.append(f"sweep={name_sweep([_name_file(arg) for arg in args])}")
         if (found := self.select(r"search($|\.)").args) and not sweeps:
             raise ValueError(f"{found[0]} makes a search, which trains many times; add -m")
         if found and "search" not in keys:
@@ -145,6 +148,15 @@ def _name_file(argument: str) -> str:
     return f"{key}={','.join(parts)}" if presets else argument
 
 
+def _quote_letters(argument: str, sweeps: bool) -> str:
+    """Return KEY=VALUE with quotes around a value, or each value of a sweep, that is not ASCII."""
+    key, _, value = argument.partition("=")
+    if value.isascii() or re.search(r"""['"$()\[\]{}]""", value) or ("," in value and not sweeps):
+        return argument
+    parts = [part if part.isascii() else quote_text(part) for part in value.split(",")]
+    return f"{key}={','.join(parts)}"
+
+
 def names_env(overrides: Overrides) -> bool:
     """Return whether overrides name an environment, and do not only change one."""
     return any(arg.startswith(NAMES_ENV) for arg in overrides)
@@ -157,7 +169,7 @@ def key_of(argument: str) -> str:
 
 def quote_value(text: str) -> str:
     """Return a text as Hydra reads it as one value."""
-    if re.fullmatch(r"[\w./:+-]*", text):
+    if re.fullmatch(r"[\w./:+-]*", text, re.ASCII):
         return text
     return quote_text(text)
 

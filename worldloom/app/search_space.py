@@ -161,5 +161,5 @@ def format_override(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     text = str(value)
-    plain = re.fullmatch(r"[A-Za-z_/][\w./+-]*", text) and text.lower() not in WORDS
+    plain = re.fullmatch(r"[A-Za-z_/][\w./+-]*", text, re.ASCII) and text.lower() not in WORDS
     return text if plain else quote_text(text)

@@ -16,13 +16,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from worldloom.app.hints import hint_key
-from worldloom.app.unsupported import (
-    TRAINER,
-    require_family,
-    require_strategy,
-    require_supported,
-)
-from worldloom.errors import require, suggest
+from worldloom.app.unsupported import TRAINER, require_family, require_strategy, require_supported
+from worldloom.errors import require, require_computable, suggest
 from worldloom.presets import (
     aliases,
     choice_files,
@@ -40,6 +35,7 @@ from worldloom.training.config import (
     EvaluationConfig,
     TrainingConfig,
 )
+from worldloom.trees import flatten_tree
 
 log = logging.getLogger(__name__)
 
@@ -90,8 +86,8 @@ class RunConfig:
         require(bool(self.name.strip()), "name", self.name, "a name for the run")
         require(known, "nonfinite", self.nonfinite, "stop or skip")
         require(0 <= self.seed < 2**32, "seed", self.seed, f"an integer from 0 to {2**32 - 1}")
-        enough = self.threads is None or self.threads >= 1
-        require(enough, "threads", self.threads, "at least 1, or null for all cores")
+        held = self.threads is None or 1 <= self.threads <= 1024
+        require(held, "threads", self.threads, "from 1 to 1024, or null for all cores")
         source = self.init_from
         if source is not None and self.resume is None and not Path(source).expanduser().exists():
             raise ValueError(f"init_from: no file or folder {source!r}; check the path")
@@ -117,6 +113,8 @@ def validate_config(cfg: DictConfig, choices: Mapping[str, Any], devices: bool =
         example = "my_pkg.MyClass" if missing[0].endswith("_target_") else "…"
         raise ValueError(f"{', '.join(missing)} is not set; add {missing[0]}={example}")
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    for key, value in flatten_tree(plain, ".", lists=True).items():
+        require_computable(key, value)
     base = _base_config()
     for name in (*groups, *(key for key in base if isinstance(base[key], dict))):
         if not isinstance(plain[name], dict):
