@@ -8,6 +8,7 @@ name starts with "always".
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -83,7 +84,7 @@ class Odd(gym.Env):
         self.name, self.space, self.odd = name, space, None
         self.observation_space = SPACES[space]
         self.episode, self.kept = -1, np.zeros(2, np.float32)
-        cases = {**CASES, **IN_COMMANDS}
+        cases = {**CASES, **IN_COMMANDS, **HANGING}
         if name.startswith("init "):
             cases[name][1](self)
         self.change = cases[name][1] if name else {}
@@ -161,6 +162,13 @@ def slow(env, value):
         Path("long").touch()
         time.sleep(0.01)
     return False
+
+
+def hang(env, value):
+    """Never return, whatever happens."""
+    while True:
+        with suppress(Exception):
+            time.sleep(100)
 
 
 def with_obs(**parts):
@@ -449,4 +457,15 @@ IN_COMMANDS = {
     "init os._exit": ("box", call(os._exit, 0), error("SystemExit: os._exit\\(0\\) when")),
     "always endless": ("box", {"terminated": False, "truncated": False}, SAME),
     "always slow": ("box", {"terminated": False, "truncated": slow}, SAME),
+}
+# Cases that never return.
+HANGING = {
+    "step sleeps": ("box", {"step": call(time.sleep, 100)}, error("in step")),
+    "step hangs": ("box", {"step": hang}, error("in step")),
+    "reset hangs": ("box", {"reset": hang}, error("in reset")),
+    "always reset hangs later": (
+        "box",
+        {"reset": lambda env, value: hang(env, value) if env.episode > 2 else value},
+        error("in reset"),
+    ),
 }

@@ -2,13 +2,15 @@
 
 import logging
 import re
+import signal
 
 import cloudpickle
 import numpy as np
 import pytest
 
 from tests.envs import misbehaving
-from tests.envs.misbehaving import CASES, LENGTH, SPACES, Odd
+from tests.envs.misbehaving import CASES, HANGING, LENGTH, SPACES, Odd
+from worldloom.check.environment import EnvProblems, check_env
 from worldloom.envs import contract
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.vector import RowStream, make_vector_env
@@ -30,10 +32,10 @@ def reports_anew(monkeypatch, caplog):
     caplog.set_level(logging.WARNING)
 
 
-def play(names, space, workers=0):
+def play(names, space, workers=0, **options):
     """Return all rows of one environment for each case, the ended episodes, and the faults."""
     left = iter(names)
-    env = make_vector_env(lambda: Odd(next(left), space), len(names), workers)
+    env = make_vector_env(lambda: Odd(next(left), space), len(names), workers, **options)
     try:
         obs_spec = ObsSpec.from_space(env.single_observation_space)
         rows = RowStream(env, obs_spec, ActionSpec.from_space(env.single_action_space))
@@ -111,3 +113,28 @@ def test_a_success_that_is_no_number_is_reported_once(name, caplog):
     play([name], "box")
     (record,) = caplog.records
     assert re.search(outcome_of(name)[1], record.getMessage())
+
+
+@pytest.mark.parametrize("name", HANGING)
+def test_a_call_that_never_returns_ends_after_the_timeout(name):
+    place = HANGING[name][2][1]
+    with pytest.raises(ValueError) as raised:
+        play(["", name], "box", timeout=0.2)
+    text = rf"environment 1 took longer than 0\.2 seconds {place} \(misbehaving.py:\d+\)"
+    assert re.match(text, str(raised.value)), raised.value
+    with pytest.raises(EnvProblems) as found:
+        check_env(lambda: Odd(name), timeout=0.2)
+    assert f"the environment took longer than 0.2 seconds {place}" in str(found.value)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_an_alarm_of_the_program_is_left_alone():
+    def handle(*_):
+        pass
+
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        play([""], "box", timeout=1e-9)
+        assert signal.getsignal(signal.SIGALRM) is handle
+    finally:
+        signal.signal(signal.SIGALRM, before)

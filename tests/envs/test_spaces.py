@@ -187,6 +187,13 @@ def test_patterns_match_whole_keys_nested_ones_too():
         ObsSpec.from_space(ROBOT, keep="arm")
 
 
+def test_a_pattern_that_takes_forever_is_rejected(monkeypatch):
+    monkeypatch.setattr("worldloom.envs.spaces.MATCH_SECONDS", 0.1)
+    box = spaces.Box(-1, 1, (2,))
+    with pytest.raises(ValueError, match=r"keep is '(a+)+b', which takes too long to match"):
+        ObsSpec.from_space(spaces.Dict({"a" * 60: box}), keep="(a+)+b")
+
+
 def test_what_looks_like_an_image_may_be_a_vector():
     spec = ObsSpec.from_space(ROBOT, image="depth", vector="map")
     assert spec.shape["map"] == (512,) and spec.parts["map"].dtype == "float32"

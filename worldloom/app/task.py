@@ -25,6 +25,7 @@ from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.suites.custom import make_env as make_custom_env
 from worldloom.envs.suites.custom import split_options
 from worldloom.envs.suites.multitask import TaskSet
+from worldloom.envs.time_limit import SECONDS
 from worldloom.envs.vector import (
     episode_length,
     frames_per_step,
@@ -80,7 +81,8 @@ class Task:
         make_env = env_maker(env)
         tasks = make_env if isinstance(make_env, TaskSet) else None
         with name_failing_env(env["_target_"]):
-            probe: Any = make_vector_env(make_env)
+            timeout = env.get("timeout", SECONDS)
+            probe: Any = make_vector_env(make_env, timeout=timeout)
         try:
             choice = (env.get("obs") or {}) if tasks is None else {}  # each task has made it
             obs = ObsSpec.from_space(probe.single_observation_space, **choice)

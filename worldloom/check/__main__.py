@@ -15,6 +15,7 @@ from worldloom.app.compose import Overrides, compose_env
 from worldloom.app.task import env_maker, name_failing_env
 from worldloom.check.environment import EnvProblems, check_env
 from worldloom.envs.suites.multitask import TaskSet
+from worldloom.envs.time_limit import SECONDS
 from worldloom.errors import require_positive
 
 
@@ -40,12 +41,13 @@ def check_command(overrides: Overrides) -> None:
     try:
         with name_failing_env(section["_target_"]):
             make, choice = env_maker(section), section.get("obs") or {}
+            options = {**vars(settings), "timeout": section.get("timeout", SECONDS)}
             if not isinstance(make, TaskSet):
-                print(check_env(make, **vars(settings), **choice))
+                print(check_env(make, **options, **choice))
                 return
             for task in make.playable:  # which have made the choice of observations
                 print(f"{make.names[task]}:")
-                print(check_env(make.maker(task), **vars(settings)))
+                print(check_env(make.maker(task), **options))
     except EnvProblems as found:
         print(found)
         sys.exit(1)

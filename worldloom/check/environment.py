@@ -21,6 +21,7 @@ from worldloom.envs.contract import (
 )
 from worldloom.envs.reader import KNOWN, shorten_space
 from worldloom.envs.spaces import ActionSpec, ObsSpec
+from worldloom.envs.time_limit import SECONDS, TimeLimit
 from worldloom.envs.vector import episode_length, reject_running_statistics
 from worldloom.envs.workers import SLOW_STEP
 from worldloom.trees import flatten_tree
@@ -82,26 +83,29 @@ def check_env(
     keep: str | None = None,
     image: str | None = None,
     vector: str | None = None,
+    timeout: float = SECONDS,
 ) -> EnvReport:
     """Step an environment with random actions and return a report.
 
     env: an environment, or a function that makes one.
     steps: number of steps; fewer if they would take more than about ten seconds.
     keep, image, vector: the observations of models, as in `ObsSpec.from_space`.
+    timeout: seconds after which a call that has not returned is a problem.
 
     Raises:
         EnvProblems: a ValueError with the table and every problem: what is wrong, what was expected
             and how to fix it.
     """
     report = EnvReport("the environment")
+    limit = TimeLimit(timeout)
     made: Any = env
     try:
-        made = env if isinstance(env, gym.Env) else _call(env, "when it was made")
+        made = env if isinstance(env, gym.Env) else _call(limit, env, "when it was made")
         report.name = describe_value(made)
         if isinstance(made, gym.Env):
             report.name = str(made)
             reject_running_statistics(made)
-            _Check(report, made, seed).run(steps, keep=keep, image=image, vector=vector)
+            _Check(report, made, seed, limit).run(steps, keep=keep, image=image, vector=vector)
         else:
             report.add(
                 f"the environment is a {type(made).__module__}.{type(made).__qualname__}; expected "
@@ -112,7 +116,7 @@ def check_env(
     finally:
         if made is not env and hasattr(made, "close"):
             try:
-                _call(made.close, "in close")
+                _call(limit, made.close, "in close")
             except EnvError as error:
                 report.add(str(error))
     if report.problems:
@@ -120,12 +124,15 @@ def check_env(
     return report
 
 
-def _call(function: Callable[..., Any], place: str, *args: Any, **options: Any) -> Any:
+def _call(
+    limit: TimeLimit, function: Callable[..., Any], place: str, *args: Any, **options: Any
+) -> Any:
     """Call an environment; exceptions of any type become EnvError."""
     try:
-        return function(*args, **options)
+        with limit:
+            return function(*args, **options)
     except BaseException as error:
-        raise_failure(error, place)
+        raise_failure(error, place, limit.seconds)
 
 
 class _StopCheck(Exception):
@@ -135,8 +142,8 @@ class _StopCheck(Exception):
 class _Check:
     """A check in progress: the environment, and statistics of its steps."""
 
-    def __init__(self, report: EnvReport, env: gym.Env, seed: int) -> None:
-        self.report, self.env, self.seed = report, env, seed
+    def __init__(self, report: EnvReport, env: gym.Env, seed: int, limit: TimeLimit) -> None:
+        self.report, self.env, self.seed, self.limit = report, env, seed, limit
         self.low: dict[str, float] = {}
         self.high: dict[str, float] = {}
         self.rewards: list[float] = []
@@ -217,7 +224,7 @@ class _Check:
                 break
 
     def _reset(self, seed: int | None) -> Any:
-        result = _call(self.env.reset, "in reset", seed=seed)
+        result = _call(self.limit, self.env.reset, "in reset", seed=seed)
         if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
             self.report.add(
                 f"reset returned {_describe_type(result)}; expected the tuple (obs, info) with a "
@@ -229,7 +236,7 @@ class _Check:
     def _step(self, rng: np.random.Generator) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         action = self.actions.decode(self.actions.sample(rng, 1))[0]
         before, copied = self._newest, _make_comparable(self._newest)
-        result = _call(self.env.step, "in step", action)
+        result = _call(self.limit, self.env.step, "in step", action)
         if _make_comparable(before) != copied and REUSES not in self.report.remarks:
             self.report.remarks.append(REUSES)
         if not (isinstance(result, tuple) and len(result) == 5 and isinstance(result[4], dict)):

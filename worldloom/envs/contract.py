@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from worldloom.envs.time_limit import TookTooLong
+
 log = logging.getLogger(__name__)
 
 # Give up after this many consecutive faults of an environment without a finished episode.
@@ -61,14 +63,20 @@ class Fault(Exception):
     """An environment returned NaN or infinity; the message says where, without its name."""
 
 
-def raise_failure(error: BaseException, call: str) -> NoReturn:
+def raise_failure(error: BaseException, call: str, limit: float = math.inf) -> NoReturn:
     """Raise the EnvError for an exception of any type that an environment has raised.
 
     Errors of worldloom itself, and Ctrl-C, are raised again unchanged.
 
     call: what the environment was doing, for the message: "in step".
+    limit: seconds after which a TookTooLong was raised.
     """
     frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, TookTooLong):
+        raise EnvError(
+            f"took longer than {limit:g} seconds {call}{_find_place(frames[:-1])}",
+            fix="fix an endless loop, or raise env.timeout",
+        ) from error
     ours = bool(frames) and frames[-1].filename.startswith(PACKAGE)
     if type(error).__module__.startswith("worldloom."):
         raise error
@@ -96,10 +104,10 @@ def explain_exception(error: BaseException) -> str:
     return f"{name}: {message}" if message else name
 
 
-def _find_place(frames: "traceback.StackSummary") -> str:
+def _find_place(frames: list["traceback.FrameSummary"]) -> str:
     """Return the innermost line outside of worldloom and installed packages, or of any code."""
     own = [f for f in frames if "site-packages" not in f.filename and PACKAGE not in f.filename]
-    for frame in (own or list(frames))[-1:]:
+    for frame in (own or frames)[-1:]:
         return f" ({Path(frame.filename).name}:{frame.lineno})"
     return ""
 

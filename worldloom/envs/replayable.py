@@ -6,6 +6,7 @@ Letters used in shapes: N environments, T steps.
 """
 
 import logging
+import math
 import zlib
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from worldloom.envs.contract import (
     to_array,
 )
 from worldloom.envs.reader import ObsReader
+from worldloom.envs.time_limit import TimeLimit
 from worldloom.trees import flatten_tree
 
 log = logging.getLogger(__name__)
@@ -64,10 +66,13 @@ class ReplayableEpisodes(gym.Wrapper):
 
     Rewards and flags become plain numbers and bools. What cannot be read, and exceptions of any
     type, are raised as EnvError; an exception in `close` is only a warning.
+
+    timeout: seconds after which a reset or step that does not return is an EnvError (`TimeLimit`).
     """
 
-    def __init__(self, env: gym.Env) -> None:
+    def __init__(self, env: gym.Env, timeout: float = math.inf) -> None:
         super().__init__(env)
+        self._limit = TimeLimit(timeout)
         self._seed: int | None = None
         self._episode = 0
         self._actions: list[np.ndarray] = []
@@ -91,9 +96,10 @@ class ReplayableEpisodes(gym.Wrapper):
             # A vector environment may reuse the array for its next actions.
             self._actions.append(action.copy() if isinstance(action, np.ndarray) else action)
         try:
-            result = self.env.step(action)
+            with self._limit:
+                result = self.env.step(action)
         except BaseException as error:
-            raise_failure(error, "in step")
+            raise_failure(error, "in step", self._limit.seconds)
         result = read_step(result)
         self._obs, reward, terminated, truncated, _ = result
         self._return += reward
@@ -150,9 +156,10 @@ class ReplayableEpisodes(gym.Wrapper):
         self._actions, self._return, self._ended = [], 0.0, False
         seed = episode_seed(self._seed, self._episode)
         try:
-            result = self.env.reset(seed=seed, options=options)
+            with self._limit:
+                result = self.env.reset(seed=seed, options=options)
         except BaseException as error:
-            raise_failure(error, "in reset")
+            raise_failure(error, "in reset", self._limit.seconds)
         self._obs, info = read_reset(result)
         return self._obs, info
 
@@ -190,6 +197,7 @@ class LocalVectorEnv(SyncVectorEnv):
 
     makers: a function for each environment, which makes it.
     keys: of the flattened observations that are read; None for all. Others are left out.
+    timeout: seconds for a reset or step of an environment.
     first: number of the first environment, for messages.
 
     Raises:
@@ -201,8 +209,9 @@ class LocalVectorEnv(SyncVectorEnv):
         self,
         makers: Sequence[Callable[[], gym.Env]],
         keys: Collection[str] | None = None,
+        timeout: float = math.inf,
     ) -> None:
-        wrapped = [lambda make=make: ReplayableEpisodes(make()) for make in makers]
+        wrapped = [lambda make=make: ReplayableEpisodes(make(), timeout) for make in makers]
         super().__init__(wrapped, autoreset_mode=AutoresetMode.NEXT_STEP)
         num_envs = len(makers)
         self.first = 0

@@ -13,9 +13,11 @@ import numpy as np
 from gymnasium import Space, spaces
 
 from worldloom.envs.advice import UnreadableError, advise, remark_vector, require_distinct
+from worldloom.envs.time_limit import TimeLimit, TookTooLong
 from worldloom.trees import flatten_tree
 
 Obs = np.ndarray | dict[str, np.ndarray]
+MATCH_SECONDS = 2.0  # for a regular expression, which may come from a file
 
 
 def is_image(space: Space) -> bool:
@@ -134,7 +136,12 @@ class ObsSpec:
 def _match_keys(setting: str, pattern: str, keys: Mapping[str, Any]) -> set[str]:
     """Return the keys that a regular expression of the env.obs section matches completely."""
     try:
-        found = {key for key in keys if re.fullmatch(pattern, key)}
+        with TimeLimit(MATCH_SECONDS):
+            found = {key for key in keys if re.fullmatch(pattern, key)}
+    except TookTooLong:
+        raise ValueError(
+            f"env.obs.{setting} is {pattern!r}, which takes too long to match; write a simpler one"
+        ) from None
     except re.error as error:
         raise ValueError(
             f"env.obs.{setting} is {pattern!r}; expected a regular expression ({error}) such as "

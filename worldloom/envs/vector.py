@@ -17,6 +17,7 @@ from gymnasium.wrappers import TimeLimit
 from worldloom.envs.contract import raise_failure, read_success, report_once
 from worldloom.envs.replayable import LocalVectorEnv, ReplayableEpisodes
 from worldloom.envs.spaces import ActionSpec, Obs, ObsSpec
+from worldloom.envs.time_limit import SECONDS
 from worldloom.envs.workers import WorkerVectorEnv, choose_workers
 from worldloom.envs.wrappers import ActionRepeat
 from worldloom.errors import require_positive
@@ -80,7 +81,7 @@ def make_vector_env(
     make_env: MakeEnv | Sequence[MakeEnv],
     num_envs: int = 1,
     workers: int | Literal["auto"] = 0,
-    timeout: float = 120.0,
+    timeout: float = SECONDS,
     keys: Collection[str] | None = None,
 ) -> VectorEnv:
     """Make N copies of an environment that are stepped together.
@@ -89,7 +90,9 @@ def make_vector_env(
         N of them, whose environments have the same spaces.
     workers: number of processes that step the copies, which pays if a step takes over 1 ms; 0
         steps them one after the other in this process; "auto" measures a step and chooses.
-    timeout: seconds for a step before a worker is replaced, as after a crash.
+    timeout: seconds for a step before a worker is replaced, as after a crash. In this process, a
+        reset or step that takes longer is an EnvError, as far as it can be interrupted (`TimeLimit`
+        in time_limit.py).
     keys: of the flattened observations ("a/b") that are read and returned; None for all.
 
     The step after the end of an episode ignores its action and returns the next episode's first
@@ -119,18 +122,20 @@ def make_vector_env(
             "set it to several times the duration of the slowest reset"
         )
     if workers == "auto":
-        probe = ReplayableEpisodes(make_single_env(makers[0]))
+        probe = ReplayableEpisodes(make_single_env(makers[0]), timeout)
         workers = choose_workers(probe, num_envs)
         probe.close()
     make_envs = partial(_make_envs, makers, None if keys is None else {*keys})
     if workers:
         return WorkerVectorEnv(make_envs, num_envs, workers, timeout)
-    return make_envs(range(num_envs))
+    return make_envs(range(num_envs), timeout)
 
 
-def _make_envs(makers: Sequence[MakeEnv], keys: set[str] | None, indices: range) -> LocalVectorEnv:
+def _make_envs(
+    makers: Sequence[MakeEnv], keys: set[str] | None, indices: range, timeout: float = math.inf
+) -> LocalVectorEnv:
     """Make the environments with these numbers, stepped one after the other in this process."""
-    env = LocalVectorEnv([partial(make_single_env, makers[i]) for i in indices], keys)
+    env = LocalVectorEnv([partial(make_single_env, makers[i]) for i in indices], keys, timeout)
     if len({id(copy.unwrapped) for copy in env.envs}) < len(indices):
         raise ValueError(
             f"make_env returned the same {env.envs[0]} more than once for num_envs={len(makers)}; "

@@ -21,6 +21,7 @@ from gymnasium.vector.utils import CloudpickleWrapper, batch_space
 
 from worldloom.envs.process import Crash, EnvProcess
 from worldloom.envs.replayable import StepResult, make_unsaved
+from worldloom.envs.time_limit import SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class WorkerVectorEnv(VectorEnv):
         make_envs: Callable[[range], VectorEnv],
         num_envs: int,
         workers: int,
-        timeout: float = 120.0,
+        timeout: float = SECONDS,
     ) -> None:
         self.num_envs = num_envs
         self.metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}

@@ -159,7 +159,8 @@ class EnvConfig:
         num_envs: environments from which a run collects.
         workers: processes that step them; 0 steps them in this process, "auto" measures which is
             faster.
-        timeout: seconds after which a worker that does not answer is restarted.
+        timeout: seconds after which a worker that does not answer is restarted, and a step in this
+            process is an error.
         obs: regular expressions: which keys of dict observations to `keep`, and which to treat as
             an `image` or a `vector`.
         image_size: width and height to which images are resized; None keeps their size.
