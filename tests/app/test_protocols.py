@@ -162,7 +162,8 @@ def test_a_protocol_trains_and_resumes(commands, tmp_path, recipe, request):
     (line,) = re.findall(r"^[\d,]+ updates to come.*$", paused["out"], re.MULTILINE)
     few = int(line.partition(" ")[0].replace(",", "")) < FEWEST  # too few to measure the time
     assert few or re.search(r", about [\d.]+ \w+ \(.* in \d+ environments\)$", line)
-    found = commands.good([*words, "+trainer.max_steps=1", "resume=auto"], tmp_path)
+    found = commands.run([*words, "+trainer.max_steps=1", "resume=auto"], tmp_path)
+    assert "already has 1 updates" in found["err"]
     (run,) = (tmp_path / "runs").glob("*/*")
     assert run.parent.name == f"{family}_{name}"
     assert f"continuing runs/{run.parent.name}/{run.name}" in found["out"]
