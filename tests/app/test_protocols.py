@@ -123,6 +123,8 @@ def test_a_missing_simulator_is_one_line(recipe, monkeypatch, tmp_path):
     names = [name for name in sys.modules if name.partition(".")[0] == module]
     for name in {module, *names}:
         monkeypatch.setitem(sys.modules, name, None)
+    for name in [name for name in sys.modules if name.startswith("gymnasium.envs.mujoco")]:
+        monkeypatch.delitem(sys.modules, name)  # it may hold the module
     cfg = compose_config(f"experiment={recipe}", f"folder={tmp_path}")
     with pytest.raises(
         (ValueError, ImportError), match=rf"pip install '?worldloom\[{extra}\]"

@@ -190,7 +190,7 @@ def test_patterns_match_whole_keys_nested_ones_too():
 def test_a_pattern_that_takes_forever_is_rejected(monkeypatch):
     monkeypatch.setattr("worldloom.envs.spaces.MATCH_SECONDS", 0.1)
     box = spaces.Box(-1, 1, (2,))
-    with pytest.raises(ValueError, match=r"keep is '(a+)+b', which takes too long to match"):
+    with pytest.raises(ValueError, match="which takes too long to match; write a simpler one"):
         ObsSpec.from_space(spaces.Dict({"a" * 60: box}), keep="(a+)+b")
 
 

@@ -4,14 +4,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from worldloom.app.run_dir import CONFIG, describes_run, find_run, read_config
 from worldloom.app.validation import RUNNING
-from worldloom.datasets import Dataset
-from worldloom.envs.suites.multitask import TaskInfo
 from worldloom.errors import list_names, suggest
 from worldloom.presets import choice_files, read_choice
+
+if TYPE_CHECKING:
+    from worldloom.datasets import Dataset
+    from worldloom.envs.suites.multitask import TaskInfo
 
 MULTITASK = "worldloom.envs.suites.multitask.make_env"
 NOT_SUITES = ("suite_base", "none", "from_data", "custom", "multitask")
@@ -60,7 +62,7 @@ class TaskChoice:
     name: str
     env: dict[str, Any]
     score: Any = None
-    info: TaskInfo | None = None
+    info: "TaskInfo | None" = None
 
     def normalize(self, scores: Mapping[str, float]) -> float | None:
         """Return the score from 0 to 100 for means of "return" and "success", None if unknown.
@@ -139,7 +141,7 @@ def require_known_tasks(source: str, env: Mapping[str, Any]) -> None:
 
 
 def require_tasks_of_data(
-    choices: Sequence[TaskChoice], action_dims: Sequence[int] | None, dataset: Dataset
+    choices: Sequence[TaskChoice], action_dims: Sequence[int] | None, dataset: "Dataset"
 ) -> None:
     """Raise ValueError if a task of a dataset uses more actions than env.tasks has there.
 
@@ -161,6 +163,8 @@ def _read_entry(entry: Any, shared: Mapping[str, Any]) -> TaskChoice:
             "{env: gymnasium, id: Pendulum-v1}"
         )
     if isinstance(entry, str) and entry in OFFICIAL_ONLY:
+        from worldloom.envs.suites.multitask import TaskInfo  # imports gymnasium
+
         width, actions = OFFICIAL_ONLY[entry]
         return TaskChoice(entry, {}, SCORES["dmc"], TaskInfo(entry, width, {}, actions, 500, 2))
     own = {"env": "custom"} if isinstance(entry, Mapping) and "_target_" in entry else {}

@@ -159,6 +159,8 @@ def infer_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         # The older layout has no masks; there every task has all actions, unless overridden.
         masks = tensors.get("_action_masks", torch.ones(tasks, width))
         sizes["action_dims"] = masks.sum(1).long().tolist()
+    else:
+        sizes["task_dim"] = 0
     return sizes
 
 
