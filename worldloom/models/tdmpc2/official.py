@@ -110,7 +110,7 @@ def infer_arguments(
     Raises:
         ValueError: a tensor is missing, or the order of several vectors is not known.
     """
-    found = {**infer_sizes(tensors), **overrides}
+    found = {"task_dim": 0, **infer_sizes(tensors), **overrides}
     several = "_task_emb.weight" in tensors
     found["obs_order"] = choose_official_order(obs_shape, several, overrides.get("obs_order"))
     wanted = ["episode_lengths"] if several else ["episode_length"]
@@ -159,8 +159,6 @@ def infer_sizes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         # The older layout has no masks; there every task has all actions, unless overridden.
         masks = tensors.get("_action_masks", torch.ones(tasks, width))
         sizes["action_dims"] = masks.sum(1).long().tolist()
-    else:
-        sizes["task_dim"] = 0
     return sizes
 
 
