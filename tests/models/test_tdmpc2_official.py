@@ -29,7 +29,8 @@ def test_sizes_are_read_off_the_tensors(case, tmp_path):
     model = read(as_official(source, tmp_path / "agent.pt"), obs_shape, action_dim)
     assert same(source, model) == list(source.state_dict())
     for name in ("mlp_dim", "latent_dim", "num_q", "num_bins", "num_enc_layers", "task_dim"):
-        assert model.build_config["arguments"][name] == source.build_config["arguments"][name], name
+        assert getattr(model.options, name) == getattr(source.options, name), name
+        assert model.build_config["arguments"][name] == getattr(source.options, name), name
 
 
 def test_numbered_tensors_of_the_older_layout(tmp_path):
