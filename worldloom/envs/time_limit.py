@@ -24,11 +24,11 @@ class TimeLimit:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         alarm: Any = getattr(signal, "SIGALRM", None)
+        usable = alarm is not None and math.isfinite(seconds)
         in_main = threading.current_thread() is threading.main_thread()
-        self._acts = in_main and alarm is not None and math.isfinite(seconds)
-        if self._acts and signal.getsignal(alarm) is signal.SIG_DFL:
+        if usable and in_main and signal.getsignal(alarm) is signal.SIG_DFL:
             signal.signal(alarm, _raise)
-        self._acts = self._acts and signal.getsignal(alarm) is _raise
+        self._acts = usable and signal.getsignal(alarm) is _raise
         self._started = False
 
     def __enter__(self) -> None:

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from worldloom.envs.time_limit import SECONDS
 from worldloom.errors import require, require_positive
 from worldloom.memory import require_memory
 from worldloom.replay.episodes import require_drawing
@@ -172,7 +173,7 @@ class EnvConfig:
 
     num_envs: int = 4
     workers: int | str = "auto"
-    timeout: float = 120.0
+    timeout: float = SECONDS
     obs: dict[str, str | None] | None = None
     image_size: int | None = None
     pixels: bool | None = None
