@@ -15,7 +15,7 @@ from worldloom.training.module import WorldModelModule
 from worldloom.training.optimizers import Adam, LaProp
 
 ROWS, STEPS, UPDATES = 8, 5, 2
-TIGHT = 1e-12
+TIGHT = 1e-11
 
 
 class MaskedMean(nn.Module):

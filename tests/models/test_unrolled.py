@@ -1,8 +1,12 @@
 """The backward pass by hand through the sequence, against autograd's over the same steps."""
 
+from copy import deepcopy
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from worldloom.models.dreamerv3 import unrolled
 from worldloom.models.dreamerv3.rssm import RSSM
 
 SIZES = dict(deter=8, hidden=6, stoch=3, classes=4, blocks=4, img_layers=1, unimix=0.01)
@@ -67,13 +71,56 @@ def test_a_weight_that_changes_before_the_backward_pass_is_noticed():
         loss.backward()
 
 
-def test_mixed_precision_takes_autograds_way():
-    model = rssm().float()
+def test_gradients_in_mixed_precision_are_near_those_of_float32(monkeypatch):
+    def sample(probs):  # rounding must not change the samples
+        return torch.arange(probs[..., 0].numel()).view(probs.shape[:-1]) * 7 % probs.shape[-1]
+
+    monkeypatch.setattr(unrolled, "sample_classes", sample)
+    model = rssm()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
     inputs, first = sequences()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        _, loss = results(model, [x.detach().float() for x in inputs], first)
-    loss.backward()
-    assert all(p.grad.isfinite().all() for n, p in model.named_parameters() if "prior" not in n)
+    grads = []
+    for mixed in (False, True):
+        copy = deepcopy(model).float()
+        leaves = [x.detach().float().requires_grad_() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            _, loss = results(copy, leaves, first)
+        loss.backward()
+        learnt = [p for n, p in copy.named_parameters() if not n.startswith("prior")]
+        grads.append([x.grad.flatten() for x in (*leaves, *learnt)])
+    for exact, found in zip(*grads, strict=True):
+        assert torch.cosine_similarity(exact, found, dim=0) > 0.999
+        torch.testing.assert_close(found.norm(), exact.norm(), rtol=0.03, atol=0)
+
+
+class Casts(TorchDispatchMode):
+    """Collect the shapes of what is cast to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") is torch.bfloat16:
+            self.shapes.append(args[0].shape)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_mixed_precision_casts_weights_once_not_at_every_step(hooked):
+    model = rssm().float()
+    if hooked:
+        model.gru.register_forward_hook(lambda *_: None)
+    weights = {p.shape for p in model.parameters() if p.ndim > 1}
+    counts = []
+    for steps in (2, 9):
+        inputs, first = sequences(rows=7, steps=steps)  # no activation has a weight's shape
+        with torch.autocast("cpu", dtype=torch.bfloat16), Casts() as casts:
+            results(model, [x.detach().float().requires_grad_() for x in inputs], first)
+        counts.append(sum(shape in weights for shape in casts.shapes))
+    assert 0 < counts[0] == counts[1] <= sum(p.ndim > 1 for p in model.parameters())
 
 
 class Adapted(torch.nn.Linear):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from worldloom.nn import layers
 from worldloom.nn.layers import (
     MLP,
     BlockDense,
@@ -60,10 +61,19 @@ def test_half_precision_is_normalised_in_float32():
     assert torch.equal(norm(x), norm(x.float()).bfloat16())
 
 
-@pytest.mark.parametrize(
+@pytest.fixture(params=[1 << 18, 25], ids=["whole", "pieces"])
+def pieces(request, monkeypatch):
+    """Compute in one piece, or in pieces of one or a few rows."""
+    monkeypatch.setattr(layers, "CACHED_VALUES", request.param)
+
+
+SHAPES = pytest.mark.parametrize(
     ("shape", "scale"), [((5, 7), (7,)), ((2, 3, 7), (7,)), ((4, 3, 5), (4, 1, 5))]
 )
-def test_norm_and_silu_in_one_are_norm_and_silu(shape, scale):
+
+
+@SHAPES
+def test_norm_and_silu_in_one_are_norm_and_silu(shape, scale, pieces):
     x = torch.randn(shape, dtype=F64, requires_grad=True)
     scale = torch.randn(scale, dtype=F64, requires_grad=True)
 
@@ -76,6 +86,24 @@ def test_norm_and_silu_in_one_are_norm_and_silu(shape, scale):
         torch.testing.assert_close(in_one(x, scale), expected)
     torch.autograd.gradcheck(in_one, (x, scale))
     torch.autograd.gradcheck(lambda x: in_one(x, scale.detach()), (x,))
+
+
+@SHAPES
+def test_mixed_precision_rounds_only_input_and_output_of_norm_and_silu(shape, scale, pieces):
+    x, grad = torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16()
+    scale = torch.randn(scale, requires_grad=True)
+    exact = x.double().requires_grad_()
+    expected = F.silu(rms_norm(exact, scale.double(), -1 if scale.ndim == 1 else (0, 2)))
+    expected_grads = torch.autograd.grad(expected, [exact, scale], grad.double())
+    with torch.no_grad():
+        assert torch.equal(norm_silu(x.clone(), scale), expected.float().bfloat16())
+    x.requires_grad_()
+    found = norm_silu(x.clone(), scale)
+    assert torch.equal(found, expected.float().bfloat16())
+    by_x, by_scale = torch.autograd.grad(found, [x, scale], grad)
+    assert by_x.dtype == torch.bfloat16 and by_scale.dtype == torch.float32
+    torch.testing.assert_close(by_x, expected_grads[0].bfloat16())
+    torch.testing.assert_close(by_scale, expected_grads[1])
 
 
 # ---- dense ---------------------------------------------------------------------------------------
@@ -192,7 +220,7 @@ def test_even_kernels_are_refused():
         Conv(3, 4, 4)
 
 
-def test_max_pooling_splits_the_gradient_among_equal_maxima():
+def test_max_pooling_splits_the_gradient_among_equal_maxima(pieces):
     x = torch.randint(3, (2, 4, 6, 5)).double().requires_grad_()  # many are equal
     expected = F.max_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
     torch.testing.assert_close(max_pool(x), expected)

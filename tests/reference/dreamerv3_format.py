@@ -268,12 +268,12 @@ def sampling(tables: Mapping[str, np.ndarray] | None = None) -> Iterator[None]:
         return mean if tables is None else mean + stddev * table("normal", mean)
 
     old = distributions.sample_classes, distributions.sample_normal
-    with _replaced(old[0], classes), _replaced(old[1], normal):
+    with replaced(old[0], classes), replaced(old[1], normal):
         yield
 
 
 @contextmanager
-def _replaced(old: Callable, new: Callable) -> Iterator[None]:
+def replaced(old: Callable, new: Callable) -> Iterator[None]:
     """Replace a function wherever worldloom has imported it."""
     modules = [m for name, m in list(sys.modules.items()) if name.startswith("worldloom") and m]
     places = [(m, n) for m in modules for n, value in vars(m).items() if value is old]

@@ -5,6 +5,7 @@ except in `BlockLinear`.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 EPS = 1e-4  # added to the mean square
+HALF = (torch.bfloat16, torch.float16)
+CACHED_VALUES = 1 << 18  # values of a tensor that several passes in a row find in the cache
 
 
 def init_kernel(weight: Tensor, fan_in: int, scale: float = 1.0) -> None:
@@ -28,7 +31,13 @@ def to_float32(x: Tensor) -> Tensor:
 
     Norms, distributions and losses are computed in float32, as in the official code.
     """
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return x.float() if x.dtype in HALF else x
+
+
+def product_type(x: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products with x: that of autocast where it is enabled."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def is_tracing() -> bool:
@@ -43,26 +52,38 @@ def rms_norm(x: Tensor, scale: Tensor, dims: int | tuple[int, ...] = -1) -> Tens
     return (exact * inverse * scale).to(x.dtype)
 
 
-def add_product(y: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
-    """Return y + x @ kernel, with or without a leading block axis; y may be overwritten."""
-    add = torch.baddbmm if kernel.ndim == 3 else torch.addmm
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or is_tracing():
-        return add(y, x, kernel)
-    return add(y, x, kernel, out=y)
-
-
 def norm_silu(x: Tensor, scale: Tensor) -> Tensor:
     """Return silu(rms_norm(x, scale)) with fewer passes over memory.
 
     x is [..., units] with scale [units], or [blocks, N, units / blocks] with scale
     [blocks, 1, units / blocks]; the norm is taken over all units (of all blocks). x is overwritten:
-    its memory holds the result or the values saved for the backward pass.
+    its memory holds the result or the values saved for the backward pass. In mixed precision x and
+    the result are in half precision, and everything between them is computed in that of scale.
     """
-    if is_tracing() or to_float32(x) is not x or scale.dtype != x.dtype:
+    same = scale.dtype == x.dtype or x.dtype in HALF
+    if is_tracing() or scale.dtype in HALF or not same:
         return F.silu(rms_norm(x, scale, -1 if scale.ndim == 1 else (0, 2)))
+    x = x.contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad):
         return _NormSiLU.apply(x, scale)
-    return F.silu(normalize_(x, scale)[0].mul_(scale), inplace=True)
+    for (rows,) in _pieces(scale, x):
+        normed = normalize_(rows.to(scale.dtype), scale)[0].mul_(scale)
+        F.silu(normed, inplace=True)
+        if normed is not rows:
+            rows.copy_(normed)
+    return x
+
+
+def _pieces(scale: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield views of the same rows of [..., units] or [blocks, N, units / blocks].
+
+    On a CPU the values of a piece stay in the cache from one pass to the next.
+    """
+    flat = [x.flatten(0, -2) if scale.ndim == 1 else x for x in tensors]
+    rows = flat[0].shape[-2]
+    if tensors[0].device.type == "cpu":
+        rows = max(1, CACHED_VALUES // scale.numel())
+    return zip(*(x.split(rows, -2) for x in flat), strict=True)
 
 
 def _over_blocks(per_row: Tensor, scale: Tensor) -> Tensor:
@@ -99,16 +120,33 @@ class _NormSiLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor) -> Tensor:
-        normed, inverse = normalize_(x.detach(), scale)
-        ctx.save_for_backward(normed, inverse, scale)
-        return F.silu(normed * scale, inplace=True)
+        x, out, inverses = x.detach(), torch.empty_like(x), []
+        for rows, result in _pieces(scale, x, out):
+            normed, inverse = normalize_(rows.to(scale.dtype), scale)
+            if normed is rows:  # x holds the normalised values from here on
+                F.silu(torch.mul(normed, scale, out=result), inplace=True)
+            else:
+                result.copy_(F.silu(normed.mul_(scale), inplace=True))
+            inverses.append(inverse)
+        ctx.save_for_backward(x, scale, *inverses)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        normed, inverse, scale = ctx.saved_tensors
-        grad, by_scale = norm_silu_backward(grad, normed, inverse, scale)
-        return grad, by_scale.sum_to_size(scale.shape)
+        x, scale, *inverses = ctx.saved_tensors
+        grad, total = grad.contiguous(), torch.zeros_like(scale)
+        out = torch.empty_like(grad)
+        for (rows, given, result), inverse in zip(
+            _pieces(scale, x, grad, out), inverses, strict=True
+        ):
+            normed = rows
+            if rows.dtype != scale.dtype:
+                normed = rows.to(scale.dtype).mul_(inverse)
+            by_x, by_scale = norm_silu_backward(given.to(scale.dtype), normed, inverse, scale)
+            result.copy_(by_x)
+            total += by_scale.sum_to_size(scale.shape)
+        return out, total
 
 
 class RMSNorm(nn.Module):
@@ -203,20 +241,25 @@ class BlockDense(nn.Module):
         self.norm = RMSNorm(units)
 
     def kernels(self) -> tuple[Tensor, Tensor]:
-        """Split the kernel into the parts for the sliced and for the shared input.
+        """Split the kernel into [blocks, inputs / blocks, units / blocks] and [shared, units].
 
-        A loop over time calls this once, because the backward pass of each slice allocates a
-        zero-filled copy of the whole kernel.
+        The first is for the sliced input and the second for the shared one. A loop over time calls
+        this once, because the backward pass of each slice allocates a zero-filled copy of the
+        whole kernel, and mixed precision casts it.
         """
-        weight = self.linear.weight
-        return weight[:, : self.slice_width], weight[:, self.slice_width :]
+        weight = self.linear.weight.to(product_type(self.linear.weight))
+        shared = weight[:, self.slice_width :].transpose(0, 1).flatten(1)
+        return weight[:, : self.slice_width], shared
 
     def forward(self, x: Tensor, shared: Tensor, kernels: tuple[Tensor, Tensor]) -> Tensor:
         """Map [blocks, N, inputs / blocks] and [N, shared] to [blocks, N, units / blocks]."""
         # Two products instead of a concatenation, which would copy the shared input per block.
-        blocks, rows = x.shape[:2]
-        y = torch.baddbmm(self.linear.bias.view(blocks, 1, -1), x, kernels[0])
-        y = add_product(y, shared.expand(blocks, rows, -1), kernels[1])
+        blocks = len(x)
+        base: Tensor = self.linear.bias
+        if shared.shape[-1]:
+            base = torch.addmm(base, shared, kernels[1])  # [N, units]
+        base = base.view(-1, blocks, base.shape[-1] // blocks).transpose(0, 1)
+        y = torch.baddbmm(base, x, kernels[0])
         return norm_silu(y, self.norm.scale.view(blocks, 1, -1))
 
 
@@ -245,11 +288,22 @@ def max_pool(x: Tensor) -> Tensor:
 
     Equal maxima share the gradient evenly, as in the official DreamerV3 code.
     """
-    n, h, w, c = x.shape
-    x = x.reshape(n, h // 2, 2, w // 2, 2, c)
-    if is_tracing() or not (torch.is_grad_enabled() and x.requires_grad):
-        return x.amax((2, 4))
-    return _MaxPool.apply(x)
+    if is_tracing():
+        n, h, w, c = x.shape
+        return x.reshape(n, h // 2, 2, w // 2, 2, c).amax((2, 4))
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _MaxPool.apply(x)
+    return _greatest(x)
+
+
+def _corners(x: Tensor) -> list[Tensor]:
+    """Return views of the four pixels of each 2x2 square, each [N, H / 2, W / 2, C]."""
+    return [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+
+
+def _greatest(x: Tensor) -> Tensor:
+    a, b, c, d = _corners(x)
+    return torch.maximum(torch.maximum(a, b), torch.maximum(c, d))
 
 
 class _MaxPool(torch.autograd.Function):
@@ -257,13 +311,34 @@ class _MaxPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        greatest = x.amax((2, 4), keepdim=True)
-        ctx.save_for_backward(x == greatest)
-        return greatest.squeeze((2, 4))
+        n, h, w, c = x.shape
+        greatest = x.new_empty(n, h // 2, w // 2, c)
+        is_greatest = torch.empty(4, *greatest.shape, dtype=torch.bool, device=x.device)
+        for images, result, marks in _images_of(x, greatest, is_greatest):
+            result.copy_(_greatest(images))
+            for mark, corner in zip(marks, _corners(images), strict=True):
+                torch.eq(corner, result, out=mark)
+        ctx.save_for_backward(is_greatest)
+        return greatest
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (is_greatest,) = ctx.saved_tensors
-        count = is_greatest.sum((2, 4), dtype=grad.dtype)
-        return is_greatest * (grad / count).unsqueeze(2).unsqueeze(4)
+        n, h, w, c = grad.shape
+        out, zero = grad.new_empty(n, 2 * h, 2 * w, c), grad.new_zeros(())
+        for images, given, marks in _images_of(out, grad, is_greatest):
+            share = given / marks.sum(0, dtype=grad.dtype)
+            for mark, corner in zip(marks, _corners(images), strict=True):
+                torch.where(mark, share, zero, out=corner)
+        return out
+
+
+def _images_of(
+    images: Tensor, halves: Tensor, marks: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Split into groups of images; see `_pieces`."""
+    count = len(images)
+    if images.device.type == "cpu":
+        count = max(1, CACHED_VALUES // images[0].numel())
+    return zip(images.split(count), halves.split(count), marks.split(count, 1), strict=True)

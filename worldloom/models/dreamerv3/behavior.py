@@ -11,6 +11,7 @@ from torch import Tensor
 
 from worldloom.models.dreamerv3.heads import Actor, Policy
 from worldloom.models.dreamerv3.rssm import RSSM
+from worldloom.nn.layers import product_type
 from worldloom.nn.normalizer import Normalizer
 from worldloom.nn.returns import lambda_return
 from worldloom.nn.twohot import twohot_loss, twohot_mean
@@ -65,22 +66,26 @@ def rollout(rssm: RSSM, actor: Actor, start: Tensor, steps: int) -> tuple[Tensor
     state therefore needs one evaluation of the actor, for acting and for learning.
     """
     rows, width = start.shape
-    features = start.new_empty(rows, steps + 1, width)
+    # In mixed precision every reader would cast them.
+    dtype = product_type(start)
+    features = start.new_empty(rows, steps + 1, width, dtype=dtype)
     # `.data`: autograd would report writing a later step as a modification of the earlier ones.
-    states = [state.data for state in features.unbind(1)]  # views [N, F]
-    states[0].copy_(start.detach())
+    slots = [slot.data for slot in features.unbind(1)]  # views [N, F]
+    slots[0].copy_(start.detach())
     deter, stoch = start.detach().split([rssm.deter, width - rssm.deter], 1)
-    actions, policies = [], []
+    actions, policies, state = [], [], start
     with torch.no_grad():
         kernels = rssm.kernels()
     for t in range(steps):
-        policies.append(actor(states[t] if t else start))
+        policies.append(actor(state))
         with torch.no_grad():
             actions.append(policies[t].sample())
             deter, stoch, _ = rssm.imagine_step(deter, stoch, actions[t], kernels)
-        torch.cat([deter, stoch], 1, out=states[t + 1])
+            # Products in bfloat16 may read beyond a row, where a slot has no values yet.
+            state = torch.cat([deter.to(dtype), stoch.to(dtype)], 1)
+            slots[t + 1].copy_(state)
     if start.requires_grad:
-        features = torch.cat([start.unsqueeze(1), features[:, 1:]], 1)
+        features = torch.cat([start.to(dtype).unsqueeze(1), features[:, 1:]], 1)
     return features, torch.stack(actions, 1), Policy.stack(policies)
 
 

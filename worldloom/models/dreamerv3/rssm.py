@@ -1,7 +1,7 @@
 """Recurrent state-space model (RSSM) of DreamerV3, with a block-diagonal GRU (eq. 1).
 
 Axes: N batch rows, G blocks, D deter, S stoch, C classes, H hidden, E tokens, A actions. Inside
-`core` the deterministic state is laid out by block, [G, N, D / G].
+`core` activations are laid out by block, [G, N, D / G].
 """
 
 from typing import NamedTuple
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from worldloom.models.dreamerv3.unrolled import unroll
 from worldloom.nn.distributions import sample_straight_through, unimix_probs
 from worldloom.nn.layers import (
+    CACHED_VALUES,
+    HALF,
     MLP,
     BlockDense,
     BlockLinear,
@@ -20,14 +22,14 @@ from worldloom.nn.layers import (
     Linear,
     RMSNorm,
     is_tracing,
-    to_float32,
+    product_type,
 )
 
 
 class Kernels(NamedTuple):
     """Slices of kernels that read two inputs, taken once per loop over time.
 
-    hidden: for each hidden layer the slices for deter and for the shared input.
+    hidden: for each hidden layer the slices for deter and for the shared input, see `BlockDense`.
     posterior: [D, H], deter's slice of the first posterior layer; tokens: [H, E], the rest.
     """
 
@@ -83,23 +85,22 @@ class RSSM(nn.Module):
         return self.action_in(action / action.abs().clamp(min=1).detach())
 
     def kernels(self) -> Kernels:
-        """Slice the kernels that read two inputs."""
+        """Slice the kernels that read two inputs, in the dtype of products."""
         weight = self.posterior.first.linear.weight
+        weight = weight.to(product_type(weight))
         skip = 0 if self.absolute else self.deter
         parts = [layer.kernels() for layer in self.hidden_layers()]
         return Kernels(parts, weight[:, :skip].t(), weight[:, skip:])
 
     def core(self, deter: Tensor, stoch: Tensor, action_emb: Tensor, kernels: Kernels) -> Tensor:
         """Return the next deter [N, D] for deter [N, D], stoch [N, S * C], action_emb [N, H]."""
-        rows = len(deter)
+        old, deter = deter, deter.to(product_type(deter))
         shared = torch.cat([self.deter_in(deter), self.stoch_in(stoch), action_emb], -1)  # [N, 3 H]
-        old = deter.view(rows, self.blocks, -1).transpose(0, 1)  # [G, N, D / G]
-        x = old
+        x = deter.view(len(deter), self.blocks, -1).transpose(0, 1)  # [G, N, D / G]
         for layer, parts in zip(self.hidden_layers(), kernels.hidden, strict=True):
             x = layer(x, shared, parts)
             shared = shared[:, :0]  # only the first layer reads it
-        new = _update_gru(old, self.gru(x))  # gates [G, N, 3 D / G]
-        return new.transpose(0, 1).reshape(rows, self.deter)
+        return _update_gru(old, self.gru(x))  # gates [G, N, 3 D / G]
 
     def predict_prior(self, deter: Tensor) -> Tensor:
         """Return prior logits [..., S, C] for deter [..., D]."""
@@ -174,12 +175,12 @@ class RSSM(nn.Module):
     def _can_unroll(self, embedded: Tensor) -> bool:
         """Return whether the hand-written backward pass applies.
 
-        It does not apply in mixed precision, under torch.compile or torch.func, or if the user
-        changed a layer by a hook, another layer class or a subclass.
+        It does not apply to weights in half precision, under torch.compile or torch.func, or if the
+        user changed a layer by a hook, another layer class or a subclass.
         """
         if not embedded.requires_grad or self.absolute or is_tracing():
             return False
-        if torch.is_autocast_enabled(embedded.device.type) or to_float32(embedded) is not embedded:
+        if self.gru.bias.dtype in HALF:
             return False
         return all(
             type(m) in UNROLLABLE
@@ -192,24 +193,26 @@ class RSSM(nn.Module):
 
 
 def _update_gru(old: Tensor, gates: Tensor) -> Tensor:
-    """Return the next state for `old` [G, N, D / G]; gates [G, N, 3 D / G] may be overwritten.
+    """Return the next state [N, D] for `old` [N, D]; gates [G, N, 3 D / G] may be overwritten.
 
     The reset gate multiplies the candidate inside the tanh. The update gate is biased by -1, so
-    that an untrained GRU mostly keeps its state.
+    that an untrained GRU mostly keeps its state. In mixed precision the state stays in float32.
     """
-    reset, cand, update = gates.chunk(3, -1)
-    if (
-        torch.is_grad_enabled()
-        or is_tracing()
-        or to_float32(gates) is not gates
-        or gates.device.type != "cpu"
-    ):
+    blocks = len(gates)
+    states = old.unflatten(1, (blocks, -1)).transpose(0, 1)  # [G, N, D / G]
+    if torch.is_grad_enabled() or is_tracing() or old.dtype in HALF or gates.device.type != "cpu":
+        reset, cand, update = gates.to(old.dtype).chunk(3, -1)
         cand = torch.tanh(torch.sigmoid(reset) * cand)
-        # In mixed precision the state stays in float32.
-        return torch.lerp(old, cand.to(old), torch.sigmoid(update - 1).to(old))
-    # tanh(x) = 2 sigmoid(2 x) - 1 takes a third of the time of torch.tanh on a CPU.
-    cand = cand.mul_(reset.sigmoid_()).mul_(2).sigmoid_().mul_(2).sub_(1)
-    return torch.lerp(old, cand, update.sub_(1).sigmoid_())
+        return torch.lerp(states, cand, torch.sigmoid(update - 1)).transpose(0, 1).flatten(1)
+    new = torch.empty_like(old)
+    rows = max(1, CACHED_VALUES // old.shape[1])
+    parts = (states, new.unflatten(1, (blocks, -1)).transpose(0, 1), gates)
+    for state, result, gate in zip(*(x.split(rows, 1) for x in parts), strict=True):
+        reset, cand, update = gate.to(old.dtype).chunk(3, -1)
+        # tanh(x) = 2 sigmoid(2 x) - 1 takes a third of the time of torch.tanh on a CPU.
+        cand = cand.mul_(reset.sigmoid_()).mul_(2).sigmoid_().mul_(2).sub_(1)
+        torch.lerp(state, cand, update.sub_(1).sigmoid_(), out=result)
+    return new
 
 
 # The layers that `unroll` implements.

@@ -18,7 +18,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from worldloom.nn.distributions import one_hot, sample_classes, softmax
-from worldloom.nn.layers import Dense, norm_silu_backward, normalize_
+from worldloom.nn.layers import (
+    HALF,
+    Dense,
+    norm_silu_backward,
+    normalize_,
+    product_type,
+    to_float32,
+)
 
 if TYPE_CHECKING:
     from worldloom.models.dreamerv3.rssm import RSSM
@@ -49,28 +56,33 @@ class Product(Layer):
     """x @ kernel + bias.
 
     kernel [inputs, outputs] and bias [outputs], or kernel [G, inputs, outputs] and bias
-    [G, 1, outputs].
+    [G, 1, outputs]. In mixed precision both are cast once, before the loop.
     """
 
     def __init__(self, kernel: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.kernel, self.bias = kernel, bias
+        dtype = product_type(kernel)
+        self.kernel, self.bias = kernel.to(dtype), None if bias is None else bias.to(dtype)
         self.grads: list[Tensor] = []
+        self.transposed = kernel
 
     def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Return x @ kernel + `onto` (by default the bias); blocks may share one x [N, inputs]."""
+        """Return x @ kernel + `onto` (by default the bias)."""
+        x = x.to(self.kernel.dtype)
         self.saved.append((x,))
         base = self.bias if onto is None else onto
         assert base is not None
-        if self.kernel.ndim == 2:
-            return torch.addmm(base, x, self.kernel)
-        return torch.baddbmm(base, x.expand(len(self.kernel), *x.shape[-2:]), self.kernel)
+        return (torch.addmm if self.kernel.ndim == 2 else torch.baddbmm)(base, x, self.kernel)
 
     def backward(self, grad: Tensor) -> Tensor:
         """Return the gradient of x; steps are processed from last to first."""
+        grad = grad.to(self.kernel.dtype)
+        if not self.grads:
+            # Batched products in bfloat16 would copy a transposed kernel at every step.
+            copy = self.kernel.ndim == 3 and self.kernel.dtype in HALF
+            self.transposed = self.kernel.mT.contiguous() if copy else self.kernel.mT
         self.grads.append(grad)
-        grad_x = grad @ self.kernel.mT
-        return grad_x.sum(0) if grad_x.ndim > self.saved[0][0].ndim else grad_x
+        return grad @ self.transposed
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters."""
@@ -98,12 +110,13 @@ class NormSiLU(Layer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return silu(rms_norm(x) * scale); x is overwritten."""
-        self.saved.append(normalize_(x, self.scale))
+        self.saved.append(normalize_(x.to(self.scale.dtype), self.scale))
         return F.silu(self.saved[-1][0] * self.scale, inplace=True)
 
     def backward(self, t: int, grad: Tensor) -> Tensor:
         """Return the gradient of x at step t."""
         normed, inverse = self.saved[t]
+        grad = grad.to(self.scale.dtype)
         grad, grad_scale = norm_silu_backward(grad, normed, inverse, self.scale)
         self.grad = grad_scale if self.grad is None else self.grad.add_(grad_scale)
         return grad
@@ -126,6 +139,7 @@ class GRU(Layer):
 
     def forward(self, old: Tensor, gates: Tensor) -> Tensor:
         """Return the next state for state `old` [G, N, d]; gates [G, N, 3 d] are overwritten."""
+        gates = gates.to(old.dtype)
         reset, cand, update = gates.chunk(3, -1)
         reset.sigmoid_()
         update.sub_(1).sigmoid_()
@@ -186,10 +200,13 @@ class Unrolled:
         self.blocks, self.groups = rssm.blocks, (rssm.stoch, rssm.classes)
         kernels = rssm.kernels()
         self.deter_in, self.stoch_in = dense(rssm.deter_in), dense(rssm.stoch_in)
-        self.hidden, self.shared = [], Product(kernels.hidden[0][1])
-        for layer, (kernel, _) in zip(rssm.hidden_layers(), kernels.hidden, strict=True):
-            bias, scale = by_block(layer.linear.bias), by_block(layer.norm.scale)
-            self.hidden.append((Product(kernel, bias), NormSiLU(scale)))
+        self.hidden: list[DensePair] = []
+        for layer, (kernel, shared) in zip(rssm.hidden_layers(), kernels.hidden, strict=True):
+            bias: Tensor | None = layer.linear.bias
+            if not self.hidden:  # its bias is added to the product with the shared input
+                self.shared, bias = Product(shared, bias), None
+            product = Product(kernel, None if bias is None else by_block(bias))
+            self.hidden.append((product, NormSiLU(by_block(layer.norm.scale))))
         self.gates, self.gru = Product(rssm.gru.weight, by_block(rssm.gru.bias)), GRU()
         first, *others = [layer for layer in rssm.posterior if isinstance(layer, Dense)]
         self.posterior = [(Product(kernels.posterior), NormSiLU(first.norm.scale))]
@@ -221,9 +238,10 @@ class Unrolled:
             # Inputs of the core: all blocks share [N, 3 H], each reads its slice of deter.
             deter, stoch = deter * mask, stoch * mask
             inputs = [_forward(self.deter_in, deter), _forward(self.stoch_in, stoch), action]
-            old = deter.view(len(deter), self.blocks, -1).transpose(0, 1)  # [G, N, d]
+            old = self.by_block(deter)  # [G, N, d]
             product, norm = self.hidden[0]
-            x = norm.forward(self.shared.forward(torch.cat(inputs, -1), product.forward(old)))
+            shared = self.shared.forward(torch.cat(inputs, -1))  # [N, D]
+            x = norm.forward(product.forward(old, self.by_block(shared)))
             for layer in self.hidden[1:]:
                 x = _forward(layer, x)
             deter = self.gru.forward(old, self.gates.forward(x)).transpose(0, 1).flatten(1)
@@ -232,7 +250,7 @@ class Unrolled:
             x = norm.forward(product.forward(deter, token))
             for layer in self.posterior[1:]:
                 x = _forward(layer, x)
-            logit = self.logits.forward(x).unflatten(-1, self.groups)
+            logit = to_float32(self.logits.forward(x)).unflatten(-1, self.groups)
             stoch = self.sample.forward(logit).flatten(1)
             deters.append(deter)
             stochs.append(stoch)
@@ -257,10 +275,10 @@ class Unrolled:
                 grad = _backward(layer, t, grad)
             product, norm = self.posterior[0]
             tokens.append(norm.backward(t, grad))
-            deter = product.backward(tokens[-1]).add_(deter).add_(grad_deter[:, t])
+            # State gradients are summed in their own precision.
+            deter = (product.backward(tokens[-1]) + deter).add_(grad_deter[:, t])
             # Core.
-            new = deter.view(len(deter), self.blocks, -1).transpose(0, 1)
-            old, grad = self.gru.backward(t, new)
+            old, grad = self.gru.backward(t, self.by_block(deter))
             grad = self.gates.backward(grad)
             for layer in self.hidden[:0:-1]:
                 grad = _backward(layer, t, grad)
@@ -268,11 +286,16 @@ class Unrolled:
             grad = norm.backward(t, grad)
             deter = (product.backward(grad) + old).transpose(0, 1).flatten(1)
             # Inputs of the core.
+            grad = grad.transpose(0, 1).flatten(1)
             deter_in, stoch_in, action = self.shared.backward(grad).chunk(3, -1)
             actions.append(action)
             deter = deter.add_(_backward(self.deter_in, t, deter_in)).mul_(keep[:, t])
-            stoch = _backward(self.stoch_in, t, stoch_in).mul_(keep[:, t])
+            stoch = _backward(self.stoch_in, t, stoch_in) * keep[:, t]
         return [deter, stoch, torch.stack(actions[::-1], 1), torch.stack(tokens[::-1], 1)]
+
+    def by_block(self, x: Tensor) -> Tensor:
+        """View x [N, G * d] as [G, N, d]."""
+        return x.view(len(x), self.blocks, -1).transpose(0, 1)
 
 
 def _forward(layer: DensePair, x: Tensor) -> Tensor:
