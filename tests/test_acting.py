@@ -269,3 +269,27 @@ def test_success_is_left_out_where_the_environment_does_not_tell():
 def test_no_episodes_are_refused():
     with pytest.raises(ValueError, match="episodes is 0; expected at least 1"):
         score(make_vector_env(Chance), 0)
+
+
+# ---- precision -----------------------------------------------------------------------------------
+
+
+class Multiplying(Acting):
+    """Its action shows the dtype of a product."""
+
+    def policy(self, state, deterministic=False):
+        product = torch.ones(3, 2) @ torch.ones(2, 2)
+        assert not torch.is_grad_enabled()
+        self.dtype = product.dtype
+        return product
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "None"])
+@pytest.mark.parametrize("plans", [False, True])
+def test_models_that_plan_act_in_the_mixed_precision_of_their_run(precision, plans):
+    model = Multiplying()
+    model.plans_in_bfloat16 = plans
+    action, _ = Actor(model, precision=precision)(OBS, first(1, 1, 1))
+    mixed = plans and precision == "bf16-mixed"
+    assert model.dtype == (torch.bfloat16 if mixed else torch.float32)
+    assert action.dtype == torch.float32

@@ -196,6 +196,23 @@ def test_a_model_that_cannot_act_is_measured_without():
     assert list(result.seconds) == ["update", *parts(result.seconds), "sample", "log"]
 
 
+def test_precision_is_that_of_updates_and_plans():
+    tiny = {"enc_dim": 8, "mlp_dim": 8, "latent_dim": 16, "num_samples": 8, "num_elites": 2}
+    tiny |= {"num_pi_trajs": 2, "iterations": 1}
+    with pytest.raises(ValueError, match="precision is '16'; expected 32-true or bf16-mixed"):
+        BenchConfig(precision="16")
+    for precision, dtype in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)):
+        config = BenchConfig(model="tdmpc2:1m", batch=3, precision=precision)
+        trained, seen = TrainedModel(config, **tiny), set()
+        trained.model.reward.register_forward_hook(lambda *call, seen=seen: seen.add(call[2].dtype))
+        trained.update(trained.random_batch(config))
+        assert seen == {dtype}
+        seen.clear()
+        trained.act(config, 2, 1)
+        # The reward of the last action, which `observe` computes, is not part of the plan.
+        assert seen == {dtype, torch.float32}
+
+
 def test_images():
     result = measure(BenchConfig(**SMALL | {"obs": "3,16,16", "repeats": 1}), **TINY)
     vectors = measure(BenchConfig(**SMALL | {"repeats": 1}), **TINY)

@@ -4,7 +4,7 @@ Axes in shapes: N environments, A = width of an action.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,9 +61,14 @@ class Actor:
         `planner(state, plan, is_first, deterministic) -> (action, plan)`. It receives the plan that
         it returned for the previous step (None in the first step) and is_first [N] bool, the rows
         whose plan belongs to a finished episode.
+    precision: `trainer.precision` of the run. With bf16-mixed, actions are chosen in mixed bfloat16
+        by a model on a CPU that has `plans_in_bfloat16` (TD-MPC2 when it plans, because a plan
+        multiplies hundreds of rows); all others act in the precision of their weights.
     """
 
-    def __init__(self, model: WorldModel, planner: Planner | None = None) -> None:
+    def __init__(
+        self, model: WorldModel, planner: Planner | None = None, precision: str = "32-true"
+    ) -> None:
         if planner is None and not callable(getattr(model, "policy", None)):
             raise ValueError(
                 f"{type(model).__name__} has no policy and no planner was given; add a method "
@@ -72,6 +77,7 @@ class Actor:
             )
         self.model = model
         self.planner = planner
+        self.precision = precision
 
     @property
     def device(self) -> torch.device:
@@ -97,7 +103,8 @@ class Actor:
         policy = getattr(self.model, "policy", None)
         plan = None
         if callable(policy):
-            chosen = policy(state, deterministic=deterministic)
+            with self._use_precision():
+                chosen = policy(state, deterministic=deterministic)
             action, state = chosen if isinstance(chosen, tuple) else (chosen, state)
         else:
             assert self.planner is not None
@@ -118,6 +125,13 @@ class Actor:
             return self.model.encode(tensors)
         state = self.model.observe(memory.state, memory.action, tensors)
         return LatentState.where(first, self.model.encode(tensors), state) if first.any() else state
+
+    def _use_precision(self) -> AbstractContextManager[Any]:
+        """Return the context in which the model's policy is called."""
+        mixed = self.precision == "bf16-mixed" and getattr(self.model, "plans_in_bfloat16", False)
+        if mixed and self.device.type == "cpu":
+            return torch.autocast("cpu", torch.bfloat16)
+        return nullcontext()
 
     def _to_device(self, obs: Obs | NumpyObs) -> Obs:
         """Return observations as tensors on the model's device."""

@@ -176,6 +176,7 @@ class WorldModel(Protocol):
         policy(state, deterministic=False): returns actions [B, A], or (actions, state) if acting
             changes the state, as a planner's plan does. Without `policy` worldloom plans with
             `imagine`.
+        plans_in_bfloat16: whether `policy` is faster in mixed bfloat16 on a CPU (`acting.Actor`).
         after_update(): called after each optimiser step.
         parameter_groups(): parameter groups for the optimiser.
         replay_fields: {name: ReplayField} that the replay stores with every row.

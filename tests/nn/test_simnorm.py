@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from worldloom.nn.simnorm import simnorm
+from worldloom.nn.simnorm import _SimNorm, simnorm
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 8, 16])
@@ -41,3 +41,36 @@ def test_half_precision_is_computed_in_float32():
 def test_groups_must_divide_the_width():
     with pytest.raises(RuntimeError, match="unflatten"):
         simnorm(torch.zeros(3, 16), 5)
+
+
+# ---- mixed precision on a CPU --------------------------------------------------------------------
+
+
+def mixed(x, group=8):
+    with torch.autocast("cpu", torch.bfloat16):
+        return simnorm(x, group)
+
+
+@pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 16)])
+def test_mixed_precision_computes_in_float32(shape):
+    torch.manual_seed(0)
+    x = 10 * torch.randn(shape)
+    assert mixed(x).dtype == torch.float32
+    torch.testing.assert_close(mixed(x), simnorm(x, 8), rtol=1e-5, atol=1e-7)
+    assert torch.equal(mixed(x.bfloat16()), mixed(x.bfloat16().float()))
+
+
+def test_mixed_precision_beyond_its_limit():
+    x = torch.tensor([200.0, 0.0, -1e4, -1e4, torch.nan, 0.0])
+    found = mixed(x, 2)
+    assert found[:4].tolist() == [1.0, pytest.approx(0.0, abs=1e-30), 0.5, 0.5]
+    assert found[4:].isnan().all()
+
+
+def test_gradient_in_mixed_precision():
+    torch.manual_seed(0)
+    x = torch.randn(3, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: _SimNorm.apply(x, 8), (x,))
+    x, weights = torch.randn(3, 16, requires_grad=True), torch.randn(3, 16)
+    wanted = torch.autograd.grad((simnorm(x, 8) * weights).sum(), x)
+    torch.testing.assert_close(torch.autograd.grad((mixed(x) * weights).sum(), x), wanted)

@@ -17,7 +17,6 @@ from worldloom.models.tdmpc2.layers import NormedLinear
 from worldloom.models.tdmpc2.losses import termination_stats
 from worldloom.models.tdmpc2.planner import LatentMPPI
 from worldloom.models.tdmpc2.policy import RunningScale, SquashedNormal, squash
-from worldloom.nn.mish import mish
 from worldloom.nn.simnorm import simnorm
 from worldloom.nn.symlog import symexp, symlog
 from worldloom.nn.twohot import symlog_twohot_loss, symlog_twohot_mean
@@ -65,10 +64,10 @@ def gumbel(x: Inputs, recording: Recording) -> Inputs:
 
 def normed(x: Inputs, recording: Recording) -> Inputs:
     outputs, inputs = x["weight"].shape
-    layer = NormedLinear(inputs, outputs).to(recording.dtype)
+    layer = NormedLinear(inputs, outputs, mishes=True).to(recording.dtype)
     layer.linear.load_state_dict({"weight": x["weight"], "bias": x["bias"]})
     layer.norm.load_state_dict({"weight": x["ln_weight"], "bias": x["ln_bias"]})
-    return {"y": mish(layer(x["x"]))}
+    return {"y": layer(x["x"])}
 
 
 def scale(x: Inputs, recording: Recording) -> Inputs:

@@ -213,3 +213,39 @@ def compare_own(
     for name, value in wanted.items():
         error = deviation(ours[name], value.detach().numpy())
         assert error <= TOLERANCES[row][precision], f"{name} deviates by {error:.2e}"
+
+
+# bfloat16 has 8 bits: a rounding is off by at most 2^-9 of a number. Terms of a loss are means over
+# rows, in which roundings cancel; the policy's is a difference of entropy and value.
+BF16_TERMS = {"consistency_loss": 0.02, "reward_loss": 0.005, "value_loss": 0.005}
+BF16_TERMS |= {"termination_loss": 0.01, "policy_loss": 0.02, "loss": 0.01}
+
+
+@pytest.mark.filterwarnings("ignore:a batch contains terminations")
+@pytest.mark.parametrize("folder", agent_folders(FAMILY))
+def test_tdmpc2_compute_loss_in_bfloat16(folder: str) -> None:
+    """In bf16-mixed, terms and gradients are those of float32 but for roundings of products."""
+    agent = Agent(folder)
+    recording = first_update(Recording(folder, "update.npz", "float32"))
+    arrays = recording.group("in/step0")
+    found = []
+    for mixed in (False, True):
+        model = agent.build("float32").train()
+        with drawing(recording), torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            out = model.compute_loss(as_batch(agent, arrays, recording.dtype))
+        out["loss"].backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        found.append((out, grads))
+    (exact, exact_grads), (out, grads) = found
+    for name, tolerance in BF16_TERMS.items():
+        if name in out:
+            error = (out[name] - exact[name]).abs()
+            assert error <= tolerance * exact[name].abs() + 1e-5, (name, out[name], exact[name])
+    assert [k for k, g in grads.items() if g is None] == []
+    for grad in grads.values():
+        assert grad is not None and grad.dtype == torch.float32 and grad.isfinite().all()
+    left, right = (
+        torch.cat([g.flatten() for g in each.values() if g is not None]).double()
+        for each in (exact_grads, grads)
+    )
+    assert F.cosine_similarity(left, right, 0) > 0.999

@@ -87,7 +87,7 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
     if plain["init_from"] is not None and not resumes:
         require_known_tasks(plain["init_from"], plain["env"])
         print(transfer(model, plain["init_from"]).report(), flush=True)
-    actor = task.build_actor(model, plain["planner"])
+    actor = task.build_actor(model, plain["planner"], str(plain["trainer"].get("precision")))
     data = build_data(plain, task, actor, dataset)
     checkpoint = find_checkpoint(folder, data, model, limits, ranks) if resumes else None
     module = WorldModelModule(

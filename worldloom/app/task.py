@@ -175,10 +175,13 @@ class Task:
             )
         return model
 
-    def build_actor(self, model: Any, planner: Mapping[str, Any]) -> Actor:
-        """Return an actor that uses the model's policy, or plans with it if it has none."""
+    def build_actor(self, model: Any, planner: Mapping[str, Any], precision: str) -> Actor:
+        """Return an actor that uses the model's policy, or plans with it if it has none.
+
+        precision: in which the model is trained; see `Actor`.
+        """
         if callable(getattr(model, "policy", None)):
-            return Actor(model)
+            return Actor(model, precision=precision)
         options = {k: v for k, v in planner.items() if k != "_target_"}
         cls = import_target(str(planner["_target_"]))
         return Actor(model, cls(model, self.actions.action_dim, self.actions.discrete, **options))
@@ -354,4 +357,5 @@ def load_actor(path: Path, config: Mapping[str, Any], task: Task, device: Any = 
                 f"the model of {path} has {name} {built_with[name]}, but the environment {value}; "
                 "choose the environment in which it was trained"
             )
-    return task.build_actor(model, config["planner"])
+    precision = str(config.get("trainer", {}).get("precision"))
+    return task.build_actor(model, config["planner"], precision)

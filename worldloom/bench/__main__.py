@@ -3,7 +3,10 @@
 usage: worldloom bench [model=dreamerv3:size1m] [model.KEY=VALUE ...]
        [model._target_=my_pkg.Mine +model.KEY=VALUE ...] [batch=...] [length=...]
        [obs=24 | obs=3,64,64] [actions=6] [discrete=false] [envs=16] [repeats=5] [threads=...]
-       [device=cpu] [matrix=2048]
+       [device=cpu] [precision=32-true | precision=bf16-mixed] [matrix=2048]
+
+Updates and decisions are computed as in a run with that trainer.precision: with bf16-mixed on a
+CPU, TD-MPC2 plans in mixed bfloat16, and other models act in float32.
 
 Batch size, sequence length, optimiser and train ratio are those of the model's preset. Each figure
 is the time of single calls; "update" is the sum of the phases listed below it:

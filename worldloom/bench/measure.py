@@ -27,6 +27,7 @@ from worldloom.replay.buffer import ReplayBuffer
 from worldloom.timing import REST, Timer, phase
 from worldloom.training.loggers import MetricsCSV, TensorBoard
 from worldloom.training.metrics import RunningMeans
+from worldloom.training.precision import computing_in
 from worldloom.trees import to_device
 
 INDENT = "  "  # in front of the names of an update's phases
@@ -40,6 +41,8 @@ class BenchConfig:
     envs: environments that act at once.
     obs: shape of an observation, such as 24 or "3,64,64".
     actions: number of actions or, if `discrete`, of choices ("3,4" for two choices at once).
+    precision: "32-true" or "bf16-mixed", as `trainer.precision` of a run, which also determines the
+        precision of its decisions (`Actor`).
     matrix: rows of the square matrices whose product gives the machine's rate.
     """
 
@@ -53,10 +56,13 @@ class BenchConfig:
     repeats: int = 5
     threads: int = field(default_factory=torch.get_num_threads)
     device: str = "cpu"
+    precision: str = "32-true"
     matrix: int = 2048
 
     def __post_init__(self) -> None:
-        """Parse shapes and fill in the preset's values; raise ValueError for a size below 1."""
+        """Parse shapes and fill in the preset's values; raise ValueError for a wrong value."""
+        if self.precision not in ("32-true", "bf16-mixed"):
+            raise ValueError(f"precision is {self.precision!r}; expected 32-true or bf16-mixed")
         training = self.compose_run().training
         self.batch = training.batch_size if self.batch is None else self.batch
         self.length = training.sequence_length if self.length is None else self.length
@@ -144,7 +150,7 @@ class TrainedModel:
     """A model and its preset's optimiser, fed with random data."""
 
     def __init__(self, config: BenchConfig, **overrides: Any) -> None:
-        self.device = require_device(config.device)
+        self.device, self.precision = require_device(config.device), config.precision
         self.model: Any = create_world_model(
             config.model, *config.spaces, self.device, **overrides
         ).train()
@@ -174,7 +180,7 @@ class TrainedModel:
         read: returns what is counted; by default the device's seconds.
         """
         with Timer(read or self.clock) as timer:
-            with phase("loss"):
+            with phase("loss"), computing_in(self.precision, self.device):
                 losses, self.replay_values = split_result(self.model.compute_loss(batch))
             with phase("backward"):
                 losses["loss"].backward()
@@ -195,7 +201,7 @@ class TrainedModel:
     def act(self, config: BenchConfig, envs: int, repeats: int) -> list[float]:
         """Act `repeats` times in the middle of episodes; return the seconds of each decision."""
         data = RandomData.for_model(self.model, *config.spaces, envs, 1)
-        actor, seconds = Actor(self.model.eval()), []
+        actor, seconds = Actor(self.model.eval(), precision=self.precision), []
         _, memory = actor(data.obs(envs), torch.ones(envs, dtype=torch.bool))
         no = torch.zeros(envs, dtype=torch.bool)
         for _ in range(repeats):

@@ -11,17 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldloom.models.tdmpc2 import draws
+from worldloom.nn.casts import cast, is_mixed_on_cpu
+from worldloom.nn.layers import to_float32
 from worldloom.nn.mish import mish
+from worldloom.nn.norm_mish import norm_mish
 
 Stacked = tuple[Tensor, ...]  # parameters of one layer of all members, [Q, ...]
 
 
-def make_linear(inputs: int, outputs: int) -> nn.Linear:
-    """Return a linear layer with the official initial values."""
-    layer = nn.Linear(inputs, outputs)
-    init_weight(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
+class Linear(nn.Linear):
+    """A linear layer with the official initial values."""
+
+    def reset_parameters(self) -> None:
+        """Initialise weight and bias."""
+        super().reset_parameters()
+        init_weight(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., inputs] to [..., outputs]."""
+        return joint_linear((x,), self.weight, self.bias)
 
 
 def init_weight(weight: Tensor) -> None:
@@ -29,12 +38,15 @@ def init_weight(weight: Tensor) -> None:
     nn.init.trunc_normal_(weight, std=0.02)
 
 
-def joint_linear(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+def joint_linear(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
     """Apply a linear map to the concatenation of parts [..., width], without concatenating them.
 
     Leading axes broadcast, so rows that many others share are multiplied once, and a part without
     gradient costs no backward pass.
     """
+    if is_mixed_on_cpu(parts[0]):
+        parts, weight = join_rows(parts), cast(weight)
+        bias = None if bias is None else cast(bias)
     first, *others = parts
     if not others:
         return F.linear(first, weight, bias)
@@ -49,17 +61,52 @@ def joint_linear(parts: Sequence[Tensor], weight: Tensor, bias: Tensor) -> Tenso
     return y
 
 
-class NormedLinear(nn.Module):
-    """Linear layer and layer norm; the caller applies the activation."""
+def join_rows(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Return parts [..., width] of a network's input in the form that is cheapest to multiply.
 
-    def __init__(self, inputs: int, units: int) -> None:
+    In mixed precision on a CPU they are in bfloat16, and concatenated if they have the same rows.
+    """
+    if not is_mixed_on_cpu(parts[0]):
+        return tuple(parts)
+    parts = [part.bfloat16() for part in parts]
+    if len(parts) > 1 and len({part.shape[:-1] for part in parts}) == 1:
+        parts = [torch.cat(parts, -1)]
+    return tuple(parts)
+
+
+def normed_mish(
+    parts: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Apply a linear map to parts (see `joint_linear`), dropout, a layer norm and Mish."""
+    if is_mixed_on_cpu(parts[0]) and not dropout:
+        return norm_mish(joint_linear(parts, weight, None), bias, scale, shift)
+    y = drop(joint_linear(parts, weight, bias), dropout)  # [..., units]
+    if is_mixed_on_cpu(y):
+        return norm_mish(y, torch.zeros_like(bias), scale, shift)
+    return mish(F.layer_norm(y, scale.shape, scale, shift))
+
+
+class NormedLinear(nn.Module):
+    """Linear layer and layer norm, with Mish if `mishes`."""
+
+    def __init__(self, inputs: int, units: int, *, mishes: bool) -> None:
         super().__init__()
-        self.linear = make_linear(inputs, units)
+        self.linear = Linear(inputs, units)
         self.norm = nn.LayerNorm(units)
+        self.mishes = mishes
 
     def forward(self, *parts: Tensor) -> Tensor:
         """Map [..., inputs], or parts of that width (see `joint_linear`), to [..., units]."""
-        return self.norm(joint_linear(parts, self.linear.weight, self.linear.bias))
+        weights = self.linear.weight, self.linear.bias
+        if self.mishes:
+            return normed_mish(parts, *weights, self.norm.weight, self.norm.bias)
+        y = joint_linear(parts, *weights)
+        return self.norm(to_float32(y) if is_mixed_on_cpu(y) else y)
 
 
 class MLP(nn.Module):
@@ -80,19 +127,18 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         widths = [inputs, *hidden]
-        layers: list[nn.Module] = [NormedLinear(a, b) for a, b in pairwise(widths)]
-        last = NormedLinear(widths[-1], outputs) if normed else make_linear(widths[-1], outputs)
+        layers = [NormedLinear(a, b, mishes=True) for a, b in pairwise(widths)]
+        sizes = widths[-1], outputs
+        last = NormedLinear(*sizes, mishes=False) if normed else Linear(*sizes)
         if zero:
             nn.init.zeros_(last.weight)  # type: ignore[arg-type]
         self.layers = nn.ModuleList([*layers, last])
 
     def forward(self, *parts: Tensor) -> Tensor:
         """Map [..., inputs], or parts of that width (see `joint_linear`), to [..., outputs]."""
-        first, *others = self.layers
-        x = first(*parts)
-        for layer in others:
-            x = layer(mish(x))
-        return x
+        for layer in self.layers:
+            parts = (layer(*parts),)
+        return parts[0]
 
 
 def drop(x: Tensor, probability: float) -> Tensor:
@@ -164,16 +210,20 @@ def apply_one_by_one(
     All cores share each product (in a batched product each core takes whole ones), and the
     activations between two products stay in the cache.
     """
+    if is_mixed_on_cpu(parts[0]):
+        layers = [(cast(weight), *others) for weight, *others in layers]
+        parts = join_rows(parts)
     split = [[p.unbind() for p in layer] for layer in layers]
     outputs = []
     for i in range(len(layers[0][0])) if members is None else members.tolist():
         inputs = parts
         for number, layer in enumerate(split):
             weight, bias, *norm = (p[i] for p in layer)
-            y = joint_linear(inputs, weight, bias)  # [..., units]
-            y = y if number else drop(y, dropout)
             if norm:
-                y = mish(F.layer_norm(y, y.shape[-1:], norm[0], norm[1]))
+                dropped = 0.0 if number else dropout
+                y = normed_mish(inputs, weight, bias, norm[0], norm[1], dropped)
+            else:
+                y = joint_linear(inputs, weight, bias)
             inputs = (y,)
         outputs.append(y)
     return torch.stack(outputs)

@@ -32,6 +32,7 @@ from worldloom.models.tdmpc2.losses import (
 )
 from worldloom.models.tdmpc2.networks import Networks
 from worldloom.models.tdmpc2.planner import LatentMPPI
+from worldloom.nn.casts import cast_once
 from worldloom.nn.twohot import symlog_twohot_loss
 from worldloom.protocol import Batch, LatentState, Obs, Trajectory
 from worldloom.ranks import sum_counts, world_size
@@ -159,7 +160,13 @@ class TDMPC2(ExtraLosses, Networks):
         continues = self.predict_continue(latents, self.get_task(initial_state))
         return Trajectory(states, rewards, continues)
 
+    @property
+    def plans_in_bfloat16(self) -> bool:
+        """Whether acting is faster in mixed bfloat16 on a CPU; see `acting.Actor`."""
+        return self.options.mpc
+
     @torch.no_grad()
+    @cast_once()
     def policy(self, state: LatentState, deterministic: bool = False) -> tuple[Tensor, LatentState]:
         """Plan actions [B, A] for all B states at once; with mpc=False sample the policy prior.
 
@@ -189,6 +196,7 @@ class TDMPC2(ExtraLosses, Networks):
 
     # Training -------------------------------------------------------------------------------
 
+    @cast_once()
     def compute_loss(self, batch: Batch) -> Losses:
         """Return "loss" and every term and statistic by name, all scalars.
 
@@ -350,5 +358,5 @@ def _warn_of_terminations(data: Transitions) -> None:
         warnings.warn(
             "a batch contains terminations, but this model has no head to predict them in "
             "planning; create it with episodic=True (value targets are correct in any case)",
-            stacklevel=3,
+            stacklevel=4,
         )

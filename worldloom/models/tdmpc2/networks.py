@@ -15,7 +15,7 @@ from worldloom.models.spaces import ActSpaces, ObsSpaces
 from worldloom.models.tdmpc2 import draws
 from worldloom.models.tdmpc2.encoder import Decoder, Encoder
 from worldloom.models.tdmpc2.hyperparameters import Hyperparameters
-from worldloom.models.tdmpc2.layers import MLP, Ensemble
+from worldloom.models.tdmpc2.layers import MLP, Ensemble, join_rows
 from worldloom.models.tdmpc2.policy import (
     Categorical,
     PolicySample,
@@ -197,7 +197,7 @@ class Networks(SavableModel):
     ) -> tuple[Tensor, ...]:
         """Return latents, task embeddings and actions: parts of a network's input [..., width]."""
         embedding = () if task is None or self.tasks is None else (self.tasks.embedding(task),)
-        return (z, *embedding) if action is None else (z, *embedding, action)
+        return join_rows((z, *embedding) if action is None else (z, *embedding, action))
 
     def split_task(
         self, obs: Obs, task: Tensor | int | None, lead: int
