@@ -1,9 +1,11 @@
 """Time whole training updates of worldloom beside those of other implementations, turn by turn.
 
-usage: python experiments/speed/updates.py [--size size1m|size12m|size1m-images|5m]
+usage: python experiments/speed/updates.py [--size size1m|size12m|size12m-images|5m]
        [--peers FOLDER] [--before FOLDER] [--rounds 7] [--only NAME…] [--threads 2]
 
---before is another checkout of worldloom, such as an earlier commit, which takes its turns too.
+NAME-bf16 computes matrix products in bfloat16: worldloom in bf16-mixed, the official JAX code with
+its own default, bfloat16. --before is another checkout of worldloom, such as an earlier commit,
+which takes its turns too.
 
 Every implementation lives in a process of its own, with its own Python, and works only when asked:
 in each round all of them make updates and decisions, one after another, and a matrix product is
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
@@ -27,11 +29,12 @@ import torch
 HERE = Path(__file__).resolve().parent
 CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 DREAMER = {"batch": 16, "length": 64, "horizon": 15}
+IMAGES = {"batch": 8, "length": 32, "horizon": 15, "obs": [3, 64, 64]}
 JOBS = {
-    "size1m": DREAMER,
-    "size12m": DREAMER,
-    "size1m-images": DREAMER | {"obs": [3, 64, 64]},
-    "5m": {"batch": 256, "horizon": 3},
+    "size1m": DREAMER | {"size": "size1m"},
+    "size12m": DREAMER | {"size": "size12m"},
+    "size12m-images": IMAGES | {"size": "size12m"},
+    "5m": {"size": "5m", "batch": 256, "horizon": 3},
 }
 # FLOPs of the official update, which the floor is the time of: 29.1 and 428.9 were counted
 # in the jaxpr after removing what nothing depends on, 39.9 (and a plan's 46.4) by torch.
@@ -46,33 +49,40 @@ MATRIX = 2048
 
 @dataclass(frozen=True)
 class Entrant:
-    """A driver, the clone it drives and the virtual environment it runs in, both in --peers."""
+    """A driver, the clone it drives and the virtual environment it runs in, both in --peers.
+
+    Without a venv it is worldloom itself.
+    """
 
     driver: str
     clone: str = ""
     venv: str = ""
+    options: dict = field(default_factory=dict)
 
 
+BF16 = {"precision": "bf16-mixed"}
 ENTRANTS = {
     "worldloom": Entrant("worldloom_own.py"),
+    "worldloom-bf16": Entrant("worldloom_own.py", options=BF16),
     "before": Entrant("worldloom_own.py"),
     "dreamerv3": Entrant("dreamerv3_official.py", "dreamerv3", "venv-jax"),
+    "dreamerv3-bf16": Entrant("dreamerv3_official.py", "dreamerv3", "venv-jax", BF16),
     "r2dreamer": Entrant("r2dreamer.py", "r2dreamer", "venv-torch"),
-    "dreamerv3-torch": Entrant("dreamerv3_torch.py", "dreamerv3-torch", "venv-torch"),
-    "sheeprl": Entrant("sheeprl_dreamerv3.py", "sheeprl", "venv-torch"),
+    "sheeprl": Entrant("sheeprl_dreamer_v3_5.py", "", "venv-torch"),
     "tdmpc2": Entrant("tdmpc2_official.py", "tdmpc2", "venv-torch"),
 }
 
 
-def entrants(size):
-    """Return the names that implement the model of this size."""
-    others = (
-        ["tdmpc2"]
-        if size == "5m"
-        else [x for x in ENTRANTS if x not in ("worldloom", "before", "tdmpc2")]
-    )
-    # The drivers of the others make vectors only.
-    return ["worldloom", *(() if "images" in size else others)]
+def entrants(size, only=None, before=False):
+    """Return the names that implement the model of this size, worldloom always and first.
+
+    only: the other names that are wanted; None for all of them.
+    """
+    unfit = ("dreamerv3", "r2dreamer", "sheeprl") if size == "5m" else ("tdmpc2",)
+    names = [name for name in ENTRANTS if name.removesuffix("-bf16") not in unfit]
+    wanted = ENTRANTS if only is None else [*only, "before"]
+    names = [name for name in names if name in wanted or name == "worldloom"]
+    return [name for name in names if name != "before" or before]
 
 
 class Child:
@@ -85,10 +95,8 @@ class Child:
             raise FileNotFoundError(
                 f"{name} needs {python}; install it as README.md says, or --only"
             )
-        job = JOBS[size] | {
-            "size": size,
-            "folder": f"{peers}/{entrant.clone}" * bool(entrant.clone),
-        }
+        job = JOBS[size] | entrant.options
+        job["folder"] = f"{peers}/{entrant.clone}" * bool(entrant.clone)
         root = Path(before).resolve() if name == "before" else HERE.parents[1]
         environment = os.environ | ({} if entrant.venv else {"PYTHONPATH": str(root)})
         drivers = root / "experiments" / "speed" / "drivers"
@@ -203,12 +211,8 @@ def main():
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.threads])
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(given.threads)
     torch.set_num_threads(given.threads)
-    wanted = choices if given.only is None else given.only
-    names = [n for n in entrants(given.size) if n == "worldloom" or n in wanted]
-    if given.before:
-        names.insert(1, "before")
     children = []
-    for name in names:
+    for name in entrants(given.size, given.only, bool(given.before)):
         children.append(Child(name, given.size, given.peers, given.before))
         print(name, "is ready", file=sys.stderr)
     rounds = []

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from worker import Implementation, Job, serve
+from worker import Implementation, Job, is_image, serve
 
 
 def build(job: Job) -> Implementation:
@@ -42,7 +42,7 @@ def build(job: Job) -> Implementation:
 
     def policy():
         nonlocal state
-        obs["vector"] = rng.normal(size=(1, job.obs)).astype(np.float32)
+        obs["obs"] = random_obs(rng, job, 1)
         state, action, _ = agent.policy(state, obs, mode="train")
         return action["action"]
 
@@ -64,17 +64,26 @@ def positional_jit(jit):
 
 
 def spaces(job: Job):
-    """Return what an environment with one vector and continuous actions would declare."""
+    """Return what an environment with one observation and continuous actions would declare."""
     import elements
 
-    obs = {"vector": elements.Space(np.float32, (job.obs,))}
+    if is_image(job.obs):
+        obs = {"obs": elements.Space(np.uint8, (*job.obs[1:], job.obs[0]))}
+    else:
+        obs = {"obs": elements.Space(np.float32, (job.obs,))}
     obs["reward"] = elements.Space(np.float32)
     obs |= {f"is_{name}": elements.Space(bool) for name in ("first", "last", "terminal")}
     return obs, {"action": elements.Space(np.float32, (job.actions,), -1, 1)}
 
 
+def random_obs(rng, job: Job, *lead):
+    if is_image(job.obs):
+        return rng.integers(0, 256, (*lead, *job.obs[1:], job.obs[0]), np.uint8)
+    return rng.normal(size=(*lead, job.obs)).astype(np.float32)
+
+
 def agent_config(job: Job):
-    """Return the official settings of this size, in float32 on the CPU, reports off."""
+    """Return the official settings of this size, on the CPU, reports off."""
     import elements
     import ruamel.yaml
 
@@ -87,7 +96,7 @@ def agent_config(job: Job):
         "agent.imag_length": job.horizon,
         "agent.report": False,
         "jax.platform": "cpu",
-        "jax.compute_dtype": "float32",
+        "jax.compute_dtype": "bfloat16" if job.precision == "bf16-mixed" else "float32",
         "jax.prealloc": False,
         "logdir": "/tmp/unused",
     })  # fmt: skip
@@ -105,8 +114,8 @@ def random_batch(agent, job: Job):
     rng = np.random.default_rng(0)
     lead = (job.batch, job.length + agent.config.replay_context)
     data = {key: np.zeros((*lead, *s.shape), s.dtype) for key, s in agent.spaces.items()}
-    for key in ("vector", "reward"):
-        data[key] = rng.normal(size=data[key].shape).astype(np.float32)
+    data["obs"] = random_obs(rng, job, *lead)
+    data["reward"] = rng.normal(size=lead).astype(np.float32)
     data["action"] = rng.uniform(-1, 1, data["action"].shape).astype(np.float32)
     return data
 

@@ -19,7 +19,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Job:
-    """What to build: `folder` is the implementation's clone, `size` a key of WIDTHS or 5m."""
+    """What to build.
+
+    size: size1m or size12m of DreamerV3, or 5m of TD-MPC2.
+    folder: the implementation's clone, if there is one.
+    obs: length of a vector, or [3, height, width] of an image of uint8.
+    precision: 32-true, or bf16-mixed: products in bfloat16, weights in float32.
+    """
 
     size: str
     folder: str = ""
@@ -29,13 +35,12 @@ class Job:
     obs: int | list[int] = 24
     actions: int = 6
     envs: int = 16
+    precision: str = "32-true"
 
 
-# Official DreamerV3 sizes: units of a layer and of the recurrent state, classes of a category.
-WIDTHS = {
-    "size1m": {"units": 64, "deter": 512, "classes": 4, "depth": 4},
-    "size12m": {"units": 256, "deter": 2048, "classes": 16, "depth": 16},
-}
+def is_image(obs: int | list[int]) -> bool:
+    """Return whether observations of this shape are images."""
+    return not isinstance(obs, int)
 
 
 @dataclass

@@ -2,16 +2,17 @@
 
 import numpy as np
 import torch
-from worker import Implementation, Job, serve, torch_flops, torch_weights
+from worker import Implementation, Job, is_image, serve, torch_flops, torch_weights
 
 from worldloom.acting import Actor
 from worldloom.bench import BenchConfig, TrainedModel
 from worldloom.memory import keep_freed_memory
+from worldloom.training.precision import computing_in
 
 
 def build(job: Job) -> Implementation:
     tdmpc2 = job.size == "5m"
-    preset = "tdmpc2:5m" if tdmpc2 else f"dreamerv3:{job.size.removesuffix('-images')}"
+    preset = f"{'tdmpc2' if tdmpc2 else 'dreamerv3'}:{job.size}"
     torch.manual_seed(0)
     length = job.horizon + 1 if tdmpc2 else job.length
     sizes = {"batch": job.batch, "length": length, "obs": job.obs, "actions": job.actions}
@@ -23,7 +24,8 @@ def build(job: Job) -> Implementation:
 
     def update():
         model.train()
-        loss = model.compute_loss(batch)["loss"]
+        with computing_in(job.precision, trained.device):
+            loss = model.compute_loss(batch)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -54,7 +56,8 @@ def decisions(model, job: Job, envs: int):
     def act():
         nonlocal memory
         model.eval()
-        action, memory = actor(observe(rng, job, envs), no, memory)
+        with computing_in(job.precision, actor.device):
+            action, memory = actor(observe(rng, job, envs), no, memory)
         return action
 
     return act
@@ -62,9 +65,9 @@ def decisions(model, job: Job, envs: int):
 
 def observe(rng, job: Job, envs: int):
     """Return random observations: vectors, or images of uint8."""
-    if isinstance(job.obs, int):
-        return rng.normal(size=(envs, job.obs)).astype(np.float32)
-    return rng.integers(0, 256, (envs, *job.obs), np.uint8)
+    if is_image(job.obs):
+        return rng.integers(0, 256, (envs, *job.obs), np.uint8)
+    return rng.normal(size=(envs, job.obs)).astype(np.float32)
 
 
 if __name__ == "__main__":
