@@ -1,9 +1,11 @@
 """`worldloom doctor`: a report that also appears where packages are missing or broken."""
 
+import re
 import sys
 
-from worldloom import __version__, doctor
+from worldloom import __version__, devices, doctor
 from worldloom.app.compose import Overrides
+from worldloom.training import precision
 
 
 def test_the_report_names_what_is_there(capsys, monkeypatch):
@@ -14,6 +16,27 @@ def test_the_report_names_what_is_there(capsys, monkeypatch):
     for text in (f"worldloom  {__version__} in ", "numpy ", "torch ", "CPU ", "GPU ", "GB free in"):
         assert text in out
     assert "gymnasium" in out and "TensorBoard" in out
+
+
+def test_it_tells_what_auto_chooses_and_why(capsys, monkeypatch):
+    monkeypatch.setattr(devices, "usable_devices", lambda: ["cpu", "mps"])
+    monkeypatch.setattr(devices, "bfloat16_features", lambda: ["amx_bf16"])
+    monkeypatch.setattr(precision, "bfloat16_features", lambda: ["amx_bf16"])
+    monkeypatch.setattr(doctor, "_renderers", lambda: [])
+    monkeypatch.setattr(doctor, "_parts", lambda: [])
+    doctor.doctor_command(Overrides(()))
+    out = capsys.readouterr().out
+    assert "instructions for bfloat16: amx_bf16\n" in out
+    assert "precision  trainer.precision=auto chooses:\n" in out
+    assert re.search(r"^ {11}32-true on cpu: the model has 2,999,999 parameters", out, re.MULTILINE)
+    assert re.search(r"^ {11}bf16-mixed on cpu: .*\(amx_bf16\)", out, re.MULTILINE)
+    assert out.count("on mps:") == 1
+    monkeypatch.setattr(devices, "bfloat16_features", list)
+    monkeypatch.setattr(precision, "bfloat16_features", list)
+    doctor.doctor_command(Overrides(()))
+    out = capsys.readouterr().out
+    assert "instructions for bfloat16: none\n" in out
+    assert out.count("on cpu: this processor does not multiply bfloat16") == 1
 
 
 def test_broken_packages_are_named_and_do_not_end_it(tmp_path, monkeypatch, capsys):

@@ -1,9 +1,14 @@
 """Devices on which a model can be placed, with one-line errors for those that are missing."""
 
+import re
+from pathlib import Path
+
 import torch
 
 from worldloom.errors import suggest
 
+# Features with which a processor multiplies bfloat16, as Linux names them: on x86, and on ARM.
+BFLOAT16 = ("amx_bf16", "avx512_bf16", "bf16")
 KINDS = ("cpu", "cuda", "mps", "xpu")
 
 
@@ -37,6 +42,23 @@ def usable_devices() -> list[str]:
     if torch.xpu.is_available():
         names += [f"xpu:{index}" for index in range(torch.xpu.device_count())]
     return names
+
+
+def bfloat16_features() -> list[str]:
+    """Return the features with which this processor multiplies bfloat16, such as "avx512_bf16".
+
+    The list is empty where torch has no bfloat16 kernels of oneDNN, without which products are
+    converted to float32, and on systems other than Linux: the processors of Intel Macs lack such
+    features, and torch has no oneDNN for other Macs. Containers see the features of their host.
+    """
+    try:
+        supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        text = Path("/proc/cpuinfo").read_text()
+    except (AttributeError, RuntimeError, OSError):
+        return []
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    has = found[1].split() if supported and found else []
+    return [feature for feature in BFLOAT16 if feature in has]
 
 
 def why_no_gpu() -> str:

@@ -66,7 +66,7 @@ def doctor_command(overrides: Overrides) -> None:
     """Print the report; a part that fails is reported in its place."""
     if overrides.args:
         raise ValueError(f"cannot read {overrides.args[0]!r}; expected no arguments")
-    parts = (_versions, _devices, _renderers, _parts, _disk)
+    parts = (_versions, _devices, _precision, _renderers, _parts, _disk)
     for part in parts:
         for name, text in _attempt(part):
             print(f"{name:<11}{text}", flush=True)
@@ -98,21 +98,37 @@ def _versions() -> list[tuple[str, str]]:
 def _devices() -> list[tuple[str, str]]:
     import torch
 
-    from worldloom.devices import usable_devices, why_no_gpu
+    from worldloom.devices import bfloat16_features, usable_devices, why_no_gpu
 
-    bf16 = "with" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "without"
     gpus = [
-        f"{name}: {torch.cuda.get_device_name(name)}, {bf16} bfloat16"
-        if name.startswith("cuda")
-        else name
+        f"{name}: {torch.cuda.get_device_name(name)}" if name.startswith("cuda") else name
         for name in usable_devices()[1:]
     ]
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count()
+    torch_uses = f"of which torch uses {torch.get_num_threads()} (threads=N)"
+    bfloat16 = ", ".join(bfloat16_features()) or "none"
     return [
-        ("CPU", f"{cores} cores, of which torch uses {torch.get_num_threads()} (threads=N)"),
+        ("CPU", f"{cores} cores, {torch_uses}; instructions for bfloat16: {bfloat16}"),
         *[("GPU", gpu) for gpu in gpus or [f"none: {why_no_gpu()}"]],
     ]
+
+
+def _precision() -> list[tuple[str, str]]:
+    """Return what trainer.precision=auto chooses on each device, for a small and a large model."""
+    import torch
+
+    from worldloom.devices import usable_devices
+    from worldloom.training.precision import LEAST_PARAMETERS, choose_precision
+
+    lines = ["trainer.precision=auto chooses:"]
+    for device in map(torch.device, usable_devices()):
+        choices = dict.fromkeys(
+            choose_precision(parameters, device)
+            for parameters in (LEAST_PARAMETERS - 1, LEAST_PARAMETERS)
+        )
+        lines += [f"{precision} on {device}: {reason}" for precision, reason in choices]
+    return [("precision", "\n           ".join(lines))]
 
 
 def _renderers() -> list[tuple[str, str]]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from worldloom.acting import Actor
+from worldloom.app.auto_precision import resolve_precision
 from worldloom.app.evaluator import Evaluator
 from worldloom.app.filling import fill_buffer, rows_of_share
 from worldloom.app.resume import require_changeable
@@ -64,18 +65,17 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
     from worldloom.training.checkpoint_files import has_checkpoint
     from worldloom.training.interruption import Limits, asks_to_stop
     from worldloom.training.module import WorldModelModule
-    from worldloom.training.precision import require_precision
     from worldloom.training.progress import print_line
 
     plain, folder = take_share(config.plain, world_size()), Path(config.plain["folder"])
-    require_precision(plain["trainer"].get("precision"))
     limits = Limits(*(plain["trainer"].get(name) for name in ("max_time", "max_steps")))
     prepare_process(plain["seed"], plain["threads"])
     ranks = Ranks()
     ranks.connect()
     resumes = bool(ranks.decide(resume and has_checkpoint(folder / "checkpoints")))
+    before = read_config(folder) if resume else {}
     if resume:
-        changes = require_changeable(read_config(folder), config.saved)
+        changes = require_changeable(before, config.saved)
         print(f"resuming {folder}", *map(escape, changes), sep="\n  ", flush=True)
     if resume and not resumes:
         print("it was stopped before its first checkpoint, so it starts again", flush=True)
@@ -87,12 +87,12 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
     if plain["init_from"] is not None and not resumes:
         require_known_tasks(plain["init_from"], plain["env"])
         print(transfer(model, plain["init_from"]).report(), flush=True)
-    actor = task.build_actor(model, plain["planner"], str(plain["trainer"].get("precision")))
+    config = resolve_precision(config, before, model, ranks)
+    actor = task.build_actor(model, plain["planner"], config.plain["trainer"].get("precision"))
     data = build_data(plain, task, actor, dataset)
     checkpoint = find_checkpoint(folder, data, model, limits, ranks) if resumes else None
     module = WorldModelModule(
-        model,
-        instantiate("optimizer", plain["optimizer"]),
+        *(model, instantiate("optimizer", plain["optimizer"])),
         log_every=plain["training"]["log_every"],
         config=config.plain,
         nonfinite=plain["nonfinite"],

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -327,21 +327,9 @@ def _plan(config: ResolvedConfig, resumes: bool, outside: bool) -> Job | None:
     nodes, devices = trainer.get("num_nodes", 1), trainer.get("devices", "auto")
     if nodes == 1 and str(devices) == "1" and not outside:
         return None
-    import lightning
-    from lightning.fabric.plugins.environments import LightningEnvironment
-    from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    names = ("accelerator", "devices")
-    chosen = {name: trainer[name] for name in names if name in trainer}
     if isinstance(devices, int):
         require_memory(PROCESS_BYTES * (devices * nodes - 1), f"trainer.devices={devices}")
-    try:
-        probe = lightning.Trainer(
-            **chosen, logger=False, enable_checkpointing=False, plugins=[LightningEnvironment()]
-        )
-    except (MisconfigurationException, TypeError, ValueError) as error:
-        raise ValueError(f"trainer.devices is {devices!r}: {error}") from None
+    probe = probe_trainer(trainer)
     local = probe.num_devices
     if nodes * local == 1 and not outside:
         return None
@@ -356,6 +344,26 @@ def _plan(config: ResolvedConfig, resumes: bool, outside: bool) -> Job | None:
         *(config, resumes, nodes, local, "cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
         Ranks.timeout if wait is None else hydra.utils.instantiate(wait),
     )
+
+
+def probe_trainer(section: Mapping[str, Any]) -> Any:
+    """Return a trainer with the accelerator and devices of a trainer section, to read them.
+
+    Raises:
+        ValueError: Lightning does not accept the devices.
+    """
+    import lightning
+    from lightning.fabric.plugins.environments import LightningEnvironment
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    chosen = {name: section[name] for name in ("accelerator", "devices") if name in section}
+    try:
+        return lightning.Trainer(
+            **chosen, logger=False, enable_checkpointing=False, plugins=[LightningEnvironment()]
+        )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ValueError(f"trainer.devices is {section.get('devices')!r}: {error}") from None
 
 
 @contextmanager

@@ -150,8 +150,17 @@ def find_unfinished(overrides: Overrides) -> tuple[Path | None, list[Path]]:
 
 
 def comparable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what two runs of the same configuration have in common."""
-    return {key: value for key, value in config.items() if key not in ("folder", "resume", "hydra")}
+    """Return what two runs of the same configuration have in common.
+
+    What trainer.precision=auto has chosen is left out: a run asks for it on any machine.
+    """
+    from worldloom.training.precision import split_precision
+
+    kept = {key: value for key, value in config.items() if key not in ("folder", "resume", "hydra")}
+    if isinstance(trainer := kept.get("trainer"), Mapping) and "precision" in trainer:
+        asked = split_precision(trainer["precision"])[0]
+        kept["trainer"] = {**trainer, "precision": asked}
+    return kept
 
 
 def require_changeable(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

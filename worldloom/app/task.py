@@ -40,6 +40,7 @@ from worldloom.protocol import REQUIRED, find_missing_methods
 from worldloom.ranks import rank, world_size
 from worldloom.records import REGISTERED
 from worldloom.saving import get_config, read_weights
+from worldloom.training.precision import split_precision
 
 NO_LIMIT = (
     "episodes: no time limit is known, so they may be endless; env.time_limit=STEPS sets one; "
@@ -357,5 +358,5 @@ def load_actor(path: Path, config: Mapping[str, Any], task: Task, device: Any = 
                 f"the model of {path} has {name} {built_with[name]}, but the environment {value}; "
                 "choose the environment in which it was trained"
             )
-    precision = str(config.get("trainer", {}).get("precision"))
-    return task.build_actor(model, config["planner"], precision)
+    asked, chosen = split_precision(config.get("trainer", {}).get("precision"))
+    return task.build_actor(model, config["planner"], chosen or asked)

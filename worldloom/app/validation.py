@@ -296,7 +296,10 @@ def _check_optimizer(section: Mapping[str, Any]) -> None:
 
 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
-    """Reject arguments with which a run would silently train something else."""
+    """Reject arguments with which a run would silently train something else, and precisions."""
+    from worldloom.training.precision import require_precision
+
+    require_precision(trainer.get("precision"))
     for key, (harmless, instead) in TRAINER.items():
         if key in trainer and trainer[key] not in harmless:
             raise ValueError(

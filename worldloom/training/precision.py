@@ -6,12 +6,61 @@ from typing import Any
 
 import torch
 
-PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16", "bf16-true", "64-true", "64")
+from worldloom.devices import bfloat16_features
+
+AUTO = "auto"  # chosen by `choose_precision`
+PRECISIONS = ("32-true", "32", "bf16-mixed", "bf16", "bf16-true", "64-true", "64", AUTO)
+# Size of a model from which on bf16-mixed is faster than float32 on a CPU.
+LEAST_PARAMETERS = 3_000_000
+
+
+def choose_precision(
+    parameters: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[str, str]:
+    """Return the precision of trainer.precision=auto, 32-true or bf16-mixed, and the reason.
+
+    It depends on nothing else, and nothing is measured: the same machine and model have the same
+    precision in every run.
+
+    parameters: trained numbers of the model.
+    device: on which the model is trained.
+    dtype: of its weights.
+    """
+    if dtype != torch.float32:
+        return "32-true", f"the weights are {dtype}".replace("torch.", "")
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = torch.cuda.get_device_name(device)
+        if not native:
+            return "32-true", f"{name} does not multiply bfloat16"
+        return "bf16-mixed", f"{name} multiplies bfloat16"
+    if device.type != "cpu":
+        return "32-true", f"bfloat16 is chosen on CUDA GPUs and CPUs, not on {device.type}"
+    if not (features := bfloat16_features()):
+        return "32-true", "this processor does not multiply bfloat16"
+    size = f"the model has {parameters:,} parameters"
+    if parameters < LEAST_PARAMETERS:
+        return "32-true", f"{size}; on a CPU bf16-mixed is for {LEAST_PARAMETERS:,} and more"
+    return "bf16-mixed", f"this processor multiplies bfloat16 ({', '.join(features)}), and {size}"
+
+
+def split_precision(precision: Any) -> tuple[Any, str]:
+    """Return what was asked for and what was chosen: ("auto", "bf16-mixed") of auto:bf16-mixed.
+
+    The second value is "" where nothing was chosen yet, or another precision was asked for.
+    """
+    asked, _, chosen = str(precision).partition(":")
+    return (AUTO, chosen) if asked == AUTO else (precision, "")
 
 
 def require_precision(precision: Any) -> None:
-    """Raise ValueError for float16 and for unknown precisions; None means float32."""
-    given = "32-true" if precision is None else str(precision)
+    """Raise ValueError for float16 and for unknown precisions; None means float32.
+
+    A precision that auto has chosen, as in auto:bf16-mixed, is accepted too.
+    """
+    asked, chosen = split_precision(precision)
+    given = "32-true" if asked is None else chosen or str(asked)
     if given in ("16", "16-mixed", "16-true"):
         raise ValueError(
             f"trainer.precision is {given}, which is float16: losses and gradients of world models "
@@ -21,7 +70,7 @@ def require_precision(precision: Any) -> None:
     if given not in PRECISIONS:
         raise ValueError(
             f"trainer.precision is {given}; expected one of {', '.join(PRECISIONS)} (float32: "
-            "32-true; mixed bfloat16: bf16-mixed)"
+            "32-true; mixed bfloat16: bf16-mixed; the faster of both for this machine: auto)"
         )
 
 
