@@ -49,15 +49,14 @@ def build(job: Job) -> Implementation:
 
 def decisions(model, job: Job, envs: int):
     """Return a function that acts once in `envs` environments, in the middle of episodes."""
-    actor, rng = Actor(model), np.random.default_rng(0)
+    actor, rng = Actor(model, precision=job.precision), np.random.default_rng(0)
     no = np.zeros(envs, bool)
     memory = actor(observe(rng, job, envs), ~no)[1]
 
     def act():
         nonlocal memory
         model.eval()
-        with computing_in(job.precision, actor.device):
-            action, memory = actor(observe(rng, job, envs), no, memory)
+        action, memory = actor(observe(rng, job, envs), no, memory)
         return action
 
     return act
