@@ -225,7 +225,8 @@ def test_images():
 def test_table_is_consistent(monkeypatch, capsys):
     own = {f"model.{key}": value for key, value in TINY.items()}
     run(monkeypatch, *words(**SMALL, obs=5, threads=1), *words(**own))
-    settings, head, *lines = capsys.readouterr().out.splitlines()
+    settings, products, head, *lines = capsys.readouterr().out.splitlines()
+    assert products.startswith(("float32 products by torch (", "float32 products by onednn ("))
     assert settings.startswith("model=dreamerv3:size1m batch=2 length=3 obs=(5,) actions=6 ")
     assert settings.endswith(" model.imag_length=2")
     assert " threads=1 " in settings

@@ -110,6 +110,7 @@ def _devices() -> list[tuple[str, str]]:
     bfloat16 = ", ".join(bfloat16_features()) or "none"
     return [
         ("CPU", f"{cores} cores, {torch_uses}; instructions for bfloat16: {bfloat16}"),
+        ("products", _describe_products()),
         *[("GPU", gpu) for gpu in gpus or [f"none: {why_no_gpu()}"]],
     ]
 
@@ -129,6 +130,14 @@ def _precision() -> list[tuple[str, str]]:
         )
         lines += [f"{precision} on {device}: {reason}" for precision, reason in choices]
     return [("precision", "\n           ".join(lines))]
+
+
+def _describe_products() -> str:
+    from worldloom.nn.products import SETTING, chosen_library
+
+    library, reason = chosen_library()
+    name = "oneDNN" if library == "onednn" else "torch's default library"
+    return f"float32 by {name} ({reason}; {SETTING}=auto, torch or onednn)"
 
 
 def _renderers() -> list[tuple[str, str]]:

@@ -30,6 +30,7 @@ import torch
 from worldloom.app.command_line import run_command
 from worldloom.app.compose import Overrides, key_of
 from worldloom.bench.measure import measure, read_settings
+from worldloom.nn.products import chosen_library
 
 
 def bench_command(overrides: Overrides) -> None:
@@ -39,6 +40,7 @@ def bench_command(overrides: Overrides) -> None:
     table = measure(config, **hyperparameters).table()
     model = (arg for arg in overrides if key_of(arg).startswith("model."))
     print(*(f"{key}={value}" for key, value in vars(config).items()), *model)
+    print("float32 products by {} ({})".format(*chosen_library()))
     print(table)
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from worldloom.nn.layers import is_tracing, to_float32
+from worldloom.nn.layers import to_float32
+from worldloom.nn.products import is_tracing
 
 # Up to this number of classes, `softmax` composed of elementwise operations is faster.
 FEW_CLASSES = 8

@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from worldloom.nn import products
+from worldloom.nn.products import is_tracing, product_type
+
 EPS = 1e-4  # added to the mean square
 HALF = (torch.bfloat16, torch.float16)
 CACHED_VALUES = 1 << 18  # values of a tensor that several passes in a row find in the cache
@@ -32,17 +35,6 @@ def to_float32(x: Tensor) -> Tensor:
     Norms, distributions and losses are computed in float32, as in the official code.
     """
     return x.float() if x.dtype in HALF else x
-
-
-def product_type(x: Tensor) -> torch.dtype:
-    """Return the dtype of matrix products with x: that of autocast where it is enabled."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def is_tracing() -> bool:
-    """Return True under torch.compile or torch.func, which need native operations only."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def rms_norm(x: Tensor, scale: Tensor, dims: int | tuple[int, ...] = -1) -> Tensor:
@@ -173,6 +165,10 @@ class Linear(nn.Linear):
         init_kernel(self.weight, self.in_features, self.outscale)
         nn.init.zeros_(self.bias)
 
+    def forward(self, input: Tensor) -> Tensor:
+        """Map [..., inputs] to [..., outputs]."""
+        return products.linear(input, self.weight, self.bias)
+
 
 class Dense(nn.Module):
     """Linear, RMS norm, SiLU.
@@ -225,7 +221,7 @@ class BlockLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [blocks, N, inputs / blocks] to [blocks, N, outputs / blocks]."""
-        return torch.baddbmm(self.bias.view(self.blocks, 1, -1), x, self.weight)
+        return products.multiply(x, self.weight, self.bias.view(self.blocks, 1, -1))
 
 
 class BlockDense(nn.Module):
@@ -257,9 +253,9 @@ class BlockDense(nn.Module):
         blocks = len(x)
         base: Tensor = self.linear.bias
         if shared.shape[-1]:
-            base = torch.addmm(base, shared, kernels[1])  # [N, units]
+            base = products.multiply(shared, kernels[1], base)  # [N, units]
         base = base.view(-1, blocks, base.shape[-1] // blocks).transpose(0, 1)
-        y = torch.baddbmm(base, x, kernels[0])
+        y = products.multiply(x, kernels[0], base)
         return norm_silu(y, self.norm.scale.view(blocks, 1, -1))
 
 

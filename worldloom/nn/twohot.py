@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from worldloom.nn.layers import is_tracing, to_float32
+from worldloom.nn.layers import to_float32
+from worldloom.nn.products import is_tracing
 from worldloom.nn.symlog import symexp, symlog
 
 

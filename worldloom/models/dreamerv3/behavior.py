@@ -11,8 +11,8 @@ from torch import Tensor
 
 from worldloom.models.dreamerv3.heads import Actor, Policy
 from worldloom.models.dreamerv3.rssm import RSSM
-from worldloom.nn.layers import product_type
 from worldloom.nn.normalizer import Normalizer
+from worldloom.nn.products import product_type
 from worldloom.nn.returns import lambda_return
 from worldloom.nn.twohot import twohot_loss, twohot_mean
 

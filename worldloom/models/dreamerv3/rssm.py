@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from worldloom.models.dreamerv3.unrolled import unroll
+from worldloom.nn import products
 from worldloom.nn.distributions import sample_straight_through, unimix_probs
 from worldloom.nn.layers import (
     CACHED_VALUES,
@@ -21,9 +22,8 @@ from worldloom.nn.layers import (
     Dense,
     Linear,
     RMSNorm,
-    is_tracing,
-    product_type,
 )
+from worldloom.nn.products import is_tracing, product_type
 
 
 class Kernels(NamedTuple):
@@ -108,13 +108,13 @@ class RSSM(nn.Module):
 
     def project_tokens(self, tokens: Tensor, kernels: Kernels) -> Tensor:
         """Return the contribution [..., H] of tokens [..., E] to the first posterior layer."""
-        return F.linear(tokens, kernels.tokens, self.posterior.first.linear.bias)
+        return products.linear(tokens, kernels.tokens, self.posterior.first.linear.bias)
 
     def predict_posterior(self, deter: Tensor, projected: Tensor, kernels: Kernels) -> Tensor:
         """Return posterior logits [N, S, C] for deter [N, D] and projected tokens [N, H]."""
         x = projected
         if not self.absolute:
-            x = torch.addmm(projected, deter, kernels.posterior)
+            x = products.multiply(deter, kernels.posterior, projected)
         x = F.silu(self.posterior.first.norm(x))
         for layer in list(self.posterior)[1:]:
             x = layer(x)

@@ -23,9 +23,9 @@ from worldloom.nn.layers import (
     Dense,
     norm_silu_backward,
     normalize_,
-    product_type,
     to_float32,
 )
+from worldloom.nn.products import multiply, product_type, weight_gradient
 
 if TYPE_CHECKING:
     from worldloom.models.dreamerv3.rssm import RSSM
@@ -72,7 +72,7 @@ class Product(Layer):
         self.saved.append((x,))
         base = self.bias if onto is None else onto
         assert base is not None
-        return (torch.addmm if self.kernel.ndim == 2 else torch.baddbmm)(base, x, self.kernel)
+        return multiply(x, self.kernel, base)
 
     def backward(self, grad: Tensor) -> Tensor:
         """Return the gradient of x; steps are processed from last to first."""
@@ -82,7 +82,7 @@ class Product(Layer):
             copy = self.kernel.ndim == 3 and self.kernel.dtype in HALF
             self.transposed = self.kernel.mT.contiguous() if copy else self.kernel.mT
         self.grads.append(grad)
-        return grad @ self.transposed
+        return multiply(grad, self.transposed)
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters."""
@@ -93,8 +93,7 @@ class Product(Layer):
         x = torch.cat([x for (x,) in self.saved], -2)  # [T * N, inputs]
         grad = torch.cat(self.grads[::-1], -2)  # [T * N, outputs]
         self.grads = []
-        # For nn.Linear the result is contiguous as its weight, the transposed kernel.
-        kernel = x.mT @ grad if grad.ndim == 3 else (grad.mT @ x).mT
+        kernel = weight_gradient(x, grad)
         return [kernel] if self.bias is None else [kernel, grad.sum(-2, keepdim=grad.ndim == 3)]
 
 

@@ -15,6 +15,7 @@ from worldloom.nn.casts import cast, is_mixed_on_cpu
 from worldloom.nn.layers import to_float32
 from worldloom.nn.mish import mish
 from worldloom.nn.norm_mish import norm_mish
+from worldloom.nn.products import is_for_onednn, linear, multiply
 
 Stacked = tuple[Tensor, ...]  # parameters of one layer of all members, [Q, ...]
 
@@ -49,28 +50,30 @@ def joint_linear(parts: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -
         bias = None if bias is None else cast(bias)
     first, *others = parts
     if not others:
-        return F.linear(first, weight, bias)
+        return linear(first, weight, bias)
     piece, *pieces = weight.split([part.shape[-1] for part in parts], -1)
-    y = F.linear(first, piece, bias)
+    y = linear(first, piece, bias)
     for part, piece in zip(others, pieces, strict=True):
         if part.shape[:-1] == y.shape[:-1]:
-            rows = torch.addmm(y.flatten(0, -2), part.flatten(0, -2), piece.t())
+            rows = multiply(part.flatten(0, -2), piece.t(), y.flatten(0, -2))
             y = rows.view(y.shape)
         else:
-            y = y + F.linear(part, piece)
+            y = y + linear(part, piece)
     return y
 
 
 def join_rows(parts: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return parts [..., width] of a network's input in the form that is cheapest to multiply.
 
-    In mixed precision on a CPU they are in bfloat16, and concatenated if they have the same rows.
+    In mixed precision on a CPU they are in bfloat16. There and for oneDNN, which copy slices of a
+    weight, parts with the same rows are concatenated.
     """
-    if not is_mixed_on_cpu(parts[0]):
+    if is_mixed_on_cpu(parts[0]):
+        parts = [part.bfloat16() for part in parts]
+    elif not is_for_onednn(parts[0]):
         return tuple(parts)
-    parts = [part.bfloat16() for part in parts]
     if len(parts) > 1 and len({part.shape[:-1] for part in parts}) == 1:
-        parts = [torch.cat(parts, -1)]
+        parts = [torch.cat(list(parts), -1)]
     return tuple(parts)
 
 
