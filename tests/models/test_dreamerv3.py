@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from worldloom import LatentState, Trajectory, check_world_model, create_world_model
+from worldloom.models.dreamerv3.behavior import rollout
 from worldloom.random_batches import RandomData
 
 TINY = dict(units=16, depth=4, deter=32, hidden=16, classes=4, stoch=4)
@@ -140,6 +141,21 @@ def test_imagining_is_predicting_step_by_step():
         torch.testing.assert_close(trajectory.states[t + 1].features, state.features)
         torch.testing.assert_close(trajectory.rewards[t], model.decode(state)["reward"])
         torch.testing.assert_close(trajectory.continues[t], model.decode(state)["continue"])
+
+
+def test_imagination_in_mixed_precision_does_not_depend_on_unwritten_memory(monkeypatch):
+    """Products in bfloat16 may read beyond the rows of a strided matrix."""
+    model, empty = build(classes=5, stoch=5, units=25), torch.Tensor.new_empty
+
+    def unwritten(self, *shape, **options):
+        return empty(self, *shape, **options).fill_(torch.nan)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", unwritten)
+    with torch.autocast("cpu", torch.bfloat16):
+        start = torch.randn(19, model.feature_dim)
+        features, actions, policy = rollout(model.rssm, model.actor, start, 5)
+    assert features.isfinite().all() and actions.isfinite().all()
+    assert all(entropy.isfinite().all() for entropy in policy.entropy().values())
 
 
 def test_acting_follows_the_same_filter_as_training():

@@ -82,7 +82,7 @@ class Overrides:
         5. folder=PATH means hydra.run.dir=PATH, so that Hydra uses no other folder for the run;
            with -m it is the folder of the sweep, hydra.sweep.dir=PATH.
         6. trainer=ddp trainer.accelerator=cpu implies trainer.precision=32-true, the precision of
-           trainer=cpu: most CPUs are slow in bfloat16.
+           trainer=cpu, which trainer=ddp would replace by bf16-mixed.
         7. -m without a name or folder of the sweep implies sweep=NAME, with a name that is made of
            the overrides.
         8. In a SLURM job that was requeued, resume=auto is implied (`with_restart`).
