@@ -53,12 +53,23 @@ def bfloat16_features() -> list[str]:
     """
     try:
         supported = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        text = Path("/proc/cpuinfo").read_text()
-    except (AttributeError, RuntimeError, OSError):
+    except (AttributeError, RuntimeError):
         return []
-    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
-    has = found[1].split() if supported and found else []
+    has = processor_field("flags|Features").split() if supported else []
     return [feature for feature in BFLOAT16 if feature in has]
+
+
+def processor_field(name: str) -> str:
+    """Return a field of the processor as Linux lists it, such as "vendor_id"; "" if there is none.
+
+    name: regular expression.
+    """
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return ""
+    found = re.search(rf"^(?:{name})\s*:(.*)$", text, re.MULTILINE)
+    return found[1].strip() if found else ""
 
 
 def why_no_gpu() -> str:

@@ -14,7 +14,7 @@ UNITS = 6
 @pytest.fixture(autouse=True, params=[2**18, 4 * UNITS])
 def piece(request, monkeypatch):
     """All rows at once, and in pieces of four rows whose last is smaller."""
-    monkeypatch.setattr(module, "PIECE", request.param)
+    monkeypatch.setattr(module, "CACHED_VALUES", request.param)
 
 
 def inputs(dtype, spread=2.0):

@@ -121,7 +121,7 @@ def test_small_products_are_torchs(onednn, monkeypatch):
 def test_the_library_depends_on_processor_and_setting(
     vendor, mkl, setting, expected, onednn, monkeypatch
 ):
-    monkeypatch.setattr(products, "_vendor", lambda: vendor)
+    monkeypatch.setattr(products, "processor_field", lambda name: vendor)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
     monkeypatch.delenv(products.SETTING, raising=False)
     if setting:

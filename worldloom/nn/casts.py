@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from worldloom.nn.layers import is_tracing
+from worldloom.nn.products import is_tracing
 
 # Weight and its cast, by address and shape of the weight.
 _casts: ContextVar[dict[Any, tuple[Tensor, Tensor]] | None] = ContextVar("casts", default=None)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from worldloom.nn.layers import CACHED_VALUES
+
 EPS = 1e-5  # added to the variance, as in nn.LayerNorm
-PIECE = 2**18  # elements: a few float32 buffers of this size fit the cache of two cores
 
 
 def norm_mish(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def norm_mish(x: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def _pieces(x: Tensor) -> tuple[Tensor, ...]:
     """Return x [..., units] as views [N, units] of a suitable size."""
-    return x.view(-1, x.shape[-1]).split(max(1, PIECE // x.shape[-1]))
+    return x.view(-1, x.shape[-1]).split(max(1, CACHED_VALUES // x.shape[-1]))
 
 
 class _NormMish(torch.autograd.Function):

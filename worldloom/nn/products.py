@@ -9,14 +9,14 @@ the precision). Results of the two libraries agree to float32 rounding.
 
 import functools
 import os
-import re
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from worldloom.devices import processor_field
 
 SETTING = "WORLDLOOM_PRODUCTS"  # environment variable: auto, torch or onednn
 # Multiplications below which the operator's own cost, 8 microseconds, exceeds its gain.
@@ -66,8 +66,9 @@ def chosen_library() -> tuple[str, str]:
         return "torch", f"{SETTING}=torch"
     if wanted not in ("auto", "onednn"):
         raise ValueError(f"{SETTING} is {wanted!r}; expected auto, torch or onednn")
-    if wanted == "auto" and not (torch.backends.mkl.is_available() and _vendor() == "AuthenticAMD"):
-        return "torch", f"{_vendor() or 'unknown processor'}"
+    vendor = processor_field("vendor_id")  # of x86 processors only
+    if wanted == "auto" and not (torch.backends.mkl.is_available() and vendor == "AuthenticAMD"):
+        return "torch", vendor or "unknown processor"
     if not _is_right():
         return "torch", "this torch lacks the operator of oneDNN, or it is wrong here"
     return "onednn", f"{SETTING}=onednn" if wanted == "onednn" else "MKL is slow on AuthenticAMD"
@@ -77,15 +78,6 @@ def chosen_library() -> tuple[str, str]:
 def uses_onednn() -> bool:
     """Return whether oneDNN computes large float32 products on the CPU in this process."""
     return chosen_library()[0] == "onednn"
-
-
-def _vendor() -> str:
-    """Return the vendor of an x86 processor, such as "AuthenticAMD", or ""."""
-    try:
-        found = re.search(r"^vendor_id\s*:\s*(\S+)", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:  # not Linux
-        return ""
-    return found[1] if found else ""
 
 
 def _is_right() -> bool:
