@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Bottom to top. A file may import from its own entry and from those on earlier lines, at the top of
 # the file or inside a function. An entry is a module, a subpackage, or a command in a subpackage.
 LAYERS = [
-    {"errors", "starting", "trees", "timing", "memory"},
+    {"errors", "starting", "trees", "timing", "memory", "glossary"},
     {"files"},
     {"protocol", "devices", "ranks"},
     {"random_batches"},
