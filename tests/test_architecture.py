@@ -34,8 +34,8 @@ LAYERS = [
     {"results"},
     {"sweep"},
     {
-        *("run", "eval", "collect", "diagnose", "doctor", "bench", "plot"),
-        *("bench.__main__", "check.__main__", "models.__main__"),
+        *("run", "eval", "collect", "diagnose", "doctor", "bench", "plot", "view"),
+        *("view.__main__", "bench.__main__", "check.__main__", "models.__main__"),
     },
     {"__main__"},
 ]

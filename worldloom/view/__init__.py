@@ -1,0 +1,1 @@
+"""The playback page: what a model sees, imagines, values and plans in evaluation episodes."""
