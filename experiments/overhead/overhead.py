@@ -23,8 +23,9 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from worldloom.app.build import build_data, open_task, prepare_process
+from worldloom.app.build import prepare_process
 from worldloom.app.compose import compose_config
+from worldloom.app.data import build_data, open_task
 from worldloom.protocol import Batch, split_result
 from worldloom.run import fit
 from worldloom.timing import Timer, phase

@@ -2,7 +2,7 @@ import torch
 from torch import nn
 
 from worldloom.acting import Actor
-from worldloom.app.build import make_acting_copy
+from worldloom.app.data import make_acting_copy
 
 
 class Model(nn.Module):
