@@ -340,3 +340,36 @@ def test_groups_report_rates_of_their_own():
     for grads in gradients(params, 3):
         take(optimizer, params, grads)
     assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.5]
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_factors_may_be_tensors(weight_decay):
+    ours, others = parameters(), parameters()
+    options = {"lr": 0.01, "warmup": 3, "weight_decay": weight_decay}
+    optimizer, other = LaProp(ours, **options), LaProp(others, **options)
+    for grads in gradients(ours, 6):
+        take(optimizer, ours, [g.clone() for g in grads])
+        for p, g in zip(others, grads, strict=True):
+            p.grad = g
+        for group, params, factors in other.advance():
+            other.apply(group, params, [torch.tensor(x, dtype=F64) for x in factors])
+    for p, q in zip(ours, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_adam_takes_its_learning_rates_as_tensors_for_one_step():
+    ours, others = parameters(), parameters()
+    groups = [
+        [{"params": p[:2], "clip": "a"}, {"params": p[2:], "lr_scale": 0.3}] for p in (ours, others)
+    ]
+    optimizer, other = (Adam(group, lr=0.01, max_norm=0.5) for group in groups)
+    for grads in gradients(ours, 4):
+        take(optimizer, ours, [g.clone() for g in grads])
+        for p, g in zip(others, grads, strict=True):
+            p.grad = g
+        ((rates,),) = other.advance()
+        other.apply(tuple(torch.tensor(rate, dtype=F64) for rate in rates))
+    for p, q in zip(ours, others, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+    assert [group["lr"] for group in other.param_groups] == [0.01, 0.003]
+    assert not any(group["capturable"] for group in other.param_groups)

@@ -49,7 +49,7 @@ class ExtraLosses:
                     "choose another name"
                 )
         return {
-            name: term if isinstance(term, Tensor) else features.new_tensor(float(term))
+            name: term if isinstance(term, Tensor) else features.new_full((), float(term))
             for name, term in terms.items()
         }
 

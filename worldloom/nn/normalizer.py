@@ -1,5 +1,7 @@
 """Running offset and scale of returns, values and advantages."""
 
+import functools
+
 import torch
 from torch import Tensor, nn
 
@@ -50,7 +52,7 @@ class Normalizer(nn.Module):
             return
         x = gather_rows(x.detach().flatten().to(self.first.dtype))
         if self.impl == "perc":
-            levels = x.new_tensor([self.perclo, self.perchi]) / 100
+            levels = make_constant((self.perclo, self.perchi), x.dtype, x.device) / 100
             first, second = x.quantile(levels).unbind()
         else:
             first, second = x.mean(), x.square().mean()
@@ -69,3 +71,10 @@ class Normalizer(nn.Module):
         if self.impl == "perc":
             return first, (second - first).clamp(min=self.limit)
         return first, (second - first.square()).clamp(min=0).sqrt().clamp(min=self.limit)
+
+
+@functools.lru_cache
+def make_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a tensor of constants, created once for each dtype and device."""
+    with torch.inference_mode(False):  # otherwise training could not use a tensor made in acting
+        return torch.tensor(values, dtype=dtype, device=device)

@@ -27,7 +27,8 @@ BLOCK_ROWS = 64  # rows per block from which on one product per block beats a ba
 def product_type(x: Tensor) -> torch.dtype:
     """Return the dtype of matrix products with x: that of autocast where it is enabled."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if mixed else x.dtype
 
 
 def is_tracing() -> bool:

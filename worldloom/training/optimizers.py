@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# Numbers that change from step to step, or tensors [] of them on the parameters' device.
+Factors = tuple[Any, ...]
+
 
 class LaProp(torch.optim.Optimizer):
     """LaProp (Ziyin et al. 2020): momentum of the normalised gradient.
@@ -71,15 +74,31 @@ class LaProp(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for part in self.advance():
+            self.apply(*part)
+        return loss
+
+    def advance(self) -> list[tuple[dict[str, Any], list[Tensor], Factors]]:
+        """Count a step: return (group, parameters, factors) of all parameters with a gradient.
+
+        `apply` takes each of them; it changes the parameters, and reads nothing else that varies
+        from step to step.
+        """
+        parts = []
         for group in self.param_groups:
             # Parameters with the same number of gradients so far, usually all, step together.
             together: dict[int, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     together.setdefault(self._count(p), []).append(p)
+            beta1, beta2 = group["betas"]
             for count in sorted(together):  # the highest count sets the reported rate
-                self._step_together(group, together[count], count)
-        return loss
+                lr = _scheduled(group["peak_lr"], count - 1, group["warmup"], group["anneal"])
+                group["lr"] = lr
+                decay = 1 - lr * group["weight_decay"]
+                factors = (1 - beta2**count, decay, -lr / (1 - beta1**count))
+                parts.append((group, together[count], factors))
+        return parts
 
     def _count(self, p: Tensor) -> int:
         """Count the gradients of a parameter, on which its learning rate and averages depend."""
@@ -91,7 +110,13 @@ class LaProp(torch.optim.Optimizer):
         state["step"] += 1
         return state["step"]
 
-    def _step_together(self, group: dict[str, Any], params: list[Tensor], count: int) -> None:
+    @torch.no_grad()
+    def apply(self, group: dict[str, Any], params: list[Tensor], factors: Factors) -> None:
+        """Update parameters by their gradients; see `advance`.
+
+        factors: divisor of the mean squares, factor of the weights, factor of the moments.
+        """
+        by_square, by_decay, by_rate = factors
         states = [self.state[p] for p in params]
         squares = [s["exp_avg_sq"] for s in states]
         moments = [s["exp_avg"] for s in states]
@@ -101,18 +126,19 @@ class LaProp(torch.optim.Optimizer):
 
         torch._foreach_mul_(squares, beta2)
         torch._foreach_addcmul_(squares, update, update, 1 - beta2)
-        scale = torch._foreach_div(squares, 1 - beta2**count)
+        scale = torch._foreach_div(squares, by_square)
         torch._foreach_sqrt_(scale)
         torch._foreach_add_(scale, group["eps"])
         torch._foreach_div_(update, scale)
         torch._foreach_lerp_(moments, update, 1 - beta1)
 
-        lr = _scheduled(group["peak_lr"], count - 1, group["warmup"], group["anneal"])
-        group["lr"] = lr
         kernels = [p for p in params if p.ndim > 1]
         if group["weight_decay"] and kernels:
-            torch._foreach_mul_(kernels, 1 - lr * group["weight_decay"])
-        torch._foreach_add_(params, moments, alpha=-lr / (1 - beta1**count))
+            torch._foreach_mul_(kernels, by_decay)
+        if isinstance(by_rate, Tensor):
+            torch._foreach_add_(params, torch._foreach_mul(moments, by_rate))
+        else:
+            torch._foreach_add_(params, moments, alpha=by_rate)
 
 
 class Adam(torch.optim.Adam):
@@ -146,6 +172,27 @@ class Adam(torch.optim.Adam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._clip()
+        super().step()
+        return loss
+
+    def advance(self) -> list[tuple[Factors]]:
+        """Return the learning rates of all groups as a single part; see `LaProp.advance`."""
+        return [(tuple(group["lr"] for group in self.param_groups),)]
+
+    def apply(self, rates: Factors) -> None:
+        """Clip the gradients, then update with these learning rates, one for each group."""
+        kept = [group.copy() for group in self.param_groups]
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            group |= {"lr": rate, "capturable": True}  # the counts of steps are on the device too
+        try:
+            self._clip()
+            super().step()
+        finally:
+            for group, before in zip(self.param_groups, kept, strict=True):
+                group |= {"lr": before["lr"], "capturable": before["capturable"]}
+
+    def _clip(self) -> None:
         together: dict[tuple[str, float], list[Tensor]] = {}
         for group in self.param_groups:
             if group["max_norm"] is not None:
@@ -153,8 +200,6 @@ class Adam(torch.optim.Adam):
                 together.setdefault(key, []).extend(group["params"])
         for (_, norm), params in together.items():
             torch.nn.utils.clip_grad_norm_(params, norm)
-        super().step()
-        return loss
 
 
 def _scheduled(lr: float, done: int, warmup: int, anneal: int) -> float:

@@ -255,11 +255,13 @@ class DreamerV3(ExtraLosses, SavableModel):
         if not self.actor_critic:
             return
         count: Tensor = self.slow_count  # type: ignore[assignment]
-        if self.slow["every"] == 1 or int(count) % self.slow["every"] == 0:
-            with torch.no_grad():
-                slow: list[Tensor] = list(self.slow_critic.parameters())
-                fast: list[Tensor] = list(self.critic.parameters())
-                torch._foreach_lerp_(slow, fast, self.slow["rate"])
+        slow: list[Tensor] = list(self.slow_critic.parameters())
+        fast: list[Tensor] = list(self.critic.parameters())
+        rate, every = self.slow["rate"], self.slow["every"]
+        if every > 1:  # the count stays on its device
+            rate = [(count % every == 0).to(slow[0].dtype) * rate] * len(slow)
+        with torch.no_grad():
+            torch._foreach_lerp_(slow, fast, rate)
         count += 1
 
     # Loss terms before the mean over rows and steps -------------------------------------------

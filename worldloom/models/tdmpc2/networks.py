@@ -21,10 +21,10 @@ from worldloom.models.tdmpc2.policy import (
     PolicySample,
     RunningScale,
     SquashedNormal,
-    make_constant,
 )
 from worldloom.models.tdmpc2.tasks import Tasks
 from worldloom.models.tdmpc2.vector_order import FIRST, require_same_order
+from worldloom.nn.normalizer import make_constant
 from worldloom.nn.simnorm import simnorm
 from worldloom.nn.twohot import symlog_twohot_mean
 from worldloom.protocol import Obs

@@ -3,7 +3,6 @@
 Axes: A = width of an action; `*batch` any leading axes.
 """
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from worldloom.models.tdmpc2.layers import MLP
 from worldloom.nn import distributions
 from worldloom.nn.distributions import one_hot
 from worldloom.nn.layers import to_float32
+from worldloom.nn.normalizer import make_constant
 from worldloom.ranks import gather_rows
 
 # log(2 pi) / 2, rounded to single precision as in the official code.
@@ -119,10 +119,3 @@ class RunningScale(nn.Module):
         low, high = values.nanquantile(levels).unbind()
         width = (high - low).nan_to_num(1.0).clamp(min=1.0)
         self.value.lerp_(width.to(self.value.dtype), self.tau)
-
-
-@functools.lru_cache
-def make_constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a tensor of constants, created once for each dtype and device."""
-    with torch.inference_mode(False):  # otherwise training could not use a tensor made in acting
-        return torch.tensor(values, dtype=dtype, device=device)
