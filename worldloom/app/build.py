@@ -26,6 +26,8 @@ from worldloom.errors import escape, quote
 from worldloom.factory import transfer
 from worldloom.ranks import Ranks, rank, world_size
 
+OWN = ("max_time", "max_steps", "capture")  # keys of trainer that are not Lightning's here
+
 
 @dataclass
 class Run:
@@ -94,6 +96,7 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
         config=config.plain,
         nonfinite=plain["nonfinite"],
         folder=folder,
+        capture=plain["trainer"].get("capture", "auto"),
     )
     stops = lambda: asks_to_stop(data.check_interruption)  # noqa: E731
     evaluator = Evaluator(task, actor, plain["evaluation"], data.ranks, stops, print_line)
@@ -180,7 +183,7 @@ def build_trainer(config: ResolvedConfig, folder: Path, evaluation: Any, resumes
         options["plugins"] = [LightningEnvironment()]
     trainer = instantiate(
         "trainer",
-        {k: v for k, v in config.plain["trainer"].items() if k not in ("max_time", "max_steps")},
+        {k: v for k, v in config.plain["trainer"].items() if k not in OWN},
         logger=list(loggers.values()),
         callbacks=[evaluation, *callbacks.values(), Monitors(evaluation, callbacks)],
         enable_checkpointing=any(isinstance(c, Checkpoint) for c in callbacks.values()),

@@ -128,7 +128,7 @@ def validate_config(cfg: DictConfig, choices: Mapping[str, Any], devices: bool =
     validate_env(plain["env"])
     _check_collection(plain)
     _check_model(plain["model"], choices.get("model"))
-    for name in ("trainer", "optimizer", "planner"):
+    for name in ("optimizer", "planner"):
         _check_call(name, plain[name])
     _check_optimizer(plain["optimizer"])
     _check_trainer(plain["trainer"])
@@ -297,9 +297,11 @@ def _check_optimizer(section: Mapping[str, Any]) -> None:
 
 def _check_trainer(trainer: Mapping[str, Any]) -> None:
     """Reject arguments with which a run would silently train something else, and precisions."""
-    from worldloom.training.precision import require_precision
+    from worldloom.training import capture, precision
 
-    require_precision(trainer.get("precision"))
+    _check_call("trainer", {k: v for k, v in trainer.items() if k != "capture"})
+    precision.require_precision(trainer.get("precision"))
+    capture.require_mode(trainer.get("capture", "auto"))
     for key, (harmless, instead) in TRAINER.items():
         if key in trainer and trainer[key] not in harmless:
             raise ValueError(

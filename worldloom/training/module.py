@@ -16,6 +16,7 @@ from worldloom.protocol import split_result
 from worldloom.records import find_obstacle
 from worldloom.saving import get_config
 from worldloom.timing import phase
+from worldloom.training.capture import CapturedLoss, require_mode, start_capture
 from worldloom.training.metrics import RunningMeans
 from worldloom.training.nonfinite import NonFiniteGuard
 
@@ -34,6 +35,7 @@ class WorldModelModule(LightningModule):
         nonfinite: reaction to a NaN or infinite loss or gradient, before it changes anything:
             "stop" raises a FloatingPointError, "skip" skips the update.
         folder: run folder, where a rejected batch is saved for diagnosis; None to save nothing.
+        capture: whether updates are recorded as CUDA graphs: "off", "on", or "auto", on for a GPU.
 
     Counters: `updates` counts optimiser steps across resumes, including skipped ones, as do
     `trainer.global_step` and the data module. `guard.skipped` counts only the skipped ones.
@@ -49,6 +51,7 @@ class WorldModelModule(LightningModule):
         config: dict[str, Any] | None = None,
         nonfinite: str = "stop",
         folder: Path | None = None,
+        capture: str = "auto",
     ) -> None:
         super().__init__()
         self.model = model
@@ -58,6 +61,8 @@ class WorldModelModule(LightningModule):
         self.metrics = RunningMeans()
         self._changed_options: set[str] = set()  # of the optimiser, on resume
         self.guard = NonFiniteGuard(model, nonfinite, folder, config)
+        self.capture = require_mode(capture)
+        self.captured: CapturedLoss | None = None
         self._losses: dict[str, Tensor] = {}
         # Seconds of training before this process, and the time at which this one started to train.
         self._seconds: float = 0.0
@@ -84,6 +89,8 @@ class WorldModelModule(LightningModule):
         if isinstance(ddp, DistributedDataParallel) and not ddp.find_unused_parameters:
             parameters = self.model.named_parameters()
             self._averaged = {name: p for name, p in parameters if p.requires_grad}
+        optimizer = self.trainer.optimizers[0]
+        self.captured = start_capture(self.capture, self.trainer, self.model, optimizer)
 
     def on_train_end(self) -> None:
         """Stop counting the seconds of training."""
@@ -98,14 +105,17 @@ class WorldModelModule(LightningModule):
         """
         with phase("check"):
             self.guard.begin(batch)
+        captured = None
         try:
             with phase("loss"):
-                result = self.model.compute_loss(batch)  # type: ignore[operator]
+                if self.captured is not None:
+                    captured = self.captured(batch)
+                result = captured or self.model.compute_loss(batch)  # type: ignore[operator]
         except Exception as error:
             self.guard.handle_error(error, self.updates + 1, str(self.trainer.precision))
             return torch.zeros((), requires_grad=True)  # skipped: no gradient reaches the model
         losses, replay = split_result(result)
-        if not losses["loss"].requires_grad:
+        if captured is None and not losses["loss"].requires_grad:
             raise ValueError(
                 f"compute_loss returned 'loss' = {losses['loss'].item():.4g} without a gradient; "
                 "expected a tensor that depends on the parameters: do not detach it"
@@ -115,7 +125,10 @@ class WorldModelModule(LightningModule):
         return losses["loss"]
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Compute the gradients."""
+        """Compute the gradients, unless a recorded update has computed them with the loss."""
+        if self.captured is not None and not loss.requires_grad:
+            self.captured.attach()
+            return
         try:
             with phase("backward"):
                 super().backward(loss, *args, **kwargs)
