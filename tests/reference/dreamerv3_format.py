@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tests.reference.reference_format import (
+    DEVICE,
     DTYPES,
     ROOT,
     UnsupportedOption,
@@ -54,7 +55,7 @@ class Agent:
         """Build the model and load its weights."""
         model = DreamerV3(**{**self.arguments, **overrides})
         load_arrays(model, self.params)
-        return model.to(DTYPES[precision])
+        return model.to(DEVICE, DTYPES[precision])
 
     @property
     def latent(self) -> tuple[int, int]:

@@ -21,6 +21,11 @@ from tests.reference.report import COMPARED, FOLDER, LEFT_OUT, MISSING, NOISE
 
 HERE = Path(__file__).resolve().parent
 ROOT = Path(os.environ.get("WORLDLOOM_REFERENCE") or HERE / "data")
+# Device to test: experiments/gpu runs these tests with WORLDLOOM_DEVICE=cuda.
+DEVICE = torch.device(os.environ.get("WORLDLOOM_DEVICE") or "cpu")
+if DEVICE.type != "cpu":
+    torch.set_default_device(DEVICE)
+    torch.backends.cudnn.allow_tf32 = False
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 # The README's table: the allowed deviation max|a - b| / max|b| of one array.
@@ -127,7 +132,9 @@ class Noise:
 
     def explains(self, ours: Tensor | float, theirs: np.ndarray, allowed: float) -> bool:
         """Return whether all but one element agree, and that one is noise within the limit."""
-        error = np.abs(torch.as_tensor(ours).detach().double().numpy() - theirs.astype(np.float64))
+        error = np.abs(
+            torch.as_tensor(ours).detach().cpu().double().numpy() - theirs.astype(np.float64)
+        )
         worst = np.unravel_index(error.argmax(), error.shape)
         others = np.delete(error.ravel(), error.argmax())
         small = others.max(initial=0.0) <= allowed * np.abs(theirs).max()
@@ -141,8 +148,13 @@ def below(arrays: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def tensor(value: np.ndarray, dtype: torch.dtype) -> Tensor:
     """Copy an array; floats become dtype, everything else keeps its type."""
-    result = torch.from_numpy(np.array(value))
+    result = array(np.array(value))
     return result.to(dtype) if result.is_floating_point() else result
+
+
+def array(value: np.ndarray) -> Tensor:
+    """Return an array as a tensor on the tested device."""
+    return torch.from_numpy(value).to(DEVICE)
 
 
 # Comparison --------------------------------------------------------------------------------------

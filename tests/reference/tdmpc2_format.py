@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from tests.reference.reference_format import (
+    DEVICE,
     DTYPES,
     ROOT,
     Recording,
     UnsupportedOption,
+    array,
     load,
     tensor,
 )
@@ -50,7 +52,7 @@ class Agent:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.config = json.loads((ROOT / folder / "config.json").read_text())
-        self.params = {k: torch.from_numpy(v) for k, v in load(folder, "params.npz").items()}
+        self.params = {k: array(v) for k, v in load(folder, "params.npz").items()}
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
@@ -64,7 +66,7 @@ class Agent:
         """Build the model and load its weights."""
         model = TDMPC2(**self.arguments)
         load_arrays(model, self.params)
-        return model.to(DTYPES[precision]).eval()
+        return model.to(DEVICE, DTYPES[precision]).eval()
 
     def observation(self, obs: np.ndarray, dtype: torch.dtype) -> dict[str, Tensor]:
         """Name the recorded observation as the model does."""
@@ -109,7 +111,7 @@ def hyperparameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def task_of(arrays: Mapping[str, np.ndarray], name: str = "task") -> Tensor | None:
     """Return recorded task ids, or None where there is a single task."""
-    return torch.from_numpy(arrays[name]) if name in arrays else None
+    return array(arrays[name]) if name in arrays else None
 
 
 def official_params(model: TDMPC2) -> dict[str, torch.nn.Parameter]:

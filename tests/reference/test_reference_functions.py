@@ -11,6 +11,7 @@ from tests.reference.dreamerv3_format import (
 from tests.reference.reference_format import (
     Recording,
     agent_folders,
+    array,
     below,
     load,
     tensor,
@@ -59,7 +60,7 @@ def sequence(
     obs = agent.observation(below(batch, "obs"), dtype)
     tokens = model.encoder(obs)
     actions = agent.action(below(batch, "prevact"), dtype)
-    first = torch.from_numpy(batch["obs/is_first"])
+    first = array(batch["obs/is_first"])
     start = tensor(batch["carry/deter"], dtype), agent.flat(batch["carry/stoch"], dtype)
     ours = {"enc/tokens": tokens}
     if model.encoder.vectors:
@@ -171,7 +172,7 @@ def acting(agent: Agent, model: DreamerV3, recording: Recording) -> dict[str, Te
     ours: dict[str, Tensor] = {}
     state: LatentState | None = None
     action = torch.zeros(())
-    for n, first in enumerate(torch.from_numpy(inputs["is_first"])):
+    for n, first in enumerate(array(inputs["is_first"])):
         arrays = {key: value[n] for key, value in inputs.items()}
         obs = agent.observation(arrays, recording.dtype)
         fresh = model.encode(obs)

@@ -19,6 +19,7 @@ from tests.reference.reference_format import (
     DTYPES,
     Recording,
     agent_folders,
+    array,
     below,
     load,
     norm,
@@ -80,14 +81,14 @@ def replay_batch(agent: Agent, precision: str) -> Batch:
     def prepend(x: Tensor) -> Tensor:
         return torch.cat([x[:, :1], x], 1)
 
-    flags = {k: prepend(torch.from_numpy(obs[k])) for k in ("is_first", "is_last", "is_terminal")}
+    flags = {k: prepend(array(obs[k])) for k in ("is_first", "is_last", "is_terminal")}
     return {
         "obs": {k: prepend(v) for k, v in agent.observation(obs, dtype).items()},
         "actions": torch.cat([action, torch.zeros_like(action[:, :1])], 1),
-        "rewards": prepend(torch.from_numpy(obs["reward"]).to(dtype)),
+        "rewards": prepend(array(obs["reward"]).to(dtype)),
         **flags,
         "context": {
-            "deter": torch.from_numpy(arrays["carry/deter"]).to(dtype),
+            "deter": array(arrays["carry/deter"]).to(dtype),
             "stoch": agent.flat(arrays["carry/stoch"], dtype),
         },
     }

@@ -73,7 +73,7 @@ def undetermined(folder: str, grads: list[dict[str, Tensor]], lr: float) -> dict
         steps = torch.stack([step[name] for step in grads]).abs().flatten(1)
         floor = floors.noise_floor(f"grad/{name}") * steps.amax(1, keepdim=True)
         below = (steps <= floor).any(0).view(grads[0][name].shape)
-        noise[f"final/state/{name}"] = Noise(below.numpy(), limit=lr)
+        noise[f"final/state/{name}"] = Noise(below.cpu().numpy(), limit=lr)
     return noise
 
 

@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.reference.reference_format import ROOT, agent_folders, load
+from tests.reference.reference_format import (
+    ROOT,
+    agent_folders,
+    array,
+    load,
+)
 from tests.reference.tdmpc2_format import FAMILY, Agent, official_state
 from worldloom import create_world_model
 from worldloom.models.tdmpc2 import TDMPC2
@@ -70,7 +75,7 @@ def test_tdmpc2_checkpoint_acts_as_the_arrays_do(file: str) -> None:
     agent = Agent(Path(file).parent.as_posix())
     arrays = load(agent.folder, "funcs.npz")
     obs = agent.observation(arrays["in/obs"], torch.float32)
-    task = torch.from_numpy(arrays["in/task"]) if "in/task" in arrays else None
+    task = array(arrays["in/task"]) if "in/task" in arrays else None
     outputs = []
     for model in (agent.build("float32"), create(agent, ROOT / file)):
         torch.manual_seed(0)

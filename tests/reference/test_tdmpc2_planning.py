@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.reference.reference_format import Recording, agent_folders
+from tests.reference.reference_format import (
+    Recording,
+    agent_folders,
+    array,
+)
 from tests.reference.tdmpc2_format import FAMILY, Agent, drawing, task_of, watching
 from worldloom.models.tdmpc2 import TDMPC2
 from worldloom.models.tdmpc2.planner import LatentMPPI
@@ -21,7 +25,7 @@ def test_tdmpc2_planning(folder: str, precision: str) -> None:
     agent, recording = Agent(folder), Recording(folder, "plan.npz", precision)
     model = agent.build(precision)
     arrays = recording.group("in")
-    plan = torch.from_numpy(arrays["prev_mean"]).to(recording.dtype).unsqueeze(0)
+    plan = array(arrays["prev_mean"]).to(recording.dtype).unsqueeze(0)
     ours: dict[str, Any] = {}
     with drawing(recording) as feed:
         for n, (index, is_first, evaluate) in enumerate(CALLS):

@@ -211,7 +211,7 @@ def compare_own(
 ) -> None:
     """Assert that two ways of ours to the same numbers agree as well as the official ones must."""
     for name, value in wanted.items():
-        error = deviation(ours[name], value.detach().numpy())
+        error = deviation(ours[name], value.detach().cpu().numpy())
         assert error <= TOLERANCES[row][precision], f"{name} deviates by {error:.2e}"
 
 
