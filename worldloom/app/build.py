@@ -60,7 +60,6 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
     """
     from worldloom.app.forecast import Forecast
     from worldloom.training.callbacks import Evaluation
-    from worldloom.training.checkpoint_files import has_checkpoint
     from worldloom.training.interruption import Limits, asks_to_stop
     from worldloom.training.module import WorldModelModule
     from worldloom.training.progress import print_line
@@ -70,16 +69,7 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
     prepare_process(plain["seed"], plain["threads"])
     ranks = Ranks()
     ranks.connect()
-    resumes = bool(ranks.decide(resume and has_checkpoint(folder / "checkpoints")))
-    before = read_config(folder) if resume else {}
-    if resume:
-        changes = require_changeable(before, config.saved)
-        print(f"resuming {folder}", *map(escape, changes), sep="\n  ", flush=True)
-    if resume and not resumes:
-        print("it was stopped before its first checkpoint, so it starts again", flush=True)
-    if not resumes and rank() == 0:
-        clear_start(folder)
-    ranks.share(0)  # nobody writes to the folder before
+    before, resumes = _begin(config, folder, resume, ranks)
     task, dataset = open_task(plain)
     model: Any = task.build_model(plain["model"])
     if plain["init_from"] is not None and not resumes:
@@ -121,6 +111,28 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
         checkpoint=checkpoint,
         unit="env step" if dataset is None else "update",
     )
+
+
+def _begin(
+    config: ResolvedConfig, folder: Path, resume: bool, ranks: Ranks
+) -> tuple[dict[str, Any], bool]:
+    """Return the saved configuration of a resumed run, or {}, and whether it has a checkpoint.
+
+    Changes on resume are checked and printed. What a run without checkpoint has left is removed.
+    """
+    from worldloom.training.checkpoint_files import has_checkpoint
+
+    resumes = bool(ranks.decide(resume and has_checkpoint(folder / "checkpoints")))
+    before = read_config(folder) if resume else {}
+    if resume:
+        changes = require_changeable(before, config.saved)
+        print(f"resuming {folder}", *map(escape, changes), sep="\n  ", flush=True)
+    if resume and not resumes:
+        print("it was stopped before its first checkpoint, so it starts again", flush=True)
+    if not resumes and rank() == 0:
+        clear_start(folder)
+    ranks.share(0)  # nobody writes to the folder before
+    return before, resumes
 
 
 def find_checkpoint(folder: Path, data: Any, model: Any, limits: Any, ranks: Ranks) -> Path:
