@@ -181,6 +181,11 @@ class WorldModel(Protocol):
         parameter_groups(): parameter groups for the optimiser.
         replay_fields: {name: ReplayField} that the replay stores with every row.
         replay_values(state): values {name: [B, ...]} of these fields for collected rows.
+        value(state): [B, 1], the return that the policy is expected to collect after the state, as
+            the sum of discounted rewards.
+        discount(state): the discount of `value`, a number or [B, 1].
+        latent_probs(state, action, obs): probabilities [B, S, C] of S latent variables with C
+            classes after action [B, A]: as predicted, and as inferred from the observation.
     """
 
     def encode(self, obs: Obs) -> LatentState:
@@ -226,8 +231,11 @@ SIGNATURES: dict[str, tuple[tuple[str, ...], str]] = {
     "policy": (("state", "deterministic"), "Tensor"),
     "after_update": ((), "None"),
     "replay_values": (("state",), "dict"),
+    "value": (("state",), "Tensor"),
+    "discount": (("state",), "Tensor"),
+    "latent_probs": (("state", "action", "obs"), "tuple"),
 }
-OPTIONAL = ("policy", "after_update", "replay_values")
+OPTIONAL = ("policy", "after_update", "replay_values", "value", "discount", "latent_probs")
 REQUIRED = tuple(name for name in SIGNATURES if name not in OPTIONAL)
 
 

@@ -401,6 +401,18 @@ MISTAKES = {
         type("Bold", (Toy,), {"policy": lambda self, state, deterministic: torch.ones(3, 2) * 2})(),
         "policy: row 0 of the action is [2.0, 2.0]; expected it in [-1, 1]",
     ),
+    "value shape": (
+        type("Flat", (Toy,), {"value": lambda self, state: state.features[:, 0]})(),
+        "value: the value has shape [3]; expected [3, 1]",
+    ),
+    "discount out of range": (
+        type("Bold", (Toy,), {"discount": lambda self, state: state.features[:, :1] * 0 + 2})(),
+        "discount: the discount ranges from 2 to 2; expected probabilities in [0, 1]",
+    ),
+    "latents without a prediction": (
+        type("Half", (Toy,), {"latent_probs": lambda self, state, action, obs: state.features})(),
+        "latent_probs: returned float32 [3, 8]; expected a pair of tensors",
+    ),
     "policy shape": (
         type("Flat", (Toy,), {"policy": lambda self, state, deterministic: torch.ones(3)})(),
         "policy: the action has shape [3]; expected [3, 2]",

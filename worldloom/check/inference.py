@@ -12,7 +12,9 @@ from worldloom.check.report import (
     find_differences,
     name_leaves,
 )
-from worldloom.protocol import LatentState, Obs, Trajectory
+from worldloom.protocol import LatentState, Obs, Trajectory, is_scalar
+
+SCORED = ("value", "discount", "latent_probs")
 
 
 @torch.no_grad()
@@ -34,6 +36,7 @@ def check_inference(report: Report) -> None:
     trajectory = _check_trajectory(report, report.call("imagine", first, actions), first)
     if trajectory is not None and decodes:
         _check_outcomes(report, trajectory)
+    _check_optional(report, first, action, obs)
     if callable(getattr(report.model, "policy", None)):
         for deterministic in (True, False):
             action = report.call("policy", first, deterministic=deterministic)
@@ -151,6 +154,23 @@ def _check_outcomes(report: Report, trajectory: Trajectory) -> None:
             fix = "decode the state after each action, not the one before it"
             got = f'{key}s[t] are not decode(states[t + 1])["{key}"]'
             report.add("imagine", got, f"the {key} of arriving at states[t + 1]", fix)
+
+
+def _check_optional(report: Report, state: LatentState, action: torch.Tensor, obs: Obs) -> None:
+    """Check the members with which a model is scored: value, discount and latent_probs."""
+    has = {name: callable(getattr(report.model, name, None)) for name in SCORED}
+    rows = report.data.rows
+    if has["value"]:
+        report.require_tensor("value", "the value", report.call("value", state), (rows, 1))
+    if has["discount"] and not is_scalar(discount := report.call("discount", state)):
+        report.require_tensor("discount", "the discount", discount, (rows, 1), unit=True)
+    if has["latent_probs"]:
+        pair = report.call("latent_probs", state, action, obs)
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            got, fix = f"returned {describe(pair)}", "return (predicted, inferred)"
+            return report.add("latent_probs", got, "a pair of tensors", fix)
+        for name, probs in zip(("predicted", "inferred"), pair, strict=True):
+            report.require_tensor("latent_probs", name, probs, (rows, None, None), unit=True)
 
 
 def _check_action(report: Report, action: Any, deterministic: bool) -> None:

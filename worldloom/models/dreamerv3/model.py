@@ -23,6 +23,7 @@ from worldloom.models.dreamerv3.behavior import (
     rollout,
 )
 from worldloom.models.dreamerv3.heads import Actor, Head, Policy
+from worldloom.models.dreamerv3.latents import join_state, split_state
 from worldloom.models.dreamerv3.losses import name_losses
 from worldloom.models.dreamerv3.networks import Decoder, Encoder
 from worldloom.models.dreamerv3.rssm import RSSM
@@ -138,7 +139,7 @@ class DreamerV3(ExtraLosses, SavableModel):
         self.reward = Head(features, **units | dict(options["reward_head"]))
         self.cont = Head(features, **units | dict(options["continue_head"]))
         if not self.actor_critic:
-            self.policy = None  # type: ignore[assignment, method-assign]
+            self.policy = self.value = None  # type: ignore[assignment, method-assign]
             return
 
         self.actor = Actor(features, self.act_spaces, **units | dict(options["actor"]))
@@ -158,22 +159,22 @@ class DreamerV3(ExtraLosses, SavableModel):
         deter, stoch = self.rssm.initial(len(tokens))
         action = tokens.new_zeros(len(tokens), self.act_spaces.width)
         deter, stoch, _ = self.rssm.observe_step(deter, stoch, action, tokens)
-        return _join_state(deter, stoch)
+        return join_state(deter, stoch)
 
     def predict(self, state: LatentState, action: Tensor) -> LatentState:
         """Sample the next state from the prior for action [B, A]."""
         self.act_spaces.check(action, ("B",))
-        deter, stoch = _split_state(state)
+        deter, stoch = split_state(state)
         deter, stoch, _ = self.rssm.imagine_step(deter, stoch, action.to(deter.dtype))
-        return _join_state(deter, stoch)
+        return join_state(deter, stoch)
 
     def observe(self, state: LatentState, action: Tensor, obs: Obs) -> LatentState:
         """Sample the next state from the posterior for action [B, A] and obs [B, *obs_shape]."""
         self.act_spaces.check(action, ("B",))
         tokens = self.encoder(self.obs_spaces.split(obs, lead=1))
-        deter, stoch = _split_state(state)
+        deter, stoch = split_state(state)
         deter, stoch, _ = self.rssm.observe_step(deter, stoch, action.to(deter.dtype), tokens)
-        return _join_state(deter, stoch)
+        return join_state(deter, stoch)
 
     def decode(self, state: LatentState) -> dict[str, Any]:
         """Predict observation, reward and continuation.
@@ -182,7 +183,7 @@ class DreamerV3(ExtraLosses, SavableModel):
         "reward" [B, 1] is the reward for arriving at the state. "continue" [B, 1] is the
         probability that the episode continues, without the discount that `contdisc` adds.
         """
-        outs = self.decoder(*_split_state(state))
+        outs = self.decoder(*split_state(state))
         obs = {key: self.decoder.observation(key, out) for key, out in outs.items()}
         return {"obs": self.obs_spaces.join(obs), **self._predict_outcome(state.features)}
 
@@ -198,6 +199,21 @@ class DreamerV3(ExtraLosses, SavableModel):
     def policy(self, state: LatentState, deterministic: bool = False) -> Tensor:
         """Return sampled actions [B, A], or the mode; continuous samples may exceed [-1, 1]."""
         return self.actor(state.features).sample(deterministic)
+
+    def value(self, state: LatentState) -> Tensor:
+        """Return the critic's discounted return after a state, [B, 1]."""
+        offset, scale = self.valnorm.stats()
+        return (twohot_mean(self.critic(state.features)) * scale + offset).unsqueeze(-1)
+
+    def discount(self, state: LatentState) -> float:
+        """Return the discount of `value`."""
+        return 1 - 1 / self.horizon
+
+    def latent_probs(self, state: LatentState, action: Tensor, obs: Obs) -> tuple[Tensor, Tensor]:
+        """Return the probabilities [B, S, C] of prior and posterior after action and obs."""
+        tokens = self.encoder(self.obs_spaces.split(obs, lead=1))
+        deter, stoch = split_state(state)
+        return self.rssm.compare(deter, stoch, action.to(deter.dtype), tokens)
 
     @property
     def replay_fields(self) -> dict[str, ReplayField]:
@@ -215,7 +231,7 @@ class DreamerV3(ExtraLosses, SavableModel):
 
     def replay_values(self, state: LatentState) -> dict[str, Tensor]:
         """Return the values of `replay_fields` for a state, each [B, ...]."""
-        deter, stoch = _split_state(state)
+        deter, stoch = split_state(state)
         return {"deter": deter, "stoch": stoch}
 
     # Training -------------------------------------------------------------------------------
@@ -379,13 +395,3 @@ class DreamerV3(ExtraLosses, SavableModel):
         if self.contdisc:
             cont = (cont / (1 - 1 / self.horizon)).clamp(max=1.0)
         return {"reward": twohot_mean(self.reward(features)).unsqueeze(-1), "continue": cont}
-
-
-def _join_state(deter: Tensor, stoch: Tensor) -> LatentState:
-    return LatentState(deter, stoch, torch.cat([deter, stoch], -1))
-
-
-def _split_state(state: LatentState) -> tuple[Tensor, Tensor]:
-    if state.stochastic is None:
-        raise ValueError("the state has no stochastic part; it comes from another kind of model")
-    return state.deterministic, state.stochastic

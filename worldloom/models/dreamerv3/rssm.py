@@ -141,6 +141,16 @@ class RSSM(nn.Module):
         logits = self.predict_posterior(deter, self.project_tokens(tokens, kernels), kernels)
         return deter, self.sample(logits), logits
 
+    def compare(
+        self, deter: Tensor, stoch: Tensor, action: Tensor, tokens: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the probabilities [N, S, C] of prior and posterior after an action."""
+        kernels = self.kernels()
+        deter = self.core(deter, stoch, self.embed_action(action), kernels)
+        posterior = self.predict_posterior(deter, self.project_tokens(tokens, kernels), kernels)
+        prior = self.predict_prior(deter)
+        return unimix_probs(prior, self.unimix), unimix_probs(posterior, self.unimix)
+
     def observe(
         self, deter: Tensor, stoch: Tensor, tokens: Tensor, actions: Tensor, is_first: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -181,6 +181,30 @@ class TDMPC2(ExtraLosses, Networks):
         action, plan = self.make_planner()(state, plan, deterministic=deterministic)
         return action, replace(state, extras={**state.extras, "plan": plan})
 
+    def value(self, state: LatentState) -> Tensor:
+        """Return the discounted return of the policy prior after a state, [B, 1].
+
+        It is the mean of two Q-functions, for a sampled action.
+        """
+        z, task = state.deterministic, self.get_task(state)
+        return self.estimate_policy_value(z, self.sample_prior(z, task), task).unsqueeze(-1)
+
+    def discount(self, state: LatentState) -> Tensor | float:
+        """Return the discount of `value`; with several tasks that of each state, [B, 1]."""
+        discount = self.get_discount(self.get_task(state))
+        return discount.unsqueeze(-1) if isinstance(discount, Tensor) else discount
+
+    def latent_probs(self, state: LatentState, action: Tensor, obs: Obs) -> tuple[Tensor, Tensor]:
+        """Return the groups [B, S, C] of the predicted and of the encoded latents.
+
+        SimNorm makes each group of C = simnorm_dim latents a probability distribution.
+        """
+        states = self.predict(state, action), self.observe(state, action, obs)
+        predicted, encoded = (
+            s.deterministic.unflatten(-1, (-1, self.options.simnorm_dim)) for s in states
+        )
+        return predicted, encoded
+
     def make_planner(self) -> LatentMPPI:
         """Return a planner; it has no memory, because plans are part of the states."""
         actions: dict[str, Any] = {
