@@ -175,7 +175,8 @@ class Page:
         left, top, width, height = self.evaluate(f"{script}({json.dumps(selector)})")
         place = {"x": left + x * width, "y": top + y * height, "button": "left", "clickCount": 1}
         for kind in ("mousePressed", "mouseReleased"):
-            self.call("Input.dispatchMouseEvent", type=kind, **place)
+            buttons = int(kind == "mousePressed")
+            self.call("Input.dispatchMouseEvent", type=kind, buttons=buttons, **place)
 
     def resize(self, width: int, height: int) -> None:
         """Set the size of the window's contents."""

@@ -46,6 +46,7 @@ LATER = (
     "training.optimizers",
     "training.pictures",
     "training.progress",
+    "view.playback",
 )
 PACKAGES = (
     *("h5py", "minari", "gymnasium.envs.classic_control", "PIL.ImageFont", "PIL.GifImagePlugin"),

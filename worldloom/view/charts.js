@@ -221,9 +221,9 @@ function makeHeatmap(array, range, palette) {
   for (let row = 0; row < rows; row++) {
     for (let column = 0; column < columns; column++) {
       const share = (array.values[column * rows + row] - range[0]) / span;
+      if (Number.isNaN(share)) continue; // stays transparent
       const code = Math.max(0, Math.min(255, Math.round(255 * share)));
-      const colour = palette[code] || [128, 128, 128];
-      image.data.set([...colour, 255], 4 * (row * columns + column));
+      image.data.set([...palette[code], 255], 4 * (row * columns + column));
     }
   }
   context.putImageData(image, 0, 0);
@@ -233,13 +233,15 @@ function makeHeatmap(array, range, palette) {
 /**
  * Draw a heat map over the steps, and return its scale.
  *
- * chart: {height, picture: of makeHeatmap, cursor, window, labels: names of the rows or null,
- *   left: pixels for the names}
+ * chart: {height, picture: of makeHeatmap, every: steps from column to column, cursor, window,
+ *   labels: names of the rows or null, left: pixels for the names}
  */
 function drawHeatmap(canvas, chart, colours) {
   const { context, width, height } = prepareCanvas(canvas, chart.height);
   const rows = chart.picture.height;
-  const x = [-0.5, chart.picture.width - 0.5]; // a step is in the middle of its column
+  const every = chart.every || 1;
+  // A step is in the middle of its column.
+  const x = [-0.5 * every, (chart.picture.width - 0.5) * every];
   const scale = makeScale(width, height, x, [0, rows], chart.left || 44);
   const size = [scale.right - scale.left, scale.bottom - scale.top];
   context.imageSmoothingEnabled = rows > size[1];

@@ -13,17 +13,22 @@ SCRIPTS = ("data.js", "charts.js", "parts.js", "panels.js", "playback.js")
 
 
 def assemble(
-    title: str, data: Mapping[str, Any], scripts: Sequence[str] = SCRIPTS, connects: bool = False
+    title: str,
+    data: Mapping[str, Any],
+    markup: str = "page.html",
+    styles: Sequence[str] = ("page.css",),
+    scripts: Sequence[str] = SCRIPTS,
+    connects: bool = False,
 ) -> str:
-    """Join page.html, page.css, scripts of this folder and the data into one file.
+    """Join markup, styles and scripts of this folder and the data into one file.
 
-    A policy in the file allows these scripts and this style alone, by their hashes, and pictures
+    A policy in the file allows these scripts and styles alone, by their hashes, and pictures
     inside the file, but no connection.
 
     title: any text. data: plain data, in which any text may occur.
     connects: allow connections to the server that the page comes from.
     """
-    style = (FOLDER / "page.css").read_text()
+    style = "\n".join((FOLDER / name).read_text() for name in styles)
     sources = [(FOLDER / name).read_text() for name in scripts]
     hashes = " ".join(map(_hash, sources))
     policy = (
@@ -38,7 +43,7 @@ def assemble(
         "scripts": "\n".join(f"<script>{source}</script>" for source in sources),
     }
     # Split, not replaced one after the other: data may contain the name of another part.
-    first, *rest = (FOLDER / "page.html").read_text().split("{{")
+    first, *rest = (FOLDER / markup).read_text().split("{{")
     names = (piece.partition("}}") for piece in rest)
     return first + "".join(parts[name] + text for name, _, text in names)
 

@@ -4,7 +4,8 @@
 // is nothing to show. `view` has: step; start: row of the imagination; ahead: imagined steps up to
 // the current step, or null; index: number of the start; window: [start, last imagined row].
 
-const HEIGHT = { signal: 112, small: 92, latents: 240 };
+const HEIGHT = { signal: 112, small: 92, overview: 130, latents: 240 };
+const MOST = 32; // charts of a vector; a button shows the others
 
 /** Decode the arrays of an episode. */
 function readEpisode(packed, redraw) {
@@ -54,7 +55,7 @@ function makePicturesPanel(episode) {
   const images = episode.obs.filter((part) => part.kind === "image");
   if (!images.length && !episode.film) return null;
   const hint = images.length ? "difference: black is 0, white half of the range or more" : "";
-  const root = makeCard(images.length ? "Truth and imagination" : "Environment", hint, "left");
+  const root = makeCard(images.length ? "Truth and imagination" : "Environment", hint, "");
   const draws = [];
   if (episode.film) {
     const frame = new Frame("Rendered", true);
@@ -145,6 +146,31 @@ function makeSignalsPanel(episode, go, width) {
   return { root, draw: (view, colours) => draws.forEach((draw) => draw(view, colours)) };
 }
 
+/** Errors of all imagined steps: one column for each start, one line for each step ahead. */
+function makeOverviewPanel(episode, go, width) {
+  const hint = "one column for each start, downwards the steps ahead; dark is exact";
+  const root = makeCard("Where the imagination fails", hint, width);
+  const dream = episode.imagined;
+  const parts = episode.obs.filter((part) => part.error).map((part) => [part.key, part.error]);
+  parts.push(["latent state", dream.stateErrors]);
+  const grid = makeGrid(width === "wide" ? Math.min(3, parts.length) : 1);
+  root.append(grid);
+  const draws = parts.map(([name, error]) => {
+    const range = [0, findRange([error.values], 0)[1]];
+    const figure = new Figure(`Error of ${name}`, [["", "error"]]);
+    figure.onStep((step) => go(step, true));
+    grid.append(figure.root);
+    let picture = null;
+    return (view, colours) => {
+      picture = picture || makeHeatmap(error, range, PALETTES.error);
+      figure.show([`0 to ${formatNumber(range[1])}`]);
+      const chart = { height: HEIGHT.overview, picture, every: dream.every, cursor: view.start };
+      figure.scale = drawHeatmap(figure.canvas, chart, colours);
+    };
+  });
+  return { root, draw: (view, colours) => draws.forEach((draw) => draw(view, colours)) };
+}
+
 /** Draw a chart over the steps of an episode. */
 function drawSteps(canvas, episode, view, chart, colours) {
   const common = { height: HEIGHT.signal, x: [0, episode.length], cursor: view.step };
@@ -152,7 +178,7 @@ function drawSteps(canvas, episode, view, chart, colours) {
 }
 
 /** A chart for each dimension of the vectors that the model observes. */
-function makeVectorsPanel(episode, go) {
+function makeVectorsPanel(episode, go, redraw) {
   const vectors = episode.obs.filter((part) => part.kind === "vector");
   if (!vectors.length) return null;
   const hint = vectors.some((part) => part.imagined)
@@ -166,7 +192,18 @@ function makeVectorsPanel(episode, go) {
     const grid = makeGrid(Math.min(4, Math.max(2, part.names.length)));
     root.append(group);
     group.append(grid);
-    part.names.forEach((name, i) => draws.push(addDimension(grid, name, part, i, episode, go)));
+    const add = (name, i) => draws.push(addDimension(grid, name, part, i, episode, go));
+    part.names.slice(0, MOST).forEach(add);
+    if (part.names.length > MOST) {
+      const text = `Show all ${part.names.length} dimensions`;
+      const button = make("button", { textContent: text });
+      button.addEventListener("click", () => {
+        part.names.slice(MOST).forEach((name, i) => add(name, MOST + i));
+        button.remove();
+        redraw();
+      });
+      group.append(button);
+    }
   }
   return { root, draw: (view, colours) => draws.forEach((draw) => draw(view, colours)) };
 }
@@ -200,7 +237,7 @@ function addDimension(grid, name, part, i, episode, go) {
 /** The actions that were taken. */
 function makeActionsPanel(episode, go) {
   const { names, groups, values } = episode.actions;
-  const root = makeCard("Actions", "in units of the model", "wide");
+  const root = makeCard("Actions", "as the model gives them", "wide");
   const draws = [];
   if (groups) {
     const taken = findChoices(values, groups);
@@ -251,7 +288,7 @@ function findChoices(values, groups) {
 }
 
 /** The plan at the current step: its distribution, its best sequences, and its spread over time. */
-function makePlanPanel(episode, go) {
+function makePlanPanel(episode, go, width) {
   const plan = episode.plan;
   if (!plan) return null;
   const { names, groups, values } = episode.actions;
@@ -259,7 +296,7 @@ function makePlanPanel(episode, go) {
     ? "probabilities over the planned steps; orange: the action taken"
     : "over the planned steps: mean and standard deviation (blue), best sequences by weight " +
       "(green), the action taken (orange)";
-  const root = makeCard("Plan", hint, "wide");
+  const root = makeCard("Plan", hint, width);
   const outlook = new Figure("Returns of the best sequences", [["best", "second"], ["last", "muted"]]);
   const spread = new Figure("Spread of the first action", [["mean of all actions", "true"]]);
   const over = makeGrid(2);

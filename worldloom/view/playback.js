@@ -70,9 +70,20 @@ function imagineFrom(step) {
   redraw();
 }
 
-/** Show another episode from its first step on. */
+/** Return the elements of panels; those that have nothing to show are null. */
+function list(some) {
+  return some.filter(Boolean).map((panel) => panel.root);
+}
+
+/** Return a column of panels. */
+function stack(side, some) {
+  return make("div", { className: `${side} stack` }, ...list(some));
+}
+
+/** Show another episode, if there is one of this number, from its first step on. */
 function openEpisode(number) {
-  state.number = Math.max(0, Math.min(data.episodes.length - 1, number));
+  if (!data.episodes[number]) return;
+  state.number = number;
   episode = readEpisode(data.episodes[state.number], redraw);
   state.step = state.start = 0;
   find("episode").value = state.number;
@@ -83,16 +94,19 @@ function openEpisode(number) {
     if (imagines) imagineFrom(step);
     else goTo(step);
   };
+  // Pictures on the left and curves next to them, or, without pictures, everything below each other.
   const pictures = makePicturesPanel(episode);
-  panels = [
-    pictures,
-    makeSignalsPanel(episode, go, pictures ? "right" : "wide"),
-    makeVectorsPanel(episode, go),
-    makePlanPanel(episode, go),
-    makeActionsPanel(episode, go),
-    makeLatentsPanel(episode, go),
-  ].filter(Boolean);
-  find("panels").replaceChildren(...panels.map((panel) => panel.root));
+  const width = pictures ? "" : "wide";
+  const overview = makeOverviewPanel(episode, go, width);
+  const beside = [makeSignalsPanel(episode, go, width), makePlanPanel(episode, go, width)];
+  const vectors = makeVectorsPanel(episode, go, redraw);
+  const below = [makeActionsPanel(episode, go), makeLatentsPanel(episode, go)];
+  const columns = pictures
+    ? [stack("left", [pictures, overview]), stack("right", beside)]
+    : list([beside[0], vectors, overview, beside[1]]);
+  const last = list(pictures ? [vectors, ...below] : below);
+  panels = [pictures, overview, ...beside, vectors, ...below].filter(Boolean);
+  find("panels").replaceChildren(...columns, ...last);
   redraw();
 }
 
