@@ -100,19 +100,29 @@ class Actor:
         returned memory to the next call. The model's training mode is not changed.
         """
         state = self.observe(obs, is_first, memory)
-        policy = getattr(self.model, "policy", None)
-        plan = None
-        if callable(policy):
-            with self._use_precision():
-                chosen = policy(state, deterministic=deterministic)
-            action, state = chosen if isinstance(chosen, tuple) else (chosen, state)
-        else:
-            assert self.planner is not None
-            old = None if memory is None else memory.plan
-            first = torch.as_tensor(is_first, dtype=torch.bool, device=self.device)
-            action, plan = self.planner(state, old, first, deterministic)
-        action = action.float()
+        first = torch.as_tensor(is_first, dtype=torch.bool, device=self.device)
+        plan = None if memory is None else memory.plan
+        action, state, plan = self.choose(state, plan, first, deterministic)
         return action, Memory(state, action, plan)
+
+    @torch.no_grad()
+    def choose(
+        self, state: LatentState, plan: Tensor | None, is_first: Tensor, deterministic: bool
+    ) -> tuple[Tensor, LatentState, Tensor | None]:
+        """Choose actions [N, A] float32 in states [N]; return them, the states and the plan.
+
+        plan: that of the previous step, of a planner; it is discarded in rows is_first [N] bool.
+        The returned states include what a policy adds for the next call.
+        """
+        policy = getattr(self.model, "policy", None)
+        if not callable(policy):
+            assert self.planner is not None
+            action, plan = self.planner(state, plan, is_first, deterministic)
+            return action.float(), state, plan
+        with self._use_precision():
+            chosen = policy(state, deterministic=deterministic)
+        action, state = chosen if isinstance(chosen, tuple) else (chosen, state)
+        return action.float(), state, None
 
     @torch.no_grad()
     def observe(
@@ -142,6 +152,8 @@ class Actor:
 
 # Chooses actions [N, A] for the current rows of N environments.
 Act = Callable[[RowStream], np.ndarray]
+# Receives the current rows of N environments and the actions [N, A] chosen in them.
+Record = Callable[[RowStream, np.ndarray], None]
 
 
 def make_act(actor: Actor, deterministic: bool) -> Act:
@@ -157,7 +169,7 @@ def make_act(actor: Actor, deterministic: bool) -> Act:
 
 
 def play(
-    act: Act, rows: RowStream, episodes: Sequence[int]
+    act: Act, rows: RowStream, episodes: Sequence[int], record: Record | None = None
 ) -> Iterator[tuple[np.ndarray, list[tuple[int, dict[str, float]]]]]:
     """Step the environments until each has run its number of episodes; `rows` must be reset.
 
@@ -166,15 +178,21 @@ def play(
     of the environment, summary) of each of those episodes that ended; `rows` then contains the
     result of the step. Where all episodes have ended, the actions, which are then ignored, are
     zeros, and `act` is not called: in a single environment it is called once per step.
+
+    record: called with every row before it is stepped, and with the last one and zeros.
     """
     ignored = np.zeros((rows.num_envs, rows.action_spec.width), np.float32)
     left = list(episodes)
     while any(left):
         actions = ignored if rows.is_last.all() else act(rows)
+        if record is not None:
+            record(rows, actions)
         ended = [(i, episode) for i, episode in rows.step(actions) if left[i]]
         for index, _ in ended:
             left[index] -= 1
         yield actions, ended
+    if record is not None:
+        record(rows, ignored)
 
 
 def share_episodes(episodes: int, num_envs: int) -> list[int]:
@@ -201,6 +219,7 @@ def evaluate(
     deterministic: bool = True,
     ranks: Ranks | None = None,
     watch: Watch = lambda ended, steps: False,
+    record: Record | None = None,
 ) -> list[dict[str, float]]:
     """Run exactly `episodes` episodes and return {"return", "length", "success"} of each.
 
@@ -211,6 +230,7 @@ def evaluate(
     episodes: of all environments together, or of each one.
     ranks: the others, which evaluate at the same time and step by step; all return the episodes of
         all.
+    record: as for `play`.
 
     Raises:
         EvaluationStopped: `watch` returned True in one of the ranks.
@@ -225,7 +245,7 @@ def evaluate(
         if env is not None:
             rows = RowStream(env, obs_spec, action_spec)
             rows.reset(seed)
-            steps = play(make_act(actor, deterministic), rows, episodes)
+            steps = play(make_act(actor, deterministic), rows, episodes, record)
         taken = 0
         for _, ended in in_step(steps, ranks, lambda: watch(sum(map(len, done)), taken)):  # noqa: B023
             taken += len(episodes)

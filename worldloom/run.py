@@ -220,12 +220,13 @@ def evaluate(run: "Run") -> dict[str, float]:
         else:
             save_model(run.model, run.folder / "model")
     copy_from_first(run.model.state_dict().values())
-    episodes = run.config.plain["evaluation"]["episodes"]
+    episodes, step = run.config.plain["evaluation"]["episodes"], current_step(run.trainer)
+    run.evaluation.videos.start(step, every=0)
     found = run.evaluator(episodes) if run.task.make_env is not None else {}
     scores = {f"final/{name}": score for name, score in found.items()}
-    step = current_step(run.trainer)
     if scores:
         log_metrics(run.trainer, scores, step)
+        run.evaluation.videos.finish(run.trainer, "final", step)
     for logger in run.trainer.loggers:
         if isinstance(logger, TensorBoardLogger):  # the interface of the others takes no scores
             logger.log_hyperparams(summarize_settings(run), scores, step)

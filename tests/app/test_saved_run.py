@@ -17,6 +17,7 @@ from PIL import Image
 
 import worldloom
 from tests.app.own_package import write_package
+from worldloom.envs.reward_panel import HEIGHT
 
 SHORT = [
     "threads=1",
@@ -293,7 +294,9 @@ def test_a_film_shows_the_evaluated_episodes_and_changes_no_score(
         assert len(images) == wanted
         green = [i for i, image in enumerate(images) if image[9, 9, 1] > 128]
         assert green == [0, lengths[0] + 1, sum(lengths[:2]) + 2]  # first images of the episodes
-    assert images[0].shape in ((320, 404, 3), (240, 303, 3), (240, 302, 3))
+    assert images[0].shape == (240 + HEIGHT, 303 - (suffix == "mp4"), 3)
+    panel = images[1][240:].astype(int)  # the reward is blue, the prediction red
+    assert (panel[..., 2] - panel[..., 0] > 60).any() and (panel[..., 0] - panel[..., 2] > 60).any()
     before = file.read_bytes()
     evaluate(folder, *args, "episodes=1", f"video={file}")
     assert file.read_bytes() != before  # replaced
@@ -311,7 +314,7 @@ def test_an_observed_image_is_filmed_where_nothing_renders(silent, commands, pac
     words += [f"video={tmp_path}/x.gif"]
     commands.good(words, tmp_path, module="worldloom.eval", path=package)
     (first, *_), _ = read_film(tmp_path / "x.gif")
-    assert first.shape == (256, 512, 3) and len(np.unique(first)) == 1
+    assert first.shape == (256 + HEIGHT, 512, 3) and len(np.unique(first[:256])) == 1
 
 
 def test_an_environment_that_shows_nothing_is_rejected(silent, commands, package, tmp_path):

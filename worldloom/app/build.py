@@ -21,6 +21,7 @@ from worldloom.app.shares import take_share
 from worldloom.app.task import Task
 from worldloom.app.tasks import require_known_tasks
 from worldloom.app.unsupported import require_supported
+from worldloom.app.videos import Videos
 from worldloom.envs.workers import count_cores
 from worldloom.errors import escape, quote
 from worldloom.factory import transfer
@@ -89,12 +90,12 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
         capture=plain["trainer"].get("capture", "auto"),
     )
     stops = lambda: asks_to_stop(data.check_interruption)  # noqa: E731
-    evaluator = Evaluator(task, actor, plain["evaluation"], data.ranks, stops, print_line)
-    evaluation = Evaluation(
-        evaluator.score_unfinished,
-        plain["evaluation"]["every"] if task.make_env is not None else 0,
-        folder / "model" if plain["evaluation"]["keep_best"] else None,
-    )
+    videos = Videos(task, plain, folder, data.ranks)
+    settings = plain["evaluation"]
+    evaluator = Evaluator(task, actor, settings, data.ranks, stops, print_line, videos)
+    every = settings["every"] if task.make_env is not None else 0
+    best = folder / "model" if settings["keep_best"] else None
+    evaluation = Evaluation(evaluator.score_unfinished, every, best, videos)
     trainer = build_trainer(config, folder, evaluation, resumes)
     trainer.callbacks.insert(0, Forecast(task))
     return Run(

@@ -9,6 +9,7 @@ import numpy as np
 
 from worldloom.acting import Actor, Watch, evaluate, share_episodes
 from worldloom.app.task import Task
+from worldloom.app.videos import ForecastingActor, Videos
 from worldloom.envs.film import Film
 from worldloom.ranks import Ranks
 from worldloom.training.config import EvaluationConfig
@@ -22,6 +23,7 @@ class Evaluator:
     ranks: the other processes of a run, which share the episodes and return the same scores.
     stops: returns whether this process asks to stop; called after every step.
     say: prints lines about the progress.
+    videos: records evaluations of a run; None to record none.
     """
 
     def __init__(
@@ -32,9 +34,11 @@ class Evaluator:
         ranks: Ranks | None = None,
         stops: Callable[[], bool] = lambda: False,
         say: Callable[[str], None] = print,
+        videos: Videos | None = None,
     ) -> None:
         self.task, self.actor, self.settings = task, actor, settings
         self.ranks, self.stops, self.say = ranks or Ranks(), stops, say
+        self.videos = videos
 
     def score_unfinished(self) -> dict[str, float]:
         """Score an unfinished run, with other seeds than the final evaluation."""
@@ -62,22 +66,30 @@ class Evaluator:
         first, end = (rank * len(shares) // size for rank in (self.ranks.rank, self.ranks.rank + 1))
         most = self.settings.get("max_steps", EvaluationConfig.max_steps)  # the first runs lack it
         env = self.task.vector_env(most, first, num_envs=end - first) if end > first else None
+        own_seed = (self.settings["seed"] if seed is None else seed) + first
+        recorder = None
+        if self.videos is not None:
+            recorder = self.videos.record(self.actor, first, end, own_seed)
+        actor = recorder.actor if recorder else self.actor
         model: Any = self.actor.model
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
             if film is not None and env is not None:
                 film.record(env, shares[first])
+                actor = forecasting = ForecastingActor(self.actor, 1)
+                film.predict = lambda: float(forecasting.predicted[0])
             results = evaluate(
-                self.actor,
+                actor,
                 env,
                 self.task.obs,
                 self.task.actions,
                 shares[first:end],
-                (self.settings["seed"] if seed is None else seed) + first,
+                own_seed,
                 self.settings["deterministic"],
                 self.ranks,
                 self._watch(sum(shares[first:end])),
+                recorder,
             )
         finally:
             for module, mode in modes:

@@ -3,6 +3,7 @@
 Letters used in shapes: H, W height and width.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -16,6 +17,7 @@ from PIL import Image
 
 from worldloom.envs.extras import suggest_extra
 from worldloom.envs.renderer import render_rgb
+from worldloom.envs.reward_panel import RewardPanel
 from worldloom.envs.spaces import is_channels_last, is_image
 from worldloom.envs.vector import frames_per_step
 from worldloom.files import atomic_write
@@ -23,6 +25,7 @@ from worldloom.trees import flatten_tree
 
 FPS = 30.0  # of an environment whose metadata has no render_fps
 SMALLEST = 256  # pixels of the shorter side, to which smaller images are enlarged
+LARGEST = 320  # of the shorter side, above which images of a run's films are reduced
 
 
 class _Gif:
@@ -76,12 +79,15 @@ class Film:
 
     fps: images per second, those of the environment's metadata divided by its action repeat.
     episodes, frames: recorded so far.
+    predict: returns the reward that the model predicts for the step that is recorded next.
     """
 
     fps = FPS
     episodes = frames = 0
 
     def __init__(self, stream: BinaryIO, make_encoder: type[_Gif | _Mp4]) -> None:
+        self.panel = RewardPanel()
+        self.predict: Callable[[], float] = lambda: math.nan
         self._stream, self._make_encoder = stream, make_encoder
         self._encoder: _Gif | _Mp4 | None = None
 
@@ -103,9 +109,8 @@ class Film:
         env.envs[0] = _Recorder(first, self, episodes)
 
     def add(self, image: np.ndarray) -> None:
-        """Add an image [H, W, 3] uint8, enlarged if it is small."""
-        factor = max(1, SMALLEST // min(image.shape[:2]))
-        image = image.repeat(factor, 0).repeat(factor, 1)
+        """Add an image [H, W, 3] uint8, enlarged if it is small, with the rewards below it."""
+        image = self.panel.draw(enlarge(image))
         if self._encoder is None:
             self._encoder = self._make_encoder(self._stream, self.fps, *image.shape[:2])
         self._encoder.add(image)
@@ -154,10 +159,11 @@ class _Recorder(gym.Wrapper):
     def __init__(self, env: gym.Env, film: Film, episodes: int) -> None:
         super().__init__(env)
         self._film, self._left = film, episodes
-        self._get_image = _find_camera(env)
+        self._get_image = find_camera(env)
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         obs, info = self.env.reset(seed=seed, options=options)
+        self._film.panel.restart()
         self._left -= 1
         self._film.episodes += self._left >= 0 and not self._film.is_full
         self._record(obs)
@@ -165,6 +171,7 @@ class _Recorder(gym.Wrapper):
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         result = self.env.step(action)
+        self._film.panel.add(float(result[1]), self._film.predict())
         self._record(result[0])
         return result
 
@@ -173,8 +180,28 @@ class _Recorder(gym.Wrapper):
             self._film.add(self._get_image(obs))
 
 
-def _find_camera(env: gym.Env) -> Callable[[Any], np.ndarray]:
-    """Return the function that makes an image [H, W, 3] of an environment and its observation."""
+def enlarge(image: np.ndarray) -> np.ndarray:
+    """Repeat the pixels of a small image [H, W, 3]."""
+    factor = max(1, SMALLEST // min(image.shape[:2]))
+    return image.repeat(factor, 0).repeat(factor, 1)
+
+
+def shrink(image: np.ndarray) -> np.ndarray:
+    """Reduce a large image [H, W, 3] uint8, so that the films of a run stay small."""
+    height, width = image.shape[:2]
+    factor = SMALLEST / min(height, width)
+    if min(height, width) <= LARGEST:
+        return image
+    size = round(width * factor), round(height * factor)
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX))
+
+
+def find_camera(env: gym.Env) -> Callable[[Any], np.ndarray]:
+    """Return the function that makes an image [H, W, 3] of an environment and its observation.
+
+    Raises:
+        ValueError: the environment neither renders nor observes an image.
+    """
     if env.render_mode == "rgb_array":
         return lambda obs: render_rgb(env)
     leaves = flatten_tree(env.observation_space)
@@ -185,10 +212,10 @@ def _find_camera(env: gym.Env) -> Callable[[Any], np.ndarray]:
             "observes no image; expected render_mode='rgb_array'; let the function that makes it "
             "take a parameter render_mode and pass it on, or leave video= out"
         )
-    return lambda obs: _to_rgb(flatten_tree(obs)[key])
+    return lambda obs: to_rgb(flatten_tree(obs)[key])
 
 
-def _to_rgb(image: np.ndarray) -> np.ndarray:
+def to_rgb(image: np.ndarray) -> np.ndarray:
     """Return the newest colours [H, W, 3] of an observed image, which may be grey or stacked."""
     image = image if is_channels_last(image.shape) else np.moveaxis(image, 0, -1)
     if image.shape[2] % 3:

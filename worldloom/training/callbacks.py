@@ -140,13 +140,18 @@ class Evaluation(Callback):
     evaluate: returns the scores, including "return".
     every: environment steps between evaluations; 0 for none. Another one follows at the end.
     folder: folder in which the best model is saved; None to keep none.
+    videos: shows evaluations; its `start` is called before each one and `finish` after it.
     best: {"step", "return"} of the best model, or None before the first evaluation.
     """
 
     def __init__(
-        self, evaluate: Callable[[], dict[str, float]], every: int, folder: Path | None = None
+        self,
+        evaluate: Callable[[], dict[str, float]],
+        every: int,
+        folder: Path | None = None,
+        videos: Any = None,
     ) -> None:
-        self.evaluate, self.every, self.folder = evaluate, every, folder
+        self.evaluate, self.every, self.folder, self.videos = evaluate, every, folder, videos
         self.best: dict[str, float] | None = None
         self._next = every
         self._owed: dict[str, float] | None = None  # counters at an evaluation that was stopped
@@ -218,6 +223,8 @@ class Evaluation(Callback):
         trainer.datamodule.update_replay()  # type: ignore[attr-defined]
         counts = self._owed or {"step": current_step(trainer), **counters(trainer)}
         step = int(counts["step"])
+        if self.videos is not None:
+            self.videos.start(step, self.every)
         try:
             with phase("evaluation"):
                 scores = self.evaluate()
@@ -229,6 +236,9 @@ class Evaluation(Callback):
         _log_episodes(trainer, trainer.datamodule.collector, step)  # type: ignore[attr-defined]
         own = {f"eval/{name}": score for name, score in scores.items()}
         log_metrics(trainer, {**own, **{name: counts[name] for name in COUNTERS}}, step)
+        if self.videos is not None:
+            with phase("pictures"):
+                self.videos.finish(trainer, "eval", step)
         if self._writes:
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             unit = "update" if data.collector is None else "env step"

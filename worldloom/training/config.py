@@ -98,6 +98,8 @@ class EvaluationConfig:
             time limit.
         deterministic: use the mode of the policy instead of samples.
         seed: seed of the evaluation environments, which training never uses.
+        videos: show an episode of about ten evaluations of a run, and of its final model. "auto"
+            does so where observations have an image; true renders any environment.
     """
 
     episodes: int = 20
@@ -108,6 +110,7 @@ class EvaluationConfig:
     max_steps: int = 100_000
     deterministic: bool = True
     seed: int = 1_000_003
+    videos: bool | str = "auto"
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value outside its range."""
@@ -117,6 +120,8 @@ class EvaluationConfig:
         require_memory(ENV_BYTES * most, f"num_envs={self.num_envs}")
         require(self.every >= 0, "every", self.every, "at least 0")
         require(0 <= self.seed < 2**32, "seed", self.seed, f"from 0 to {2**32 - 1}")
+        known = self.videos in (True, False, "auto")
+        require(known, "videos", self.videos, "auto, true or false")
 
 
 @dataclass
