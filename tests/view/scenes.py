@@ -105,6 +105,9 @@ class Drift(nn.Module):
     def value(self, state):
         return 10 * state.deterministic[:, :1]
 
+    def discount(self, state):
+        return 0.9
+
     def policy(self, state, deterministic=False):
         return torch.where(state.deterministic[:, :1] > 0.2, -1.0, 0.5)
 
@@ -112,7 +115,7 @@ class Drift(nn.Module):
 class Silent(Drift):
     """Implements only the protocol, without a policy, and decodes no observation."""
 
-    policy = value = None
+    policy = value = discount = None
 
     def decode(self, state):
         outcome = super().decode(state)

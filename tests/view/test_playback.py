@@ -124,6 +124,9 @@ def test_a_custom_model_with_a_known_error(make_run, view):
         assert np.isnan(imagined["rewards"][start, count:]).all()
         np.testing.assert_allclose(imagined["continues"][start, :count], 0.75)
     np.testing.assert_allclose(episode["values"], 10 * obs["true"][:, 0], atol=1e-3)
+    rewards = episode["rewards"][1:]
+    wanted = [np.sum(rewards[row:] * 0.9 ** np.arange(12 - row)) for row in range(13)]
+    np.testing.assert_allclose(episode["returns"], wanted, atol=1e-3)
     assert page.episodes[0]["plan"] is None and page.notes == []
     assert ["final return", "3.00 ± 0.50"] in page.run["facts"]
     assert ["model._target_", "scenes.Drift"] in page.run["config"]
@@ -178,6 +181,10 @@ def test_an_episode_is_cut_off_after_max_steps(make_run, view):
     folder = make_run(*BALL, *DRIFT)
     page = view(folder, BALL[0], DRIFT[1], max_steps=5, horizon=2, episodes=2)
     assert [(e["length"], e["ended"]) for e in page.episodes] == [(5, "cut off")] * 2
+    # The value of the last row stands for what follows.
+    first = page.episodes[0]
+    tail = first["values"][5] * 0.9**5 + np.sum(first["rewards"][1:] * 0.9 ** np.arange(5))
+    assert first["returns"][0] == pytest.approx(tail, abs=1e-3)
     starts = [episode["obs"][0]["true"][0, 0] for episode in page.episodes]
     assert starts[0] != starts[1]
 

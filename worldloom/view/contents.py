@@ -14,7 +14,7 @@ import numpy as np
 from worldloom.app.metrics_csv import read_columns
 from worldloom.app.run_dir import SCORES, read_scores
 from worldloom.envs.spaces import ActionSpec
-from worldloom.errors import escape
+from worldloom.errors import escape, list_names
 from worldloom.protocol import LatentState
 from worldloom.trees import flatten_tree
 from worldloom.view.encoding import encode_array, encode_images
@@ -40,7 +40,7 @@ def describe_run(run: Path, config: Mapping[str, Any], model: Any) -> dict[str, 
     unit = "updates" if offline else "environment steps"
     facts = [
         ("run", run.resolve().name),
-        ("environment", env.get("id") or env.get("task") or env["_target_"]),
+        ("environment", _name_env(env)),
         ("model", type(model).__name__),
         ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
         ("seed", config.get("seed")),
@@ -65,6 +65,12 @@ def describe_run(run: Path, config: Mapping[str, Any], model: Any) -> dict[str, 
     }
 
 
+def _name_env(env: Mapping[str, Any]) -> str:
+    """Return the id or the tasks of an env section, or the function that makes it."""
+    names = env.get("tasks") or env.get("task") or env.get("id") or env["_target_"]
+    return list_names(map(str, names)) if isinstance(names, list | tuple) else str(names)
+
+
 def _thin_curve(steps: np.ndarray, values: np.ndarray) -> list[list[float]]:
     """Return at most `POINTS` points [step, value]; of more, means of neighbours."""
     known = np.isfinite(steps) & np.isfinite(values)
@@ -77,12 +83,16 @@ def describe_episode(
     recording: Recording,
     imagined: Imagined,
     values: np.ndarray | None,
+    discounts: np.ndarray | None,
     actions: ActionSpec,
 ) -> dict[str, Any]:
     """Return an episode and what is imagined from its steps.
 
-    values: [N + 1] of the states after each observation; None for a model without values.
+    values, discounts: [N + 1] of the states after each observation; None for a model without them.
     """
+    returns = None
+    if values is not None and discounts is not None:
+        returns = compute_returns(recording, values, discounts)
     film = np.stack(recording.film) if recording.film else None
     return {
         "name": escape(recording.name),
@@ -91,6 +101,7 @@ def describe_episode(
         "ended": recording.ended,
         "rewards": encode_array(recording.rewards),
         "values": None if values is None else encode_array(values),
+        "returns": None if returns is None else encode_array(returns),
         "film": None if film is None else encode_images(film, TRUE_QUALITY),
         "obs": [
             _describe_obs(key, array, recording, imagined) for key, array in recording.obs.items()
@@ -107,6 +118,18 @@ def describe_episode(
             "stateErrors": encode_array(imagined.state_errors),
         },
     }
+
+
+def compute_returns(recording: Recording, values: np.ndarray, discounts: np.ndarray) -> np.ndarray:
+    """Return the discounted sums [N + 1] of the rewards after each row.
+
+    Unless the environment terminated, the value of the last row stands for the rewards after it.
+    """
+    returns = np.zeros(recording.length + 1)
+    returns[-1] = 0.0 if recording.ended == "terminated" else values[-1]
+    for row in reversed(range(recording.length)):
+        returns[row] = recording.rewards[row + 1] + discounts[row] * returns[row + 1]
+    return returns
 
 
 def _describe_obs(

@@ -77,6 +77,14 @@ class Dreamer:
         return None if value is None else _to_numpy(value).reshape(len(states))
 
     @torch.no_grad()
+    def discount(self, states: LatentState) -> np.ndarray | None:
+        """Return the discounts [B] of the values of states, or None if the model has none."""
+        discount = self._call("discount", states)
+        if isinstance(discount, Tensor):
+            discount = _to_numpy(discount).reshape(-1)
+        return None if discount is None else np.broadcast_to(discount, len(states))
+
+    @torch.no_grad()
     def decode(self, states: LatentState) -> Mapping[str, Any]:
         """Return what the model decodes from states [B]; empty if that fails."""
         return self._call("decode", states) or {}

@@ -14,6 +14,7 @@ function readEpisode(packed, redraw) {
     ...packed,
     rewards: decodeArray(packed.rewards).values,
     values: packed.values && decodeArray(packed.values).values,
+    returns: packed.returns && decodeArray(packed.returns).values,
     film: packed.film && new Pictures(packed.film, redraw),
     actions: { ...packed.actions, values: decodeArray(packed.actions.values) },
     latents: packed.latents.map((part) => ({ ...part, values: decodeArray(part.values) })),
@@ -116,10 +117,11 @@ function makeSignalsPanel(episode, go, width) {
   if (episode.ended === "terminated") continues[episode.length] = 0;
   const pair = [["true", "true"], ["imagined", "imagined", true]];
   const after = [["after observing", "true"], ["imagined", "imagined", true]];
+  if (episode.returns) after.push(["collected", "muted"]);
   const rows = [
     ["Reward", pair, episode.rewards, dream.rewards, null],
     ["Continue", pair, continues, dream.continues, [-0.08, 1.08]],
-    ["Value", after, episode.values || [], dream.values, null],
+    ["Value", after, episode.values || [], dream.values, null, episode.returns],
   ];
   if (!episode.values && !dream.values) rows.pop();
   for (const part of errors) {
@@ -129,17 +131,20 @@ function makeSignalsPanel(episode, go, width) {
   rows.push(["Error of the latent state", [["relative", "error"]], null, dream.stateErrors, null]);
   const grid = makeGrid(2);
   root.append(grid);
-  const draws = rows.map(([name, legend, real, imagined, limits]) => {
+  const draws = rows.map(([name, legend, real, imagined, limits, collected]) => {
     const figure = new Figure(name, legend);
     figure.onStep(go);
     grid.append(figure.root);
-    const y = limits || findRange([real || [0], imagined ? imagined.values : []]);
+    const y = limits || findRange([real || [0], imagined ? imagined.values : [], collected || []]);
     return (view, colours) => {
       const colour = real ? "imagined" : "error";
       const series = [imaginedSeries(imagined, view, { colour, dash: Boolean(real) })];
       if (real) series.unshift({ values: real, colour: "true" });
-      const number = imaginedNumber(imagined, view);
-      figure.show(real ? [real[view.step], number] : [number]);
+      if (collected) series.unshift({ values: collected, colour: "muted", width: 1.2 });
+      const numbers = real ? [real[view.step]] : [];
+      numbers.push(imaginedNumber(imagined, view));
+      if (collected) numbers.push(collected[view.step]);
+      figure.show(numbers);
       figure.scale = drawSteps(figure.canvas, episode, view, { series, y }, colours);
     };
   });

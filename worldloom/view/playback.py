@@ -39,13 +39,14 @@ def write_page(
     every = settings.every or choose_every(recordings, dreamer, settings.horizon)
     imagined = [dreamer.imagine(episode, every, settings.horizon) for episode in recordings]
     values = [dreamer.evaluate(episode.states) for episode in recordings]
+    discounts = [dreamer.discount(episode.states) for episode in recordings]
     notes = [escape(" ".join(x.split())) for x in (*notes, *recorder.notes, *dreamer.notes)]
     run = find_run(path)
     about = describe_run(run, {**config, "env": dict(env)}, actor.model)
     while True:
         episodes = [
             describe_episode(*parts, task.actions)
-            for parts in zip(recordings, imagined, values, strict=True)
+            for parts in zip(recordings, imagined, values, discounts, strict=True)
         ]
         page = assemble(about["title"], {"run": about, "notes": notes, "episodes": episodes})
         if len(page) <= LIMIT or settings.every or imagined[0].every >= settings.max_steps:
