@@ -90,6 +90,11 @@ IMAGINATION = (
         *("imagination/open_loop_rewards", "", "picture: imagined rewards next to the true ones"),
         "prediction and truth agree",
     ),
+    Metric(
+        *("eval/video", "", "film: an evaluated episode; of several tasks eval/TASK/video"),
+        "the predicted rewards follow the true ones",
+    ),
+    Metric("final/video", "", "film: as eval/video, for the model that is kept"),
 )
 
 SPEED = (

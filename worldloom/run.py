@@ -88,6 +88,7 @@ def finish(run: "Run") -> dict[str, float]:
     from worldloom.app.sweep_folder import read_differs
     from worldloom.ranks import world_size
     from worldloom.training.logger_guard import finishing_wandb
+    from worldloom.training.loggers import TensorBoard
 
     print(
         *([f"{world_size()} processes, each with:"] if world_size() > 1 else []),
@@ -103,6 +104,8 @@ def finish(run: "Run") -> dict[str, float]:
         for logger in run.trainer.loggers:
             settings = copy.deepcopy(run.config.plain)
             logger.log_hyperparams({**settings, "differs": differs} if differs else settings)
+            if isinstance(logger, TensorBoard):  # HPARAMS also shows runs that have not ended
+                logger.log_hyperparams(summarize_settings(run), {}, 0)
         if not fit(run):
             return {}
         scores = evaluate_last(run)
@@ -237,25 +240,27 @@ def evaluate(run: "Run") -> dict[str, float]:
 
 
 def summarize_settings(run: "Run") -> dict[str, Any]:
-    """Return the settings that TensorBoard's HPARAMS tab compares.
+    """Return the settings that TensorBoard's page HPARAMS compares; it shows the first five.
 
-    In a sweep, what differs; else the task, the model, the seed and the training section, since a
-    table of the whole configuration would have 150 columns.
+    In a sweep those that differ come first. The whole configuration would have 150 columns.
     """
     from worldloom.app.sweep_folder import read_differs
     from worldloom.results.labels import name_task
     from worldloom.trees import flatten_tree
 
-    if differs := read_differs(run.folder):
-        return differs
     plain = run.config.plain
-    return {
+    training = ("learning_rate", "train_ratio", "total_steps", "batch_size", "sequence_length")
+    settings = {
         "task": name_task(flatten_tree(plain, ".")),
         "model": type(run.model).__name__,
-        "parameters": sum(tensor.numel() for tensor in run.model.parameters()),
         "seed": plain["seed"],
-        **plain["training"],
+        **{name: plain["training"][name] for name in training},
+        "num_envs": plain["env"].get("num_envs"),
+        "parameters": sum(tensor.numel() for tensor in run.model.parameters()),
     }
+    differs = read_differs(run.folder)
+    others = {name: v for name, v in settings.items() if f"training.{name}" not in differs}
+    return {**differs, **others}
 
 
 def report(run: "Run", scores: dict[str, float], seconds: float) -> None:

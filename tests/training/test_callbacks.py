@@ -1,3 +1,4 @@
+import logging
 import math
 import time
 from functools import partial
@@ -418,24 +419,41 @@ def test_a_resumed_run_keeps_the_interval_of_its_pictures():
         OpenLoop(every="often")
 
 
+def pictured(*args, **kwargs):
+    """The steps of the pictures of observations that a fit logs."""
+    pictures = fit(*args, model=dreamer(), **kwargs).pictures
+    return [step for step, name, _ in pictures if name == "imagination/open_loop"]
+
+
 def test_pictures_are_drawn_every_so_many_updates():
     notes = fit(offline(9), OpenLoop(every=3, context=2), model=dreamer())
+    names = ("imagination/open_loop", "imagination/open_loop_rewards")
     assert [(step, name) for step, name, _ in notes.pictures] == [
-        (step, "imagination/open_loop") for step in (3, 6, 9)
+        (step, name) for step in (3, 6, 9) for name in names
     ]
     # One more at the end, also of a run that is shorter than the interval.
     for every, steps in ((4, [4, 8, 9]), (100, [9]), ("auto", list(range(1, 10)))):
-        notes = fit(offline(9), OpenLoop(every=every, context=2), model=dreamer())
-        assert [step for step, *_ in notes.pictures] == steps
-    notes = fit(offline(57), OpenLoop(context=2), model=dreamer())
-    assert [step for step, *_ in notes.pictures] == [*range(5, 56, 5), 57]
-    assert fit(offline(9), OpenLoop(every=0), model=dreamer()).pictures == []
-    notes = fit(offline(9), OpenLoop(5, 2), Stop(after=7), model=dreamer())
-    assert [step for step, *_ in notes.pictures] == [5, 7]
-    # No episode is long enough to watch 50 rows and imagine 2.
-    assert fit(offline(9), OpenLoop(every=3, context=50), model=dreamer()).pictures == []
-    # Batches of 4 rows are not: the replay has more.
-    assert len(fit(offline(9), OpenLoop(every=3, context=4), model=dreamer()).pictures) == 3
+        assert pictured(offline(9), OpenLoop(every=every, context=2)) == steps
+    assert pictured(offline(57), OpenLoop(context=2)) == [*range(5, 56, 5), 57]
+    assert pictured(offline(9), OpenLoop(every=0)) == []
+    assert pictured(offline(9), OpenLoop(5, 2), Stop(after=7)) == [5, 7]
+    # The replay has 31 rows: longer than batches of 4, and shorter than this context.
+    for context in (4, 50):
+        assert pictured(offline(9), OpenLoop(every=3, context=context)) == [3, 6, 9]
+
+
+def test_a_model_that_cannot_be_pictured_is_reported_once_and_trained(caplog):
+    caplog.set_level(logging.INFO)
+    model = dreamer()
+    model.decode = lambda state: {"reward": state.features[:, :1]}
+    notes = fit(offline(6), OpenLoop(every=2, context=2), model=model)
+    assert [name for _, name, _ in notes.pictures] == ["imagination/open_loop_rewards"] * 3
+    assert caplog.text.count("DreamerV3 decodes no 'obs', so no observations are pictured") == 1
+    model = dreamer()
+    model.decode = lambda state: 1 / 0
+    assert fit(offline(6), OpenLoop(every=2, context=2), model=model).pictures == []
+    text = "DreamerV3 cannot be pictured (ZeroDivisionError: division by zero); the run continues"
+    assert caplog.text.count(text) == 1
 
 
 def test_looking_does_not_change_what_is_learned():

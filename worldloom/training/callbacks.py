@@ -290,23 +290,29 @@ def is_best(score: float, highest: float | None) -> bool:
 
 
 class OpenLoop(Callback):
-    """Visualise imagined observations: truth, prediction and error of the newest collected rows.
+    """Visualise the imagination: truth, prediction and error in the newest collected rows.
+
+    A model that does not decode observations, or that raises an error here, is reported once.
 
     every: updates between pictures, "auto" for about ten pictures per run, or 0 for none. Another
         one follows at the end. context: rows observed before imagining.
-    length: maximum number of rows of a picture, which shows a single episode.
+    length: maximum number of rows of a sequence, which is part of a single episode.
+    sequences: maximum number of sequences.
 
     Raises:
         ValueError: `every` is neither auto nor a number of at least 0.
     """
 
-    def __init__(self, every: int | str = "auto", context: int = 5, length: int = 50) -> None:
+    def __init__(
+        self, every: int | str = "auto", context: int = 5, length: int = 50, sequences: int = 3
+    ) -> None:
         if every != "auto" and (not isinstance(every, int) or every < 0):
             raise ValueError(f"every is {every!r}; expected updates between pictures, auto, or 0")
-        self.every, self.context, self.length = every, context, length
+        self.every, self.context, self.length, self.sequences = every, context, length, sequences
         self._interval = 0  # updates
         self._total = 0  # total_steps for which "auto" chose the interval; 0 if it did not
         self._drawn = 0  # updates at the last picture
+        self._reported = False  # what is not drawn, and why
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the interval; a resumed run keeps it unless its length has changed."""
@@ -349,12 +355,22 @@ class OpenLoop(Callback):
                 self._log_pictures(trainer, pl_module, data)
 
     def _log_pictures(self, trainer: Trainer, pl_module: WorldModelModule, data: Any) -> None:
-        from worldloom.training.pictures import open_loop
+        from worldloom.training.pictures import find_stretches, open_loop
 
-        sequence: Any = data.buffer.newest(self.length, pl_module.device)
+        rows: Any = data.buffer.newest(self.sequences * self.length, pl_module.device)
+        parts = find_stretches(rows["is_first"], self.context, self.length)[: self.sequences]
+        pictures, problem = {}, "decodes no 'obs', so no observations are pictured"
         gpus = [pl_module.device] if pl_module.device.type == "cuda" else []
         with torch.random.fork_rng(devices=gpus):  # pictures must not affect training
-            pictures = open_loop(pl_module.model, sequence, self.context)
+            try:
+                pictures = open_loop(pl_module.model, rows, parts, self.context)
+            except Exception as error:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                problem = f"cannot be pictured ({reason}); the run continues"
+        if parts and {*pictures} <= {"open_loop_rewards"} and not self._reported:
+            self._reported = True
+            level, name = logging.INFO if pictures else logging.WARNING, type(pl_module.model)
+            messages.log(level, "callbacks.open_loop: %s %s", name.__name__, problem)
         named = {f"imagination/{name}": picture for name, picture in pictures.items()}
         log_pictures(trainer, named, current_step(trainer))
 

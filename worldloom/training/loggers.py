@@ -19,6 +19,13 @@ from omegaconf import OmegaConf
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from worldloom.files import atomic_write
+from worldloom.glossary import format_glossary
+from worldloom.training.dashboard import (
+    chart_layout,
+    hparams_end,
+    hparams_start,
+    scalar_summary,
+)
 from worldloom.training.media import image_summary
 from worldloom.training.metrics import COUNTERS
 
@@ -26,12 +33,16 @@ log = logging.getLogger(__name__)
 
 
 class TensorBoard(TensorBoardLogger):
-    """TensorBoard events written directly to one folder, with pictures and animations."""
+    """TensorBoard events written directly to one folder, with pictures and animations.
+
+    Metrics have the descriptions of the glossary, and `worldloom.training.dashboard` arranges them.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(str(folder), name="", version="", default_hp_metric=False)
         self._last = -1  # step of the newest point
         self._full = False
+        self._described: set[str] = set()  # tags that TensorBoard has a description of
 
     def state_dict(self) -> dict[str, int]:
         """Return the step of the newest point."""
@@ -46,8 +57,13 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Add a point to each curve."""
-        self._try(lambda: super(TensorBoard, self).log_metrics(metrics, step))
+        """Add a point to each curve; dicts become several, as by Lightning's logger."""
+        nested: Any = {name: value for name, value in metrics.items() if isinstance(value, dict)}
+        if nested:
+            self._try(lambda: super(TensorBoard, self).log_metrics(nested, step))
+        flat = {name: value for name, value in metrics.items() if name not in nested}
+        summary = scalar_summary(flat, self._described)
+        self._add(summary, step)
         self._last = max(self._last, step or 0)
 
     @rank_zero_only
@@ -57,18 +73,29 @@ class TensorBoard(TensorBoardLogger):
         metrics: dict[str, Any] | None = None,
         step: int | None = None,
     ) -> None:
-        """Add the settings as text at the start, and with the final metrics at the end."""
+        """Add the configuration and the glossary as texts, and the charts.
+
+        metrics: if they are given, `params` are instead the settings that the page "HParams"
+            compares; {} at the start of a run and the final metrics at its end.
+        """
+        settings = dict(vars(params) if isinstance(params, Namespace) else params)
         if metrics is None:
-            text = OmegaConf.to_yaml(OmegaConf.create(dict(params)))
-            block = textwrap.indent(text, "    ")  # Markdown for code
-            self._try(lambda: self.experiment.add_text("config", block))
-        self._try(lambda: super(TensorBoard, self).log_hyperparams(params, metrics, step))
+            block = textwrap.indent(OmegaConf.to_yaml(OmegaConf.create(settings)), "    ")
+            texts = {"config": block, "glossary": format_glossary()}  # Markdown
+            for name, text in texts.items():
+                self._try(lambda: self.experiment.add_text(name, text))  # noqa: B023
+            self._try(lambda: self.experiment.add_custom_scalars(chart_layout()))
+            return
+        for summary in hparams_start(settings):
+            self._add(summary, step)
+        if metrics:
+            self.log_metrics(metrics, step)
+            self._add(hparams_end(), step)
 
     @rank_zero_only
     def log_picture(self, name: str, picture: np.ndarray, step: int) -> None:
         """Add a picture [H, W, 3] or an animation [T, H, W, 3] of uint8, stored as PNG or GIF."""
-        summary = image_summary(name, picture)
-        self._try(lambda: self.experiment._get_file_writer().add_summary(summary, step))
+        self._add(image_summary(name, picture), step)
 
     @rank_zero_only
     def save(self) -> None:
@@ -79,6 +106,10 @@ class TensorBoard(TensorBoardLogger):
     def finalize(self, status: str) -> None:
         """Write all points that are still in memory."""
         self._try(lambda: super(TensorBoard, self).finalize(status))
+
+    def _add(self, summary: Any, step: int | None) -> None:
+        """Write a summary."""
+        self._try(lambda: self.experiment._get_file_writer().add_summary(summary, step))
 
     def _try(self, write: Callable[[], None]) -> None:
         """Write events; if the disk is full, warn once and continue without these points."""
