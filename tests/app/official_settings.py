@@ -51,6 +51,7 @@ NO_EFFECT = {
     "evaluation.num_envs": "",
     "evaluation.max_steps": "",
     "evaluation.seed": "",
+    "evaluation.videos": "",
     "data.storage": "memory or files",
     "optimizer._partial_": "how Hydra calls it",
 }
