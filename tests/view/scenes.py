@@ -108,6 +108,11 @@ class Drift(nn.Module):
     def discount(self, state):
         return 0.9
 
+    def latent_probs(self, state, action, obs):
+        states = self.predict(state, action), self.observe(state, action, obs)
+        right = [0.5 + s.deterministic[:, :1] for s in states]
+        return tuple(torch.stack([1 - p, p], -1) for p in right)
+
     def policy(self, state, deterministic=False):
         return torch.where(state.deterministic[:, :1] > 0.2, -1.0, 0.5)
 
@@ -115,7 +120,7 @@ class Drift(nn.Module):
 class Silent(Drift):
     """Implements only the protocol, without a policy, and decodes no observation."""
 
-    policy = value = discount = None
+    policy = value = discount = latent_probs = None
 
     def decode(self, state):
         outcome = super().decode(state)

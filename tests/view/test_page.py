@@ -150,7 +150,7 @@ def test_sliders_keys_and_buttons(page):
 
 def test_text_of_a_run_is_shown_as_text(page, written):
     assert page.evaluate("typeof hacked") == "undefined"
-    assert page.evaluate("document.querySelectorAll('img, script').length") == 6
+    assert page.evaluate("document.querySelectorAll('img, script').length") == 7
     page.evaluate("document.querySelector('details').open = true")
     text = page.evaluate("document.body.innerText")
     assert HOSTILE in text and EVIL in text
@@ -196,7 +196,19 @@ def test_plans_are_drawn(make_run, view, browser):
     settle(page)
     taken = written.episodes[0]["actions"]["values"][4, 0]
     text = page.evaluate("document.getElementById('panels').innerText")
-    assert "Plan" in text and f"taken {show(taken)}" in text
+    assert "Plan" in text and "Surprise" in text and f"taken {show(taken)}" in text
+    assert page.errors == []
+
+
+def test_discrete_actions_and_plans_are_drawn(make_run, view, browser):
+    words = ["env=gymnasium", "env.id=CartPole-v1", "threads=1", *TDMPC2]
+    written = view(make_run(*words), horizon=3, episodes=1, max_steps=8, render=False)
+    page = browser.open(written.file.as_uri())
+    page.press("ArrowRight", 3)
+    settle(page)
+    taken = written.episodes[0]["actions"]["values"][3].argmax()
+    text = page.evaluate("document.getElementById('panels').innerText")
+    assert f"taken action {taken}" in text and "pole angle" in text
     assert page.errors == []
 
 

@@ -127,6 +127,13 @@ def test_a_custom_model_with_a_known_error(make_run, view):
     rewards = episode["rewards"][1:]
     wanted = [np.sum(rewards[row:] * 0.9 ** np.arange(12 - row)) for row in range(13)]
     np.testing.assert_allclose(episode["returns"], wanted, atol=1e-3)
+    inferred = 0.5 + obs["true"][1:, 0]
+    guess = inferred + 0.01
+    wanted = inferred * np.log(inferred / guess) + (1 - inferred) * np.log(
+        (1 - inferred) / (1 - guess)
+    )
+    assert np.isnan(episode["surprise"][0])
+    np.testing.assert_allclose(episode["surprise"][1:], wanted, atol=1e-5)
     assert page.episodes[0]["plan"] is None and page.notes == []
     assert ["final return", "3.00 ± 0.50"] in page.run["facts"]
     assert ["model._target_", "scenes.Drift"] in page.run["config"]
@@ -144,6 +151,7 @@ def test_a_model_that_only_implements_the_protocol(make_run, view):
     (obs,) = episode["obs"]
     assert obs["imagined"] is None and obs["error"] is None
     assert episode["values"] is None and episode["imagined"]["values"] is None
+    assert episode["returns"] is None and episode["surprise"] is None
     assert episode["plan"]["elites"].shape == (12, 8, 3, 1)
     assert np.nanmax(episode["imagined"]["stateErrors"][:, 3]) > 0.05
     # It plans towards the largest position, which is what it is rewarded for.

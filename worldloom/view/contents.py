@@ -84,11 +84,13 @@ def describe_episode(
     imagined: Imagined,
     values: np.ndarray | None,
     discounts: np.ndarray | None,
+    surprise: np.ndarray | None,
     actions: ActionSpec,
 ) -> dict[str, Any]:
     """Return an episode and what is imagined from its steps.
 
-    values, discounts: [N + 1] of the states after each observation; None for a model without them.
+    values, discounts, surprise: [N + 1] of the states after each observation, as `Dreamer` returns
+        them.
     """
     returns = None
     if values is not None and discounts is not None:
@@ -102,6 +104,7 @@ def describe_episode(
         "rewards": encode_array(recording.rewards),
         "values": None if values is None else encode_array(values),
         "returns": None if returns is None else encode_array(returns),
+        "surprise": None if surprise is None else encode_array(surprise),
         "film": None if film is None else encode_images(film, TRUE_QUALITY),
         "obs": [
             _describe_obs(key, array, recording, imagined) for key, array in recording.obs.items()

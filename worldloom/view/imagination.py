@@ -57,8 +57,8 @@ class Imagined:
 class Dreamer:
     """Imagines with a model, and reads what it predicts.
 
-    Calls that a model does not answer are left out: `decode` that raises, or returns no "obs", and
-    `value`.
+    What a model lacks is left out: `value`, `discount`, `latent_probs`, and a `decode` that raises
+    or returns no "obs".
 
     notes: lines about calls that failed.
     """
@@ -83,6 +83,31 @@ class Dreamer:
         if isinstance(discount, Tensor):
             discount = _to_numpy(discount).reshape(-1)
         return None if discount is None else np.broadcast_to(discount, len(states))
+
+    @torch.no_grad()
+    def measure_surprise(self, recording: Recording) -> np.ndarray | None:
+        """Return how far each observation moved the latents from their prediction, [N + 1].
+
+        That is the Kullback-Leibler divergence of the inferred from the predicted latents in nats,
+        summed over the variables; NaN in row 0. None for a model without `latent_probs`.
+        """
+        device, found = recording.states.features.device, [np.full(1, np.nan, np.float32)]
+        with use_seed(self.seed, device):
+            for first in range(0, recording.length, STARTS_AT_ONCE):
+                rows = slice(first, min(first + STARTS_AT_ONCE, recording.length))
+                after = slice(rows.start + 1, rows.stop + 1)
+                obs: Any = {
+                    key: torch.as_tensor(array[after], device=device)
+                    for key, array in recording.obs.items()
+                }
+                action = torch.as_tensor(recording.actions[rows], device=device)
+                state, obs = recording.states[rows], obs.get("", obs)
+                if (probs := self._call("latent_probs", state, action, obs)) is None:
+                    return None
+                predicted, inferred = (p.float().clamp(min=1e-8) for p in probs)
+                divergence = inferred * (inferred.log() - predicted.log())
+                found.append(_to_numpy(divergence.flatten(1).sum(1)))
+        return np.concatenate(found)
 
     @torch.no_grad()
     def decode(self, states: LatentState) -> Mapping[str, Any]:
@@ -157,13 +182,13 @@ class Dreamer:
             result.errors[key][rows, h] = np.where(inside, error, np.nan)
             result.obs[key][rows, h][inside] = values[inside]
 
-    def _call(self, name: str, state: LatentState) -> Any:
-        """Return what a method of the model returns for states; None if it has none, or fails."""
+    def _call(self, name: str, *args: Any) -> Any:
+        """Return what a method of the model returns; None if it has no such method, or it fails."""
         method: Callable[..., Any] | None = getattr(self.model, name, None)
         if name in self._failed or not callable(method):
             return None
         try:
-            return method(state)
+            return method(*args)
         except Exception as error:
             self._failed.add(name)
             kind = type(self.model).__name__

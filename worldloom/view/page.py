@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
-SCRIPTS = ("data.js", "charts.js", "parts.js", "panels.js", "playback.js")
+SCRIPTS = ("data.js", "charts.js", "parts.js", "panels.js", "plans.js", "playback.js")
 
 
 def assemble(

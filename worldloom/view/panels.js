@@ -15,6 +15,7 @@ function readEpisode(packed, redraw) {
     rewards: decodeArray(packed.rewards).values,
     values: packed.values && decodeArray(packed.values).values,
     returns: packed.returns && decodeArray(packed.returns).values,
+    surprise: packed.surprise && decodeArray(packed.surprise).values,
     film: packed.film && new Pictures(packed.film, redraw),
     actions: { ...packed.actions, values: decodeArray(packed.actions.values) },
     latents: packed.latents.map((part) => ({ ...part, values: decodeArray(part.values) })),
@@ -116,39 +117,65 @@ function makeSignalsPanel(episode, go, width) {
   const continues = Float32Array.from(episode.rewards, () => 1);
   if (episode.ended === "terminated") continues[episode.length] = 0;
   const pair = [["true", "true"], ["imagined", "imagined", true]];
-  const after = [["after observing", "true"], ["imagined", "imagined", true]];
-  if (episode.returns) after.push(["collected", "muted"]);
   const rows = [
-    ["Reward", pair, episode.rewards, dream.rewards, null],
-    ["Continue", pair, continues, dream.continues, [-0.08, 1.08]],
-    ["Value", after, episode.values || [], dream.values, null, episode.returns],
+    { name: "Reward", legend: pair, real: episode.rewards, imagined: dream.rewards },
+    { name: "Continue", legend: pair, real: continues, imagined: dream.continues },
   ];
-  if (!episode.values && !dream.values) rows.pop();
+  rows[1].limits = [-0.08, 1.08];
+  if (episode.values) {
+    const legend = [["after observing", "true"], pair[1]];
+    if (episode.returns) legend.push(["collected", "muted"]);
+    const { values: real, returns: collected } = episode;
+    rows.push({ name: "Value", legend, real, imagined: dream.values, collected });
+  }
   for (const part of errors) {
     const name = errors.length > 1 ? `Error of ${part.key}` : "Error of the observation";
-    rows.push([name, [["root mean square", "error"]], null, part.error, null]);
+    rows.push({ name, legend: [["root mean square", "error"]], imagined: part.error });
   }
-  rows.push(["Error of the latent state", [["relative", "error"]], null, dream.stateErrors, null]);
+  const relative = [["relative", "error"]];
+  rows.push({ name: "Error of the latent state", legend: relative, imagined: dream.stateErrors });
+  if (episode.surprise) {
+    const legend = [["divergence in nats", "error"]];
+    rows.push({ name: "Surprise by the observation", legend, real: episode.surprise });
+  }
   const grid = makeGrid(2);
   root.append(grid);
-  const draws = rows.map(([name, legend, real, imagined, limits, collected]) => {
-    const figure = new Figure(name, legend);
-    figure.onStep(go);
-    grid.append(figure.root);
-    const y = limits || findRange([real || [0], imagined ? imagined.values : [], collected || []]);
-    return (view, colours) => {
-      const colour = real ? "imagined" : "error";
-      const series = [imaginedSeries(imagined, view, { colour, dash: Boolean(real) })];
-      if (real) series.unshift({ values: real, colour: "true" });
-      if (collected) series.unshift({ values: collected, colour: "muted", width: 1.2 });
-      const numbers = real ? [real[view.step]] : [];
-      numbers.push(imaginedNumber(imagined, view));
-      if (collected) numbers.push(collected[view.step]);
-      figure.show(numbers);
-      figure.scale = drawSteps(figure.canvas, episode, view, { series, y }, colours);
-    };
-  });
+  const draws = rows.map((row) => addSignal(grid, row, episode, go));
   return { root, draw: (view, colours) => draws.forEach((draw) => draw(view, colours)) };
+}
+
+/**
+ * Add a chart over the steps to a grid, and return what draws it.
+ *
+ * row: {name, legend, real: numbers of all steps, imagined: array [starts, H + 1], collected:
+ *   further numbers of all steps, limits}; real, imagined and the last two may be missing.
+ */
+function addSignal(grid, row, episode, go) {
+  const { real, imagined, collected } = row;
+  const figure = new Figure(row.name, row.legend);
+  figure.onStep(go);
+  grid.append(figure.root);
+  const lists = [real || [0], imagined ? imagined.values : [], collected || []];
+  const y = row.limits || findRange(lists);
+  return (view, colours) => {
+    const series = [];
+    const numbers = [];
+    if (collected) series.push({ values: collected, colour: "muted", width: 1.2 });
+    if (real) {
+      series.push({ values: real, colour: row.legend[0][1] });
+      numbers.push(real[view.step]);
+    }
+    if (imagined) {
+      const colour = real ? "imagined" : "error";
+      series.push(imaginedSeries(imagined, view, { colour, dash: Boolean(real) }));
+      numbers.push(imaginedNumber(imagined, view));
+    }
+    if (collected) numbers.push(collected[view.step]);
+    figure.show(numbers);
+    const shaded = imagined ? view.window : null;
+    const chart = { series, y, window: shaded };
+    figure.scale = drawSteps(figure.canvas, episode, view, chart, colours);
+  };
 }
 
 /** Errors of all imagined steps: one column for each start, one line for each step ahead. */
@@ -290,88 +317,6 @@ function findChoices(values, groups) {
       return choice;
     });
   });
-}
-
-/** The plan at the current step: its distribution, its best sequences, and its spread over time. */
-function makePlanPanel(episode, go, width) {
-  const plan = episode.plan;
-  if (!plan) return null;
-  const { names, groups, values } = episode.actions;
-  const hint = groups
-    ? "probabilities over the planned steps; orange: the action taken"
-    : "over the planned steps: mean and standard deviation (blue), best sequences by weight " +
-      "(green), the action taken (orange)";
-  const root = makeCard("Plan", hint, width);
-  const outlook = new Figure("Returns of the best sequences", [["best", "second"], ["last", "muted"]]);
-  const spread = new Figure("Spread of the first action", [["mean of all actions", "true"]]);
-  const over = makeGrid(2);
-  over.append(outlook.root, spread.root);
-  const grid = makeGrid(groups ? 1 : Math.min(4, Math.max(2, names.length)));
-  const both = [make("div", { className: "group" }, over), make("div", { className: "group" }, grid)];
-  root.append(...both);
-  [outlook, spread].forEach((figure) => figure.onStep(go));
-  const kept = plan.returns.shape[1];
-  const best = readColumn(plan.returns, 0);
-  const worst = readColumn(plan.returns, kept - 1);
-  const widths = Float32Array.from(best, (_, step) => measureSpread(plan, step));
-  const legend = [["taken", "imagined"], ["mean", "true"]];
-  const figures = groups
-    ? [new Figure("Choice", legend.slice(0, 1), false)]
-    : names.map((name) => new Figure(name, legend, false));
-  grid.append(...figures.map((figure) => figure.root));
-  const draw = (view, colours) => {
-    const at = Math.min(view.step, episode.length - 1);
-    outlook.show([best[at], worst[at]]);
-    spread.show([widths[at]]);
-    const lines = [{ values: worst, colour: "muted" }, { values: best, colour: "second" }];
-    const none = { window: null, height: HEIGHT.small };
-    outlook.scale = drawSteps(outlook.canvas, episode, view, { series: lines, ...none }, colours);
-    const series = [{ values: widths, colour: "true" }];
-    const y = [0, Math.max(...widths, 1e-3) * 1.06];
-    spread.scale = drawSteps(spread.canvas, episode, view, { series, y, ...none }, colours);
-    if (groups) drawDiscretePlan(figures[0], plan, at, episode.actions, colours);
-    else drawContinuousPlan(figures, plan, at, values, colours);
-  };
-  return { root, draw };
-}
-
-/** Return the mean standard deviation of the first planned action, over its dimensions. */
-function measureSpread(plan, step) {
-  const [, , width] = plan.mean.shape;
-  if (plan.std) {
-    const first = readRow(plan.std, step).subarray(0, width);
-    return first.reduce((sum, x) => sum + x, 0) / width;
-  }
-  const first = readRow(plan.mean, step).subarray(0, width);
-  return Math.sqrt(first.reduce((sum, p) => sum + p * (1 - p), 0) / width);
-}
-
-function drawContinuousPlan(figures, plan, step, actions, colours) {
-  const [, horizon, width] = plan.mean.shape;
-  const kept = plan.weights.shape[1];
-  const [mean, std] = [readRow(plan.mean, step), readRow(plan.std, step)];
-  const elites = readRow(plan.elites, step);
-  const weights = Array.from(readRow(plan.weights, step));
-  const taken = readRow(actions, step);
-  const pick = (values, i, first = 0) =>
-    Array.from({ length: horizon }, (_, h) => values[first + h * width + i]);
-  figures.forEach((figure, i) => {
-    const rows = Array.from({ length: kept }, (_, k) => pick(elites, i, k * horizon * width));
-    const parts = { mean: pick(mean, i), std: pick(std, i), elites: rows, weights };
-    figure.show([taken[i], parts.mean[0]]);
-    drawPlan(figure.canvas, { height: HEIGHT.signal, taken: taken[i], ...parts }, colours);
-  });
-}
-
-function drawDiscretePlan(figure, plan, step, actions, colours) {
-  const [, horizon, width] = plan.mean.shape;
-  const probabilities = { shape: [horizon, width], values: readRow(plan.mean, step) };
-  const row = readRow(actions.values, step);
-  const taken = row.indexOf(Math.max(...row));
-  const height = Math.max(70, Math.min(22 * width, 400) + 24);
-  figure.show([actions.names[taken]]);
-  const drawn = { height, probabilities, names: actions.names, taken, left: 130 };
-  drawChoices(figure.canvas, drawn, colours);
 }
 
 /** Latent states after each observation, as heat maps. */

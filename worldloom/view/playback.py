@@ -38,15 +38,21 @@ def write_page(
     dreamer = Dreamer(actor.model)
     every = settings.every or choose_every(recordings, dreamer, settings.horizon)
     imagined = [dreamer.imagine(episode, every, settings.horizon) for episode in recordings]
-    values = [dreamer.evaluate(episode.states) for episode in recordings]
-    discounts = [dreamer.discount(episode.states) for episode in recordings]
+    measured = [
+        (
+            dreamer.evaluate(episode.states),
+            dreamer.discount(episode.states),
+            dreamer.measure_surprise(episode),
+        )
+        for episode in recordings
+    ]
     notes = [escape(" ".join(x.split())) for x in (*notes, *recorder.notes, *dreamer.notes)]
     run = find_run(path)
     about = describe_run(run, {**config, "env": dict(env)}, actor.model)
     while True:
         episodes = [
-            describe_episode(*parts, task.actions)
-            for parts in zip(recordings, imagined, values, discounts, strict=True)
+            describe_episode(recording, part, *numbers, task.actions)
+            for recording, part, numbers in zip(recordings, imagined, measured, strict=True)
         ]
         page = assemble(about["title"], {"run": about, "notes": notes, "episodes": episodes})
         if len(page) <= LIMIT or settings.every or imagined[0].every >= settings.max_steps:
