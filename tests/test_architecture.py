@@ -28,6 +28,7 @@ LAYERS = [
     {"acting"},
     {"agent"},
     {"replay"},
+    {"model_scores"},
     {"training"},
     {"check"},
     {"app"},

@@ -117,6 +117,9 @@ NAMES = [
     *("replay/size", "replay/ratio"),
     *("timings/update", "timings/collect", "timings/sample", "timings/loss", "timings/backward"),
     *("timings/optimizer", "timings/check", "timings/log", "timings/other"),
+    *(f"imagination/obs_error{kind}/1" for kind in ("", "_no_change", "_mean")),
+    *(f"imagination/{name}" for name in ("reward_error", "continue_error", "value_error", "kl")),
+    *("imagination/unused_classes", "imagination/decision_loss"),
 ]
 
 
@@ -347,7 +350,7 @@ def score(monkeypatch, capsys):
 
 
 def scores(printed):
-    match = re.fullmatch(
+    match = re.match(
         r"return (\S+) ± (\S+) over (\d+) episodes \((policy mode|sampled actions), seed (\d+)\), "
         r"mean length (\S+)\n",
         printed,
@@ -366,6 +369,13 @@ def test_scoring_a_run_gives_its_final_score(finished, commands, tmp_path):
     assert match[1] == f"{final['return']:.2f}" and match[2] == f"{final['return_std']:.2f}"
     assert match[6] == f"{final['length']:.1f}"
     assert (match[3], match[4], match[5]) == ("3", "policy mode", "1000003")
+    shown = match.string[match.end() :].splitlines()
+    assert shown[0] == "predictions in these episodes (docs/inspecting.md):"
+    starts = ["steps ahead", "observation error", "error of no change", "error of the mean"]
+    starts += ["rewards: ", "ends of episodes: ", "values: ", "latents: ", "decisions: "]
+    assert [line[: len(start)] for line, start in zip(shown[1:], starts, strict=True)] == starts
+    fidelity = curve(folder, "imagination/decision_loss")[-1][1]
+    assert shown[-1].startswith(f"decisions: {fidelity:.3g} of return lost (at random: ")
 
 
 def test_scoring_otherwise(finished, score):
@@ -378,7 +388,7 @@ def test_scoring_otherwise(finished, score):
         "env.time_limit=5",
     ]
     expected = "return 5.00 ± 0.00 over 4 episodes (sampled actions, seed 7), mean length 5.0\n"
-    assert score(*arguments) == expected
+    assert score(*arguments, "decisions=0").startswith(expected)
 
 
 # ---- models and environments of one's own --------------------------------------------------------

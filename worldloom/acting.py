@@ -82,9 +82,7 @@ class Actor:
     @property
     def device(self) -> torch.device:
         """Device of the model's parameters, looked up each time because trainers move models."""
-        parameters = getattr(self.model, "parameters", lambda: ())()
-        first = next(iter(parameters), None)
-        return torch.device("cpu") if first is None else first.device
+        return find_device(self.model)
 
     @torch.no_grad()
     def __call__(
@@ -270,6 +268,25 @@ def in_step(items: Iterator[Any], ranks: Ranks, stops: Callable[[], bool]) -> It
         if item is not None:
             yield item
             item = next(items, None)
+
+
+def find_device(model: Any) -> torch.device:
+    """Return the device of a model's parameters; the CPU if it has none."""
+    parameters = getattr(model, "parameters", lambda: ())()
+    first = next(iter(parameters), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+@contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode in a block, and restore the modes of its modules."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextmanager

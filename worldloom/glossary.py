@@ -95,6 +95,66 @@ IMAGINATION = (
         "the predicted rewards follow the true ones",
     ),
     Metric("final/video", "", "film: as eval/video, for the model that is kept"),
+    Metric(
+        *("imagination/obs_error/STEPS", "share of variance", "squared error of observations"),
+        "below obs_error_no_change and obs_error_mean, at 1 step first",
+    ),
+    Metric(
+        *("imagination/obs_error_no_change/STEPS", "share of variance", "that of no change"),
+    ),
+    Metric("imagination/obs_error_mean/STEPS", "share of variance", "that of the mean", "about 1"),
+    Metric(
+        "imagination/reward_error",
+        "share of variance",
+        "squared error of imagined rewards, 1 to 15 steps ahead",
+        "falls towards 0; 1 is as wrong as the mean reward",
+    ),
+    Metric(
+        "imagination/reward_calibration",
+        "standard deviations",
+        "distance of imagined rewards from the mean true reward wherever they are similar",
+        "below 0.1",
+    ),
+    Metric(
+        "imagination/continue_error",
+        "share of variance",
+        "squared error of imagined probabilities to continue, 1 to 15 steps ahead",
+        "falls towards 0",
+    ),
+    Metric(
+        "imagination/continue_calibration",
+        "probability",
+        "distance of these probabilities from how often episodes did continue",
+        "below 0.02",
+    ),
+    Metric(
+        *("imagination/value_error", "share of variance", "squared error of values as returns"),
+        "falls; above 1 values are worse than their mean",
+    ),
+    Metric(
+        *("imagination/value_bias", "reward", "mean of values minus discounted returns"),
+        "small next to the values (stats/val)",
+    ),
+    Metric(
+        "imagination/kl",
+        "nats",
+        "divergence of the latents that a step's observation shows from those predicted",
+        "falls, then stays; above 0",
+    ),
+    Metric(
+        *("imagination/unused_classes", "share", "latent classes that are improbable everywhere"),
+        "below 0.5, without growth",
+    ),
+    Metric(
+        "imagination/decision_loss",
+        "reward",
+        "return lost by choosing the best of 8 action sequences with the model",
+        "below decision_loss_random; falls",
+    ),
+    Metric(
+        *("imagination/decision_loss_random", "reward", "return lost by choosing at random"),
+        "above 0, or nothing can be learnt from these decisions",
+    ),
 )
 
 SPEED = (

@@ -215,7 +215,7 @@ def evaluate(run: "Run") -> dict[str, float]:
     from worldloom.app.run_dir import write_scores
     from worldloom.ranks import copy_from_first, rank
     from worldloom.saving import load_tensors, read_saved, save_model
-    from worldloom.training.metrics import current_step, log_metrics
+    from worldloom.training.metrics import current_step, log_metrics, name_scores
 
     if rank() == 0:
         if run.evaluation.best is not None:
@@ -226,7 +226,7 @@ def evaluate(run: "Run") -> dict[str, float]:
     episodes, step = run.config.plain["evaluation"]["episodes"], current_step(run.trainer)
     run.evaluation.videos.start(step, every=0)
     found = run.evaluator(episodes) if run.task.make_env is not None else {}
-    scores = {f"final/{name}": score for name, score in found.items()}
+    scores = name_scores("final", found)
     if scores:
         log_metrics(run.trainer, scores, step)
         run.evaluation.videos.finish(run.trainer, "final", step)

@@ -52,6 +52,7 @@ NO_EFFECT = {
     "evaluation.max_steps": "",
     "evaluation.seed": "",
     "evaluation.videos": "",
+    "evaluation.decisions": "",
     "data.storage": "memory or files",
     "optimizer._partial_": "how Hydra calls it",
 }

@@ -611,6 +611,22 @@ def test_the_newest_rows_are_read_without_drawing():
     assert ReplayBuffer(20, (1,), 1).newest(4)["obs"].shape == (1, 0, 1)
 
 
+def test_the_newest_rows_of_several_streams_are_as_many():
+    buffer = ReplayBuffer(60, (1,), 1, num_envs=3)
+    no = np.zeros(3, bool)
+    for t in range(26):
+        first = np.full(3, t == 0)
+        obs = np.array([[t], [100 + t], [200 + t]])
+        buffer.add(obs, np.zeros((3, 1)), np.zeros(3), first, no, no)
+    newest = buffer.newest(3, streams=(2, 0))
+    assert newest["obs"].squeeze(-1).tolist() == [[223, 224, 225], [23, 24, 25]]
+    assert buffer.newest(100, streams=range(3))["obs"].shape == (3, 20, 1)
+    assert ReplayBuffer(20, (1,), 1, num_envs=2).newest(4, streams=(1, 0))["obs"].shape[:2] == (
+        2,
+        0,
+    )
+
+
 # ---- the fast ways give what the slow ones do ------------------------------------------------
 
 

@@ -2,15 +2,28 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from worldloom.acting import Actor, Watch, evaluate, share_episodes
+from worldloom.acting import (
+    Actor,
+    Record,
+    Watch,
+    evaluate,
+    evaluation_mode,
+    in_step,
+    share_episodes,
+    use_seed,
+)
 from worldloom.app.task import Task
 from worldloom.app.videos import ForecastingActor, Videos
+from worldloom.envs.contract import explain_exception, report_once
 from worldloom.envs.film import Film
+from worldloom.envs.vector import RowStream
+from worldloom.model_scores.decisions import DecisionTest
+from worldloom.model_scores.model import average_scores
 from worldloom.ranks import Ranks
 from worldloom.training.config import EvaluationConfig
 
@@ -45,15 +58,21 @@ class Evaluator:
         return self(self.settings["episodes_during"], self.settings["seed"] + 1_000_000)
 
     def __call__(
-        self, episodes: int, seed: int | None = None, film: Film | None = None
+        self,
+        episodes: int,
+        seed: int | None = None,
+        film: Film | None = None,
+        record: Record | None = None,
     ) -> dict[str, float]:
         """Return the means "return", "length" and, if known, "success", and "return_std".
 
         With several tasks each is scored in `episodes` episodes. The means are those of all, and
         "TASK/return" and so on those of each; "TASK/score" and "normalized_score", their mean, are
         from 0 to 100 (`TaskChoice.normalize`). Tasks without a simulator are left out.
+        "imagination/decision_loss" and "imagination/decision_loss_random" are included if the
+        environments can be replayed (`DecisionTest`).
 
-        film: records the episodes of the first environment.
+        film: records the episodes of the first environment. record: called with all rows.
 
         Raises:
             EvaluationStopped: a process asked to stop.
@@ -66,34 +85,29 @@ class Evaluator:
         first, end = (rank * len(shares) // size for rank in (self.ranks.rank, self.ranks.rank + 1))
         most = self.settings.get("max_steps", EvaluationConfig.max_steps)  # the first runs lack it
         env = self.task.vector_env(most, first, num_envs=end - first) if end > first else None
-        own_seed = (self.settings["seed"] if seed is None else seed) + first
-        recorder = None
-        if self.videos is not None:
-            recorder = self.videos.record(self.actor, first, end, own_seed)
-        actor = recorder.actor if recorder else self.actor
-        model: Any = self.actor.model
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
+        seed = (self.settings["seed"] if seed is None else seed) + first
+        videos = None if self.videos is None else self.videos.record(self.actor, first, end, seed)
+        actor = videos.actor if videos else self.actor
         try:
-            if film is not None and env is not None:
-                film.record(env, shares[first])
-                actor = forecasting = ForecastingActor(self.actor, 1)
-                film.predict = lambda: float(forecasting.predicted[0])
-            results = evaluate(
-                actor,
-                env,
-                self.task.obs,
-                self.task.actions,
-                shares[first:end],
-                own_seed,
-                self.settings["deterministic"],
-                self.ranks,
-                self._watch(sum(shares[first:end])),
-                recorder,
-            )
+            with evaluation_mode(self.actor.model):
+                if film is not None and env is not None:
+                    film.record(env, shares[first])
+                    actor = forecasting = ForecastingActor(self.actor, 1)
+                    film.predict = lambda: float(forecasting.predicted[0])
+                results = evaluate(
+                    actor,
+                    env,
+                    self.task.obs,
+                    self.task.actions,
+                    shares[first:end],
+                    seed,
+                    self.settings["deterministic"],
+                    self.ranks,
+                    self._watch(sum(shares[first:end])),
+                    videos or record,
+                )
+                decisions = self._score_decisions(env, seed, first)
         finally:
-            for module, mode in modes:
-                module.training = mode
             if env is not None:
                 env.close()
         cut = sum(result["length"] >= most for result in results)
@@ -102,7 +116,34 @@ class Evaluator:
                 f"{cut} of the {len(results)} evaluated episodes were cut off after {most:,} steps "
                 "(evaluation.max_steps), and their returns are those up to there"
             )
-        return average(results) | self._score_tasks(results, shares)
+        return average(results) | self._score_tasks(results, shares) | decisions
+
+    def _score_decisions(self, env: Any, seed: int, first: int) -> dict[str, float]:
+        """Return the scores of decisions in environments that can be replayed, or {}.
+
+        env: the environments of this rank, from number `first` on; None if it has none.
+        """
+        candidates = self.settings.get("decisions", EvaluationConfig.decisions)
+        test: DecisionTest | None = None
+        steps: Iterator[bool] = iter(())
+        if candidates and env is not None:
+            rows = RowStream(env, self.task.obs, self.task.actions)
+            masks = None
+            if self.task.tasks is not None:
+                masks = self.task.tasks.action_masks(self.task.find_tasks(first, env.num_envs))
+            deterministic = self.settings["deterministic"]
+            test = DecisionTest(self.actor, rows, candidates, seed, deterministic, masks)
+            steps = test.run()
+        with use_seed(seed, self.actor.device):
+            for _ in in_step(steps, self.ranks, self.stops):
+                pass
+        if test is not None and test.error is not None:
+            report_once(
+                [("decisions", f"decisions are not scored: {explain_exception(test.error)}")]
+            )
+        mine = [] if test is None else [decision.score() for decision in test.decisions]
+        found = [score for scores in self.ranks.gather(mine) for score in scores]
+        return {f"imagination/{name}": mean for name, mean in average_scores(found).items()}
 
     def _score_tasks(
         self, results: Sequence[dict[str, float]], shares: Sequence[int]

@@ -266,11 +266,10 @@ class ReplayBuffer:
         batch = self._reader.read(env, start, seq_len)
         return cast(Batch, batch if device == "cpu" else to_device(batch, device))
 
-    def newest(self, rows: int, device: str | torch.device = "cpu") -> Batch:
-        """Return up to `rows` of the newest rows of the first stream, [1, T], without sampling."""
-        start, length = self._sampler.find_newest(rows)
-        batch = self._reader.read(np.zeros(1, np.int64), start, length)
-        return cast(Batch, to_device(batch, device))
+    def newest(self, rows: int, device: Any = "cpu", streams: Sequence[int] = (0,)) -> Batch:
+        """Return up to `rows` of the newest rows of S streams, [S, T], without sampling."""
+        where = self._sampler.find_newest(rows, np.array(streams, np.int64))
+        return cast(Batch, to_device(self._reader.read(*where), device))
 
     def freeze(self, episodes: Sequence[int] = ()) -> None:
         """Accept no more rows, because they come from a dataset that every start reads again.

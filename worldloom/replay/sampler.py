@@ -136,14 +136,19 @@ class Sampler:
         np.maximum.at(self.queue_position, env[order], start[order] + length)
         return env[order], start[order]
 
-    def find_newest(self, limit: int) -> tuple[np.ndarray, int]:
-        """Return the first [1] of the newest rows of stream 0, and their number, up to `limit`."""
+    def find_newest(self, limit: int, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """Return S wanted streams, the first of their newest rows [S], and the number of these.
+
+        It is the same for all: at most `limit`, and the rows of the shortest newest stretch.
+        """
         streams, first, end = self._store.stretches()
-        last = np.flatnonzero((streams == 0) & (end > first))[-1:]
-        if len(last) == 0:
-            return np.zeros(1, np.int64), 0
-        start = np.maximum(first, end - limit)[last]
-        return start, int((end[last] - start)[0])
+        filled = end > first
+        streams, first, end = streams[filled], first[filled], end[filled]
+        if not np.isin(wanted, streams).all():
+            return wanted, np.zeros(len(wanted), np.int64), 0
+        last = np.array([np.flatnonzero(streams == stream)[-1] for stream in wanted])
+        count = min(limit, int((end - first)[last].min()))
+        return wanted, end[last] - count, count
 
     def _common(self) -> int | None:
         """Return the number of rows written if each stream is one stretch of as many rows."""

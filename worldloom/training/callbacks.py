@@ -21,6 +21,7 @@ from worldloom.training.metrics import (
     current_step,
     group_metric,
     log_metrics,
+    name_scores,
 )
 from worldloom.training.module import WorldModelModule
 from worldloom.training.progress import print_line
@@ -100,7 +101,7 @@ class MetricsWriter(Callback):
         with phase("log"):
             data: Any = trainer.datamodule  # type: ignore[attr-defined]
             data.update_replay()
-            _log_episodes(trainer, data.collector)
+            log_episodes(trainer, data.collector)
             if pl_module.metrics.count or pl_module.metrics.once:
                 metrics = self._collect(trainer, pl_module, data)
                 log_metrics(trainer, metrics, current_step(trainer))
@@ -233,8 +234,8 @@ class Evaluation(Callback):
             return
         self.evaluated, self._owed = module.updates, None
         # Earlier points first: TensorBoard connects points in the order in which they are logged.
-        _log_episodes(trainer, trainer.datamodule.collector, step)  # type: ignore[attr-defined]
-        own = {f"eval/{name}": score for name, score in scores.items()}
+        log_episodes(trainer, trainer.datamodule.collector, step)  # type: ignore[attr-defined]
+        own = name_scores("eval", scores)
         log_metrics(trainer, {**own, **{name: counts[name] for name in COUNTERS}}, step)
         if self.videos is not None:
             with phase("pictures"):
@@ -386,7 +387,7 @@ def _timings(seconds: dict[str, float], updates: int) -> dict[str, float]:
     return {f"timings/{name}": value for name, value in {**ms, "update": sum(ms.values())}.items()}
 
 
-def _log_episodes(trainer: Trainer, collector: Any, last: float = math.inf) -> None:
+def log_episodes(trainer: Trainer, collector: Any, last: float = math.inf) -> None:
     """Log the episodes that finished until a step, and remove them from the collector."""
     while collector is not None and collector.finished:
         episode = collector.finished[0]

@@ -100,6 +100,8 @@ class EvaluationConfig:
         seed: seed of the evaluation environments, which training never uses.
         videos: show an episode of about ten evaluations of a run, and of its final model. "auto"
             does so where observations have an image; true renders any environment.
+        decisions: random action sequences that each evaluation environment executes from one state,
+            to find out whether the model ranks them correctly (docs/inspecting.md); 0 for none.
     """
 
     episodes: int = 20
@@ -111,6 +113,7 @@ class EvaluationConfig:
     deterministic: bool = True
     seed: int = 1_000_003
     videos: bool | str = "auto"
+    decisions: int = 8
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value outside its range."""
@@ -119,6 +122,7 @@ class EvaluationConfig:
         most = min(self.num_envs, max(self.episodes, self.episodes_during))
         require_memory(ENV_BYTES * most, f"num_envs={self.num_envs}")
         require(self.every >= 0, "every", self.every, "at least 0")
+        require(self.decisions >= 0, "decisions", self.decisions, "at least 0")
         require(0 <= self.seed < 2**32, "seed", self.seed, f"from 0 to {2**32 - 1}")
         known = self.videos in (True, False, "auto")
         require(known, "videos", self.videos, "auto, true or false")

@@ -46,6 +46,14 @@ def current_step(trainer: Trainer) -> int:
     return module.updates if data.collector is None else data.env_steps
 
 
+def name_scores(kind: str, scores: Mapping[str, float]) -> dict[str, float]:
+    """Return the scores of an evaluation as eval/NAME or final/NAME, and model scores as they are.
+
+    kind: eval or final.
+    """
+    return {n if n.startswith("imagination/") else f"{kind}/{n}": x for n, x in scores.items()}
+
+
 def group_metric(name: str) -> str:
     """Return the logged name of what `compute_loss` returns: loss/NAME or stats/NAME.
 

@@ -1,0 +1,1 @@
+"""Scores of a world model: how well it predicts what happened."""
