@@ -1,8 +1,8 @@
 """Measure the share of a run's time that pictures and loggers take at its default settings.
 
-usage: python experiments/overhead/pictures.py [updates=300] [RECIPE …]
+usage: python experiments/overhead/pictures.py [updates=150] [RECIPE …]
 
-Each recipe is trained for about `updates` updates with a picture and a row of metrics every 50, so
+Each recipe is trained for about `updates` updates with a picture and a row of metrics every 25, so
 that updates, rows and pictures alternate in one process; `timings/...` of the run has the time of
 each. The share is that of the recipe's whole run: eleven pictures, and a row every
 `training.log_every` updates. The first interval, with the prefill and the warm-up, is left out.
@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from worldloom.app.compose import compose_config
 
 RECIPES = ["cartpole", "catch", "tdmpc2_pendulum"]
-EVERY = 50  # updates between pictures, and between rows of metrics
+EVERY = 25  # updates between pictures, and between rows of metrics
 PICTURES = 11  # of a run, at the default settings
 
 
@@ -33,7 +33,7 @@ def train(recipe: str, steps: int, folder: Path) -> list[dict[str, float]]:
     """Run a recipe for some steps; return its rows of timings."""
     words = [f"experiment={recipe}", f"training.total_steps={steps}", f"folder={folder}"]
     words += [f"training.log_every={EVERY}", f"callbacks.open_loop.every={EVERY}"]
-    words += ["evaluation.every=0", "evaluation.episodes=1"]
+    words += ["evaluation.every=0", "evaluation.episodes=1", "training.pretrain=false"]
     subprocess.run([sys.executable, "-m", "worldloom.run", *words], check=True, stdout=sys.stderr)
     with (folder / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["timings/update"]]
@@ -68,7 +68,7 @@ def main() -> None:
     words = [word for word in sys.argv[1:] if "=" not in word]
     options = dict(word.split("=") for word in sys.argv[1:] if "=" in word)
     for recipe in words or RECIPES:
-        found = measure(recipe, int(options.get("updates", 300)))
+        found = measure(recipe, int(options.get("updates", 150)))
         times = ", ".join(f"{name} {found[name]:.2f} ms" for name in ("picture", "row", "update"))
         shares = {name: value for name, value in found.items() if name.endswith("run")}
         text = ", ".join(f"{name} {value:.2%}" for name, value in shares.items())
