@@ -125,3 +125,11 @@ class Silent(Drift):
     def decode(self, state):
         outcome = super().decode(state)
         return {name: outcome[name] for name in ("reward", "continue")}
+
+
+class Planned(Drift):
+    """Its policy adds to the state, and `observe` drops that."""
+
+    def policy(self, state, deterministic=False):
+        action = super().policy(state, deterministic)
+        return action, LatentState(state.deterministic, extras={"plan": action})

@@ -159,6 +159,13 @@ def test_a_model_that_only_implements_the_protocol(make_run, view):
     assert page.notes == []
 
 
+def test_a_policy_that_adds_to_the_state(make_run, view):
+    target = "model._target_=scenes.Planned"
+    page = view(make_run(*BALL, "model=custom", target), BALL[0], target, horizon=2, episodes=1)
+    obs = page.episodes[0]["obs"][0]
+    np.testing.assert_allclose(obs["imagined"][0], obs["true"][:3], atol=1e-4)
+
+
 def test_a_decoder_that_fails_is_named_once(make_run, view):
     folder = make_run(*BALL, *DRIFT, "+model.fails=true")
     page = view(folder, BALL[0], DRIFT[1], horizon=3)

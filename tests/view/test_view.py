@@ -34,7 +34,7 @@ def test_a_run_of_dreamerv3_is_written_into_its_folder(commands, run):
     before = sorted(run.rglob("*"))
     done = commands.good(["run", "horizon=5"], run.parent, module="worldloom.view")
     file = run / "playback.html"
-    assert done["out"].splitlines()[-1].startswith("run/playback.html (")
+    assert done["out"].splitlines()[-1].startswith("run/playback.html: 0.")
     assert done["out"].rstrip().endswith(f"open it in a browser: {file.as_uri()}")
     assert sorted(run.rglob("*")) == sorted([*before, file])
     data = read_data(file)
@@ -52,7 +52,7 @@ def test_a_run_of_dreamerv3_is_written_into_its_folder(commands, run):
 def test_settings_are_used(commands, run):
     words = ["run", "out=other.html", "episodes=1", "max_steps=3", "every=2", "seed=5"]
     printed = commands.good(words, run.parent, module="worldloom.view")["out"]
-    assert "1 episodes, 3 steps, imagined from every 2 steps" in printed
+    assert "1 episode, 3 steps, imagined from every 2 steps" in printed
     assert not (run / "playback.html").exists()
     (episode,) = read_data(run.parent / "other.html")["episodes"]
     assert episode["imagined"]["rewards"].shape == (2, 51)

@@ -3,7 +3,8 @@
 Letters used in shapes: N actions of an episode, A = width of an action, C channels.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -172,13 +173,21 @@ class _Open:
             {key: np.stack([row[key] for row in self.obs]) for key in self.obs[0]},
             np.stack(self.actions),
             np.array(self.rewards, np.float32),
-            LatentState.cat(self.states),
+            _join_states(self.states),
             self.film if len(self.film) == len(self.obs) else [],
             list(self.plans) if len(self.plans) == length else [],
             ended,
         )
         self._clear()
         return recording
+
+
+def _join_states(states: Sequence[LatentState]) -> LatentState:
+    """Return all states as one batch, with the extras that every one of them has."""
+    common = set.intersection(*(set(state.extras) for state in states))
+    extras = [{key: state.extras[key] for key in sorted(common)} for state in states]
+    pairs = zip(states, extras, strict=True)
+    return LatentState.cat([replace(state, extras=held) for state, held in pairs])
 
 
 def to_rgb(images: np.ndarray) -> np.ndarray:

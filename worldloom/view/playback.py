@@ -60,16 +60,12 @@ def write_page(
         imagined = [part.thin(2) for part in imagined]
     file = run / FILE if settings.out is None else Path(settings.out).expanduser()
     write_text(file, page)
-    steps = sum(recording.length for recording in recordings)
-    starts = imagined[0].every
-    return "\n".join(
-        [
-            *notes,
-            f"{file} ({len(page) / 1e6:.1f} MB): {len(recordings)} episodes, {steps:,} steps, "
-            f"imagined from {'every step' if starts == 1 else f'every {starts} steps'}; open it in "
-            f"a browser: {file.resolve().as_uri()}",
-        ]
-    )
+    steps, count = sum(recording.length for recording in recordings), len(recordings)
+    every = imagined[0].every
+    about_file = f"{len(page) / 1e6:.1f} MB, {count} episode{'s' * (count > 1)}, {steps:,} steps"
+    starts = "every step" if every == 1 else f"every {every} steps"
+    opening = f"open it in a browser: {file.resolve().as_uri()}"
+    return "\n".join([*notes, f"{escape(file)}: {about_file}, imagined from {starts}; {opening}"])
 
 
 def open_task(env: Mapping[str, Any], renders: bool, notes: list[str]) -> tuple[Task, bool]:
