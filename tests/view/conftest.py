@@ -1,6 +1,7 @@
 """Run folders without training, and the contents of the pages written for them."""
 
 import base64
+import functools
 import io
 import json
 import math
@@ -42,8 +43,9 @@ def scenes():
 
 @pytest.fixture(scope="session")
 def make_run(tmp_path_factory):
-    """Write the folder of a run with the initial weights of its model."""
+    """Write the folder of a run with the initial weights of its model, once for all tests."""
 
+    @functools.cache
     def make(*words):
         folder = tmp_path_factory.mktemp("runs") / "run"
         folder.mkdir()
