@@ -15,10 +15,10 @@ from worldloom.training.config import EvaluationConfig
 if TYPE_CHECKING:
     from worldloom.model_scores.recorder import RowRecorder
 
-SEQUENCES = 32  # on which the model's predictions are scored
+SEQUENCES = 64  # on which the model's predictions are scored
 
 USAGE = """usage: worldloom eval checkpoint=<run folder> [episodes=…] [seed=…]
-       [num_envs=…] [deterministic=true] [decisions=8] [video=….mp4] [device=cuda]
+       [num_envs=…] [deterministic=true] [decisions=6] [video=….mp4] [device=cuda]
        [env.KEY=VALUE …] [env=…] [model._target_=my_pkg.MyModel]
 
 Scores the run's saved model in its own environment, which its config.yaml describes, or in another

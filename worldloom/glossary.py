@@ -148,7 +148,7 @@ IMAGINATION = (
     Metric(
         "imagination/decision_loss",
         "reward",
-        "return lost by choosing the best of 8 action sequences with the model",
+        "return lost by choosing the best of several action sequences with the model",
         "below decision_loss_random; falls",
     ),
     Metric(

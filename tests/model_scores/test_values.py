@@ -76,21 +76,21 @@ def test_returns_are_those_of_a_loop_over_the_rows(length):
     window = make_window(streams=3, rows=150, length=length, size=0.15)
     values = torch.randn(3, 150, dtype=torch.double)
     sequences = cut_sequences(window, 6)
-    at = sequences.last.unsqueeze(1) + torch.arange(-63, 1)
+    at = sequences.last.unsqueeze(1) + torch.arange(-19, 1)
+    at = torch.cat([at, sequences.end.unsqueeze(1)], 1)
+    gammas = torch.linspace(0.8, 0.99, len(at), dtype=torch.double)
     of_rows = values[sequences.stream.unsqueeze(1), at]
-    final = values[sequences.stream, sequences.end]
-    gammas = torch.linspace(0.8, 0.99, len(final), dtype=torch.double)
-    returns = compute_returns(window, sequences, of_rows, final, gammas)
+    returns = compute_returns(window, sequences, of_rows, gammas)
     checked = 0
     for n, (e, last) in enumerate(zip(sequences.stream, sequences.last, strict=True)):
-        for t in range(64):
-            row = int(last) - 63 + t
+        for t in range(20):
+            row = int(last) - 19 + t
             if window["is_last"][e, row] or row == 149:
                 continue
             expected = brute_force(window, values, 149, gammas[n].item(), e, row)
             assert returns[n, t].item() == pytest.approx(expected, rel=1e-5, abs=1e-5)
             checked += 1
-    assert checked > 300
+    assert checked > 80
 
 
 def test_the_discount_may_differ_between_rows():
@@ -141,6 +141,6 @@ def test_impossible_classes_give_a_finite_divergence():
     window = make_window()
     sequences = cut_sequences(window, 3)
     model = Wrong()
-    states = [model.encode(sequences.rows["obs"][:, t]) for t in range(64)]
+    states = [model.encode(sequences.rows["obs"][:, t]) for t in range(20)]
     found = score_latents(model, sequences, states)
     assert found["kl"] == pytest.approx(2 * 6 * torch.tensor(10.0).log().item(), rel=1e-5)

@@ -124,6 +124,8 @@ class Evaluator:
         env: the environments of this rank, from number `first` on; None if it has none.
         """
         candidates = self.settings.get("decisions", EvaluationConfig.decisions)
+        if self.videos is not None and not self.videos.one_of_ten:
+            candidates = 0
         test: DecisionTest | None = None
         steps: Iterator[bool] = iter(())
         if candidates and env is not None:

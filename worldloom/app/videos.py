@@ -140,6 +140,8 @@ class Videos:
 
     plain: the configuration; environments that render are made from its env section.
     folder: of the run; the videos are also written to its subfolder videos.
+
+    one_of_ten: whether the next evaluation is one of those ten, also if no videos are recorded.
     """
 
     def __init__(self, task: Task, plain: Mapping[str, Any], folder: Path, ranks: Ranks) -> None:
@@ -152,17 +154,17 @@ class Videos:
         self.names = [choice.name for choice in task.choices if choice.info is None]
         self.renders = mode is True
         self.enabled = bool(self.renders or (mode == "auto" and images)) and bool(task.make_env)
-        self.due = False
+        self.due, self.one_of_ten = False, True
         self.recorder: EpisodeRecorder | None = None
 
     def start(self, step: int, every: int) -> None:
-        """Decide whether the next evaluation is recorded.
+        """Decide whether the next evaluation is one of those that show and test more.
 
         every: steps between evaluations; 0 for the final one.
         """
         interval = max(every, self.total_steps // VIDEOS_PER_RUN, 1)
-        is_due = not every or step // interval > (step - every) // interval
-        self.due, self.recorder = self.enabled and is_due, None
+        self.one_of_ten = not every or step // interval > (step - every) // interval
+        self.due, self.recorder = self.enabled and self.one_of_ten, None
 
     def record(self, actor: Actor, first: int, end: int, seed: int) -> EpisodeRecorder | None:
         """Return what records the evaluation in environments `first` to `end`, if one is due.

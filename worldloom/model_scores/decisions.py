@@ -21,7 +21,7 @@ from worldloom.trees import flatten_tree
 
 HELD = 5  # steps for which a random action is held; single random steps hardly change a return
 STEPS = 3 * HELD  # H
-DEEPEST = 20  # steps of the policy after which the sequences start, at most
+DEEPEST = 10  # steps of the policy after which the sequences start, at most
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Scores of discrete latents: surprise at observations, and classes without a use.
 
-Letters used in shapes: N sequences of L rows, B rows, S latent variables with C classes.
+Letters used in shapes: N sequences, O observed rows of each, S latent variables with C classes.
 """
 
 from typing import Any
@@ -19,12 +19,13 @@ def score_latents(model: Any, sequences: Sequences, states: list[LatentState]) -
     "kl": divergence of the inferred from the predicted latents of a step, in nats, summed over the
     S variables. "unused_classes": share of the classes that are improbable in all rows.
 
-    states: L states [N] after each row.
+    states: O states [N] after the observed rows.
     """
     if not callable(getattr(model, "latent_probs", None)):
         return {}
-    rows = sequences.rows
-    known = (sequences.informed[:, :-1] & ~rows["is_first"][:, 1:]).t()  # [L - 1, N]
+    rows = map_tree(lambda x: x[:, : sequences.observed], sequences.rows)
+    informed = sequences.informed[:, : sequences.observed - 1]
+    known = (informed & ~rows["is_first"][:, 1:]).t()  # [O - 1, N]
     if not known.any():
         return {}
     before = LatentState.cat(states[:-1])[known.flatten()]

@@ -9,11 +9,11 @@ import torch
 from worldloom.acting import evaluation_mode, find_device, use_seed
 from worldloom.model_scores.latents import score_latents
 from worldloom.model_scores.rollouts import roll_out, score_observations, score_rewards
-from worldloom.model_scores.sequences import CONTEXT, cut_sequences, infer_states
+from worldloom.model_scores.sequences import CONTEXT, cut_sequences, observe_sequences
 from worldloom.model_scores.values import score_values
 from worldloom.protocol import Batch
 
-SEQUENCES = 8  # scored at once in a run
+SEQUENCES = 16  # scored at once in a run
 SEED = 0
 
 # What the model was asked for, and its error, of the scores that are missing for that reason.
@@ -43,8 +43,8 @@ def score_model(
     def score_all() -> dict[str, float]:
         sequences = cut_sequences(window, count)
         here = sequences.to(device)
-        states = infer_states(model, here.rows)
-        attempt("values", lambda: score_values(model, window, sequences, states))
+        states, final = observe_sequences(model, window, sequences, device)
+        attempt("values", lambda: score_values(model, window, sequences, states, final))
         attempt("latents", lambda: score_latents(model, here, states))
         if (rollouts := roll_out(model, here, states)) is not None:
             attempt("rewards", lambda: score_rewards(here, rollouts))

@@ -21,7 +21,7 @@ from worldloom.trees import flatten_tree
 
 HORIZONS = (1, 5, 15, 50)  # steps ahead at which observations are compared
 REWARD_STEPS = 15  # steps ahead up to which rewards and ends of episodes are
-STRIDE = 9  # rows between two starts of rollouts
+STRIDE = 7  # rows between two starts of rollouts
 
 
 @dataclass
@@ -43,11 +43,12 @@ class Rollouts:
 def roll_out(model: Any, sequences: Sequences, states: list[LatentState]) -> Rollouts | None:
     """Imagine the actions of the sequences from some of their states; None if all are too short.
 
-    states: L states [N] after each row.
+    states: O states [N] after the observed rows.
     """
     actions, device = sequences.rows["actions"], sequences.rows["actions"].device
     count, length = actions.shape[:2]
-    starts = torch.arange(CONTEXT - 1, length - 1, STRIDE, device=device)
+    most = min(sequences.observed, length - 1)
+    starts = torch.arange(CONTEXT - 1, most, STRIDE, device=device)
     sequence = torch.arange(count, device=device).repeat(len(starts))
     start = starts.repeat_interleave(count)
     episode = sequences.episode

@@ -15,6 +15,7 @@ from worldloom.protocol import Batch, LatentState
 from worldloom.trees import map_tree, to_device
 
 LENGTH = 64  # rows of a sequence
+OBSERVED = 20  # of them are observed; the others are only predicted, because observing takes longer
 CONTEXT = 5  # rows that a model observes at least, unless an episode starts with fewer
 
 
@@ -22,12 +23,13 @@ CONTEXT = 5  # rows that a model observes at least, unless an episode starts wit
 class Sequences:
     """N sequences of a window of rows.
 
-    rows: keys of `Batch`, [N, L, ...].
-    stream: [N], of each sequence. last: [N], its last row in the window.
+    rows: keys of `Batch`, [N, L, ...]. observed: number of the first rows that are observed, O.
+    stream: [N], of each sequence. last: [N], its last observed row in the window.
     end: [N], row of the window at which the episode of `last` ends, or the window.
     """
 
     rows: dict[str, Any]
+    observed: int
     stream: Tensor
     last: Tensor
     end: Tensor
@@ -54,27 +56,29 @@ def cut_sequences(window: Batch, count: int) -> Sequences:
     is_last = window["is_last"]
     streams, rows = is_last.shape
     length = min(LENGTH, rows)
+    observed = min(OBSERVED, length)
     each = max(2, -(-count // streams)) if rows > length else 1
     starts = torch.linspace(0, rows - length, each).round().long().unique()
     stream = torch.arange(streams).repeat_interleave(len(starts))
-    last = starts.repeat(streams) + length - 1
+    start = starts.repeat(streams)
+    last = start + observed - 1
     ends = is_last.clone()
     ends[:, -1] = True
     later = ends[stream] & (torch.arange(rows) >= last.unsqueeze(1))  # [N, W]
     end = later.int().argmax(1)  # the first of the largest values
-    return Sequences(take_rows(window, stream, last, length), stream, last, end)
+    return Sequences(take_rows(window, stream, start, length), observed, stream, last, end)
 
 
-def take_rows(window: Batch, stream: Tensor, last: Tensor, length: int) -> dict[str, Any]:
-    """Return the `length` rows up to `last` [N] of streams [N], [N, length, ...]."""
-    at = last.unsqueeze(1) + torch.arange(1 - length, 1)
+def take_rows(window: Batch, stream: Tensor, start: Tensor, length: int) -> dict[str, Any]:
+    """Return `length` rows from `start` [N] of streams [N] on, [N, length, ...]."""
+    at = start.unsqueeze(1) + torch.arange(length)
     names = ("obs", "actions", "rewards", "is_first", "is_last", "is_terminal")
     given: Any = {name: window[name] for name in names}  # type: ignore[literal-required]
     return map_tree(lambda x: x[stream.unsqueeze(1), at], given)
 
 
 def infer_states(model: Any, rows: dict[str, Any]) -> list[LatentState]:
-    """Observe sequences [N, L, ...] from their first row on; return L states [N]."""
+    """Observe sequences [N, O, ...] from their first row on; return O states [N]."""
     first = rows["is_first"]
     states: list[LatentState] = []
     starts = first.any(0).tolist()
@@ -87,3 +91,18 @@ def infer_states(model: Any, rows: dict[str, Any]) -> list[LatentState]:
             state = LatentState.where(first[:, t], model.encode(obs), state)
         states.append(state)
     return states
+
+
+def observe_sequences(
+    model: Any, window: Batch, sequences: Sequences, device: Any
+) -> tuple[list[LatentState], LatentState]:
+    """Return the O states [N] of the observed rows, and the states [N] at the `end` of each.
+
+    For the latter the O rows before the end are observed.
+    """
+    count, observed = len(sequences.stream), sequences.observed
+    stream = sequences.stream.repeat(2)
+    last = torch.cat([sequences.last, sequences.end])
+    rows = take_rows(window, stream, last - observed + 1, observed)
+    states = infer_states(model, to_device(rows, device))
+    return [state[:count] for state in states], states[-1][count:]

@@ -113,7 +113,7 @@ class EvaluationConfig:
     deterministic: bool = True
     seed: int = 1_000_003
     videos: bool | str = "auto"
-    decisions: int = 8
+    decisions: int = 6
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value outside its range."""

@@ -25,11 +25,10 @@ class ModelScores(Periodic):
     In online runs the model has trained on few of these rows, and on each of them rarely. Offline
     they are the last rows of the dataset. docs/inspecting.md explains the scores.
 
-    every: updates between two scores, "auto" for about 20 per run, or 0 for none.
+    every: updates between two scores, "auto" for about ten per run, or 0 for none.
     """
 
-    times = 20
-    at_least = 50
+    at_least = 100
 
     def __init__(self, every: int | str = "auto") -> None:
         super().__init__(every)
