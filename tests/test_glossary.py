@@ -113,7 +113,7 @@ def test_an_exact_name_precedes_a_pattern():
 def test_tensorboard_arranges_metrics_that_exist():
     assert [name for name in [*FIRST_SCREEN, *RESULTS] if find_metric(name) is None] == []
     patterns = [name for charts in CHARTS.values() for names in charts.values() for name in names]
-    names = [row.name for row in ROWS]
+    names = [re.sub("STEPS", "5", row.name) for row in ROWS]
     assert [p for p in patterns if not any(re.fullmatch(p, name) for name in names)] == []
 
 

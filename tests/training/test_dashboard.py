@@ -17,8 +17,10 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Tens
 
 SETTINGS = {"task": "CartPole-v1", "model": "DreamerV3", "seed": 0, "learning_rate": 6e-4}
 SETTINGS |= {"train_ratio": None, "total_steps": 4000, "batch_size": 16, "betas": [0.9, 0.99]}
-NAMES = [row.name for rows in GLOSSARY.values() for row in rows if row.name == row.name.lower()]
-SCALARS = [name for name in NAMES if not name.startswith("imagination/open_loop")]
+ROWS = [row for rows in GLOSSARY.values() for row in rows]
+FILMS = ("picture", "film")
+NAMES = [row.name for row in ROWS if not row.meaning.startswith(FILMS)]
+SCALARS = [*dict.fromkeys([*(name for name in NAMES if name == name.lower()), *FIRST_SCREEN])]
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +142,7 @@ def test_the_configuration_and_the_glossary_are_texts(browser, url):
     page = browser.open(f"{url}#text")
     page.wait(f"{TEXT}.includes('units: 32') && {TEXT}.includes('TD-MPC2')")
     text = page.evaluate(TEXT)
-    for row in (row for rows in GLOSSARY.values() for row in rows):
+    for row in ROWS:
         assert f"{row.name} " in text and row.meaning[:20] in text
 
 

@@ -36,7 +36,9 @@ FIRST_SCREEN = {
     "eval/normalized_score": "1 at a glance/2 score of all tasks",
     "fps/env": "1 at a glance/3 environment steps per second",
     "stats/grad_norm": "1 at a glance/4 gradient norm",
-    "loss/loss": "1 at a glance/5 loss",
+    "imagination/obs_error/5": "1 at a glance/5 error of observations imagined 5 steps ahead",
+    "imagination/decision_loss": "1 at a glance/6 return lost by decisions of the model",
+    "loss/loss": "1 at a glance/7 loss",
     "timings/update": "2 speed and health/1 milliseconds per update",
     "replay/ratio": "2 speed and health/2 replayed steps per environment step",
     "counters/restarts": "2 speed and health/3 restarts of environments",
@@ -61,7 +63,16 @@ CHARTS = {
         "replayed steps per environment step": ["replay/ratio"],
         "restarts and skipped updates": ["counters/restarts", "stats/skipped"],
     },
-    "Is the model right?": {"scores": ["imagination/.*"]},
+    "Is the model right?": {
+        "observations 5 steps ahead: error, that of no change, that of the mean": [
+            "imagination/obs_error(_no_change|_mean)?/5"
+        ],
+        "error of observations by steps ahead": ["imagination/obs_error/.*"],
+        "rewards and continues": ["imagination/(reward|continue)_.*"],
+        "values": ["imagination/value_.*", "stats/val"],
+        "latents": ["imagination/kl", "imagination/unused_classes"],
+        "return lost by decisions": ["imagination/decision_loss.*"],
+    },
 }
 
 # Metrics that the page "HParams" shows.
