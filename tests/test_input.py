@@ -75,7 +75,7 @@ CASES = {
     "run training.prefill_counts=starts training.seed_episodes=5": "training.seed_episodes is 5, w",
     "run env.workers=0 data.finished_episodes=true data.capacity=400": "data.capacity is 400, 100",
     "run data.capacity=[1]": "data.capacity is [1]; expected steps such as 100000, or memory such",
-    "run env.workers=0 callbacks.open_loop.every=abc": "every is 'abc'; expected updates",
+    "run env.workers=0 callbacks.open_loop.every=abc": "every is 'abc'; expected a number of",
     "run optimizer.betas=3": "optimizer.betas is 3; expected a list such as [0.9, 0.999]",
     "run env.num_envs=2.5": "env.num_envs is 2.5; expected a whole number such as 4",
     "run env.pixels=3": "env.pixels is 3; expected true or false",

@@ -406,16 +406,14 @@ def test_a_resumed_run_keeps_the_interval_of_its_pictures():
     data, first, again = offline(40), OpenLoop(), OpenLoop()
     trainer = SimpleNamespace(datamodule=data)
     first.on_train_start(trainer, None)
-    assert first.state_dict() == {"interval": 4, "total": 40, "drawn": 0}
-    again.load_state_dict({"interval": 3, "total": 40, "drawn": 0})
+    assert first.state_dict() == {"interval": 4, "total": 40, "done": 0}
+    again.load_state_dict({"interval": 3, "total": 40, "done": 0})
     again.on_train_start(trainer, None)
     assert again.state_dict()["interval"] == 3
-    again.load_state_dict({"interval": 3, "total": 30, "drawn": 0})  # it is longer now
+    again.load_state_dict({"interval": 3, "total": 30, "done": 0})  # it is longer now
     again.on_train_start(trainer, None)
     assert again.state_dict()["interval"] == 4
-    with pytest.raises(
-        ValueError, match="every is 'often'; expected updates between pictures, auto"
-    ):
+    with pytest.raises(ValueError, match="every is 'often'; expected a number of updates, auto"):
         OpenLoop(every="often")
 
 

@@ -24,6 +24,7 @@ from worldloom.training.metrics import (
     name_scores,
 )
 from worldloom.training.module import WorldModelModule
+from worldloom.training.periodic import Periodic
 from worldloom.training.progress import print_line
 
 messages = logging.getLogger(__name__)
@@ -290,70 +291,28 @@ def is_best(score: float, highest: float | None) -> bool:
     return highest is None or math.isnan(highest) or score >= highest
 
 
-class OpenLoop(Callback):
+class OpenLoop(Periodic):
     """Visualise the imagination: truth, prediction and error in the newest collected rows.
 
     A model that does not decode observations, or that raises an error here, is reported once.
 
-    every: updates between pictures, "auto" for about ten pictures per run, or 0 for none. Another
-        one follows at the end. context: rows observed before imagining.
+    every: updates between pictures, see `Periodic`. context: rows observed before imagining.
     length: maximum number of rows of a sequence, which is part of a single episode.
     sequences: maximum number of sequences.
-
-    Raises:
-        ValueError: `every` is neither auto nor a number of at least 0.
     """
 
     def __init__(
         self, every: int | str = "auto", context: int = 5, length: int = 50, sequences: int = 3
     ) -> None:
-        if every != "auto" and (not isinstance(every, int) or every < 0):
-            raise ValueError(f"every is {every!r}; expected updates between pictures, auto, or 0")
-        self.every, self.context, self.length, self.sequences = every, context, length, sequences
-        self._interval = 0  # updates
-        self._total = 0  # total_steps for which "auto" chose the interval; 0 if it did not
-        self._drawn = 0  # updates at the last picture
+        super().__init__(every)
+        self.context, self.length, self.sequences = context, length, sequences
         self._reported = False  # what is not drawn, and why
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the interval; a resumed run keeps it unless its length has changed."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        if isinstance(self.every, int):
-            self._interval, self._total = self.every, 0
-        elif self._total != data.total_steps:
-            self._interval = max(1, data.expected_updates // 10)
-            self._total = data.total_steps
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the interval, the run's length that it was chosen for, and the last picture."""
-        return {"interval": self._interval, "total": self._total, "drawn": self._drawn}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Restore what `state_dict` returned."""
-        self._interval, self._drawn = state_dict["interval"], state_dict["drawn"]
-        self._total = state_dict["total"]
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Log a picture if it is due."""
-        assert isinstance(pl_module, WorldModelModule)
-        if self._interval and pl_module.updates % self._interval == 0:
-            self._draw(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log a picture of the final model unless there is one."""
-        assert isinstance(pl_module, WorldModelModule)
-        if self._interval and pl_module.updates != self._drawn:
-            self._draw(trainer, pl_module)
-
-    def _draw(self, trainer: Trainer, pl_module: WorldModelModule) -> None:
-        self._drawn = pl_module.updates
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        data.update_replay()
+    def act(self, trainer: Trainer, module: WorldModelModule) -> None:
+        """Log the pictures."""
         if trainer.is_global_zero:
             with phase("pictures"):
-                self._log_pictures(trainer, pl_module, data)
+                self._log_pictures(trainer, module, trainer.datamodule)  # type: ignore[attr-defined]
 
     def _log_pictures(self, trainer: Trainer, pl_module: WorldModelModule, data: Any) -> None:
         from worldloom.training.pictures import find_stretches, open_loop
