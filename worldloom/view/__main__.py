@@ -2,7 +2,7 @@
 
 usage: worldloom view RUN [episodes=2] [max_steps=500] [horizon=50] [every=…] [out=….html]
        [seed=…] [deterministic=…] [render=true] [device=cpu] [env.KEY=VALUE …]
-       [model._target_=my_pkg.MyModel]
+       [model._target_=my_pkg.MyModel] [--serve] [port=…]
 
 Plays evaluation episodes of the run's model in its own environment, which its config.yaml
 describes, and writes one HTML file, by default RUN/playback.html. It needs no network and no other
@@ -14,10 +14,14 @@ horizon is the number of imagined steps. every=1 imagines from every step; by de
 steps as keep the file below 5 MB. render=false leaves out pictures of the environment, which are
 shown where the model observes no image. For a custom model or environment, repeat the override that
 named it for training.
+
+--serve writes no file. It serves a page on 127.0.0.1, on a free port unless port= names one, in
+which you act inside the model from any step of the episodes.
 """
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +45,8 @@ class ViewConfig:
     deterministic: bool = True
     render: bool = True
     device: str = "cpu"
+    serve: bool = False
+    port: int = 0
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value out of range."""
@@ -52,6 +58,8 @@ class ViewConfig:
         )
         require(self.every != 0, "every", self.every, "at least 1")
         require(0 <= self.seed < 2**32, "seed", self.seed, f"from 0 to {2**32 - 1}")
+        require(0 <= self.port < 2**16, "port", self.port, f"from 0 to {2**16 - 1}")
+        require(self.serve or not self.port, "port", self.port, "0 without --serve")
         if self.out is not None:
             file = Path(self.out).expanduser()
             require(file.suffix == ".html", "out", self.out, "a name that ends in .html")
@@ -73,10 +81,11 @@ def split_run(args: list[str]) -> tuple[Path, list[str]]:
 
 
 def view_command(overrides: Overrides) -> None:
-    """Write the page as the command line describes, and print its name."""
+    """Write the page as the command line describes, and print its name; or serve the live one."""
     from worldloom.app.build import prepare_process
     from worldloom.app.task import open_saved_run
     from worldloom.devices import require_device
+    from worldloom.view.live import serve_run
     from worldloom.view.playback import write_page
 
     args, config_overrides = split_settings(overrides)
@@ -94,11 +103,15 @@ def view_command(overrides: Overrides) -> None:
     device: Any = require_device(settings.device)
     prepare_process(settings.seed, config["threads"])
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame would look for a screen
-    print(write_page(path, config, section, settings, device))
+    if settings.serve:
+        serve_run(path, config, section, settings, device)
+    else:
+        print(write_page(path, config, section, settings, device))
 
 
 def main() -> None:
     """Run the command line."""
+    sys.argv[1:] = ["serve=true" if arg == "--serve" else arg for arg in sys.argv[1:]]
     run_command(str(__doc__), view_command)
 
 
