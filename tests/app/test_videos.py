@@ -155,7 +155,8 @@ def test_a_model_that_cannot_imagine_has_a_video_without_predictions(tmp_path, c
     _, (episode,), received = film(*make(tmp_path, broken=True))
     assert np.isnan(episode.predicted).all() and len(episode.predicted) == len(episode.rewards)
     assert len(received) == 1
-    (line,) = [record.message for record in caplog.records]
+    line, other = [record.message for record in caplog.records]
+    assert other.startswith("decisions are not scored: RuntimeError: cannot imagine")
     assert line.startswith("videos show no predicted rewards: RuntimeError: cannot imagine")
 
 

@@ -48,7 +48,7 @@ class Periodic(Callback):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Restore what `state_dict` returned."""
         self.interval, self._total = state_dict["interval"], state_dict["total"]
-        self._done = state_dict["done"]
+        self._done = state_dict.get("done", 0)  # the first runs call it "drawn"
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
