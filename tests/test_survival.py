@@ -40,6 +40,15 @@ RUNS = {
         *(*DREAMER, "env=gymnasium", "env.id=worldloom/Catch-v0", "env.num_envs=2"),
         *("data.storage=memmap", "data.capacity=96"),
     ],
+    "r2dreamer, vectors": [
+        *(*DREAMER, "model=r2dreamer_size1m", "env=cartpole", "env.num_envs=3"),
+        *("env.time_limit=30", "model.decoder=true"),
+    ],
+    "dreamerpro, pixels": [
+        *(*DREAMER, "model=dreamerpro_size1m", "env=gymnasium", "env.id=worldloom/Catch-v0"),
+        *("env.num_envs=2", "model.representation.num_prototypes=16"),
+        *("model.representation.freeze_prototypes_iters=8",),
+    ],
     "tdmpc2, vectors in processes": [
         *(*TDMPC2, "env=gymnasium", "env.id=Pendulum-v1", "env.num_envs=2", "env.workers=2"),
     ],

@@ -21,6 +21,8 @@ from worldloom.presets import (
 from worldloom.records import (
     REGISTERED,
     build_bounded,
+    find_targets,
+    import_target,
     list_parameters,
     name_target,
     record_call,
@@ -220,25 +222,6 @@ def _to_python(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def import_target(target: str) -> Any:
-    """Return the class or function with a dotted import path.
-
-    Raises:
-        ValueError: it cannot be imported, or is not callable.
-    """
-    module, _, name = target.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"cannot import {target!r}: {error}; give the full path, such as my_pkg.MyModel, and "
-            "run where my_pkg can be imported"
-        ) from error
-    if not callable(found):
-        raise ValueError(f"{target} is {found!r}; expected the path of a class or a function")
-    return found
-
-
 # Loading ------------------------------------------------------------------------------------------
 
 
@@ -269,10 +252,13 @@ def _load(
             f"{path} does not record how to build its model; expected 'model' and 'arguments' in it"
         )
     target = str(config["model"])
-    if target not in REGISTERED and target not in allow:
+    foreign = [] if target in REGISTERED else [target]
+    foreign += find_targets(arguments)
+    if any(name not in allow for name in foreign):
+        what = "the model " * (target not in REGISTERED) + " and ".join(map(repr, foreign))
         raise ValueError(
-            f"{path} names the model {target!r}, which is not part of worldloom; if you trust it, "
-            f"pass allow=({target!r},)"
+            f"{path} names {what}, which {'is' if len(foreign) == 1 else 'are'} not part of "
+            f"worldloom; if you trust it, pass allow={tuple(foreign)}"
         )
     for name, given in zip(SPACES, spaces, strict=True):
         known = arguments.get(name, given)

@@ -60,7 +60,7 @@ def aliases() -> dict[str, str]:
     return {
         name: _to_public(str(config.defaults[0]))
         for name, config in configs.items()
-        if list(config) == ["defaults"]
+        if list(config) == ["defaults"] and len(config.defaults) == 1
     }
 
 
@@ -98,14 +98,16 @@ def override_preset(
     """Return a preset's configuration with overrides merged in.
 
     own: {name: default} of the hyperparameters that a subclass adds to the preset's, None for a
-        class of worldloom. A subclass may also have further names in `loss_scales`.
+        class of worldloom. A subclass may also have further names in `loss_scales`, and so may a
+        model with another `representation` than a decoder.
     within: prefix of the names of hyperparameters in messages, such as "encoder.".
 
     Raises:
         ValueError: an override is unknown, or has another type or range than the preset's value.
     """
     merged, added = dict(config), own or {}
-    for key, value in overrides.items():
+    # The representation first: it decides which weights of losses there are.
+    for key, value in sorted(overrides.items(), key=lambda item: item[0] != "representation"):
         if key in added:
             _require_kind(within + key, value, added[key])
             merged[key] = value
@@ -117,6 +119,12 @@ def override_preset(
                 f"{suggest(key, choices, within)}; it takes {', '.join(choices)}"
             )
         old = config[key]
+        if key == "representation":
+            merged[key] = _replace_representation(value, old)
+            continue
+        if key == "decoder" and isinstance(value, bool) and isinstance(old, dict):
+            merged[key] = value
+            continue
         if not isinstance(old, dict) or key == "obs_classes":
             _require_fits(key, value, old, within)
             merged[key] = value
@@ -128,11 +136,28 @@ def override_preset(
             )
         # Each part may have units and depth of its own.
         shared: dict[str, Any] = {k: config[k] for k in ("units", "depth") if k in config}
-        terms = own is not None and key == "loss_scales"
+        free = own is not None or merged.get("representation", "decoder") != "decoder"
+        terms = free and key == "loss_scales"
         further = {k: 1.0 for k in value if k not in old} if terms else None
         part = override_preset({**shared, **old}, value, name, further, f"{within}{key}.")
         merged[key] = {k: v for k, v in part.items() if k in old or k in value}
     return merged
+
+
+def _replace_representation(value: Any, old: Any) -> Any:
+    """Return the new `representation`: a name, or a dict with name or _target_, and its options.
+
+    A dict without name and _target_ changes options of the old one. The model checks the rest.
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"hyperparameter 'representation' is {value!r}; expected a name such as decoder, or a "
+            "dict with name or _target_, and its hyperparameters"
+        )
+    kept = {"name": old} if isinstance(old, str) else old
+    return dict(value) if {"name", "_target_"} & value.keys() else {**kept, **value}
 
 
 def _require_fits(key: str, value: Any, old: Any, within: str) -> None:

@@ -40,6 +40,19 @@ def gather_rows(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def gather_rows_with_gradient(x: Tensor) -> Tensor:
+    """Return the rows [B, ...] of all processes, as `gather_rows` does, with gradient of one's own.
+
+    For losses that are computed from all rows in every process. The gradient of one's own rows is
+    multiplied by the number of processes, because DDP divides the sum of all gradients by it.
+    """
+    if (size := world_size()) == 1:
+        return x
+    parts = list(gather_rows(x).chunk(size))
+    parts[rank()] = x.detach() + size * (x - x.detach())
+    return torch.cat(parts)
+
+
 @torch.no_grad()
 def sum_counts(count: Tensor) -> Tensor:
     """Return the sums over all processes of counts of any shape, without gradient.

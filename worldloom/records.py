@@ -1,5 +1,6 @@
 """Records of constructor calls: the class and the arguments that build a model again."""
 
+import importlib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,31 @@ TENSORS = 100_000  # that a model may have; the largest presets have a few hundr
 # What torch and Python raise for settings that fit no layer.
 UNBUILDABLE = (ArithmeticError, LookupError, RuntimeError, TypeError, AttributeError, MemoryError)
 VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+def import_target(target: str) -> Any:
+    """Return the class or function with a dotted import path.
+
+    Raises:
+        ValueError: it cannot be imported, or is not callable.
+    """
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"cannot import {target!r}: {error}; give the full path, such as my_pkg.MyModel, and "
+            "run where my_pkg can be imported"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"{target} is {found!r}; expected the path of a class or a function")
+    return found
+
+
+def find_targets(arguments: Any) -> list[str]:
+    """Return the import paths in the recorded arguments of a model, each once, under "_target_"."""
+    leaves = flatten_tree(arguments, lists=True).items()
+    return list(dict.fromkeys(str(v) for k, v in leaves if k.split("/")[-1] == "_target_"))
 
 
 def name_target(target: Any, default: str | None = None) -> str:

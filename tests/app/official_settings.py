@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 SOURCES = {
     "dreamerv3": "danijar/dreamerv3, commit e3f0224, dreamerv3/configs.yaml",
     "tdmpc2": "nicklashansen/tdmpc2, commit e9f5932, tdmpc2/config.yaml",
+    "r2dreamer": "NM512/r2dreamer, commit 546e4fa, configs/*.yaml and runs/*.sh",
 }
 
 
@@ -206,6 +207,7 @@ DREAMERV3 = {
     "model.loss_scales.policy": Official(1.0, "agent.loss_scales.policy"),
     "model.loss_scales.value": Official(1.0, "agent.loss_scales.value"),
     "model.loss_scales.repval": Official(0.3, "agent.loss_scales.repval"),
+    "model.representation": Official("decoder", "agent.dec"),
     "model.reward_grad": Official(True, "agent.reward_grad"),
     "model.actor_critic": Official(True, "none", "without them nothing acts"),
     "model.imag_length": Official(15, "agent.imag_length"),
@@ -373,4 +375,67 @@ TDMPC2 = {
     "model.max_std": Official(2.0, "max_std"),
     "model.temperature": Official(0.5, "temperature"),
 }
-TABLES = {"dreamerv3": DREAMERV3, "tdmpc2": TDMPC2}
+
+# What R2-Dreamer's protocols set otherwise than DreamerV3's; all other settings are DreamerV3's, on
+# purpose (docs/fidelity.md). The source is the README of the reference, section 6, and the
+# repository's configs/*.yaml and runs/*.sh.
+SIX = ("dmc_vision", "dmc_proprio", "metaworld", "atari100k", "crafter", "memory_maze")
+
+
+def _six(*values: Any) -> By:
+    """Return one value for each of SIX; None where the setting does not exist."""
+    return By({k: v for k, v in zip(SIX, values, strict=True) if v is not ...})
+
+
+def _sizes(small: Any, large: Any) -> By:
+    """Return the values of size12m and of size200m."""
+    return _six(small, small, small, large, large, small)
+
+
+R2DREAMER = DREAMERV3 | {
+    "env.num_envs": Official(_six(16, 16, 16, 1, 1, 16), "env.env_num"),
+    "env._target_": Official(
+        _six(
+            *(
+                f"worldloom.envs.suites.{suite}.make_env"
+                for suite in ("dmc", "dmc", "metaworld", "atari", "crafter", "memory_maze")
+            )
+        ),
+        "env.task",
+    ),
+    "env.task": Official(
+        _six("walker-walk", "walker-walk", "assembly", ..., ..., "9x9"), "env.task"
+    ),
+    "env.game": Official(_six(..., ..., ..., "pong", ..., ...), "env.task"),
+    "env.protocol": Official(_six(..., ..., ..., "atari100k", ..., ...), "env.task"),
+    "env.fixed_goal": Official(_six(..., ..., False, ..., ..., ...), "envs/metaworld.py"),
+    "env.action_repeat": Official(_six(2, 2, 2, 4, 1, 1), "env.action_repeat"),
+    "env.time_limit": Official(
+        _six(1000, 1000, 500, 108_000, 1000, 1000), "env.time_limit", "Memory Maze: that of 9x9"
+    ),
+    "env.pixels": Official(_six(True, False, True, True, True, True), "env.task"),
+    "env.image_size": Official(_six(64, None, 64, 64, 64, None), "env.size", "null is 64"),
+    "env.camera": Official(_six(None, None, "corner2", ..., ..., ...), "env.camera"),
+    "training.total_steps": Official(
+        _six(505_000, 255_000, 505_000, 102_500, 1_010_000, 50_050_000),
+        "trainer.steps",
+        "decisions here, there simulator steps: divided by the action repeat, of Memory Maze by 2",
+    ),
+    "training.train_ratio": Official(_six(512, 512, 512, 128, 512, 512), "trainer.train_ratio"),
+    "evaluation.every": Official(10_000, "trainer.eval_every"),
+    "evaluation.episodes": Official(_six(10, 10, 10, 100, 10, 10), "trainer.eval_episode_num"),
+    "evaluation.deterministic": Official(True, "trainer.py: eval", "the mode of the policy"),
+    "model.units": Official(_sizes(256, 1024), "model.units"),
+    "model.depth": Official(_sizes(16, 64), "model.encoder.cnn.depth"),
+    "model.deter": Official(_sizes(2048, 8192), "model.rssm.deter"),
+    "model.hidden": Official(_sizes(256, 1024), "model.rssm.hidden"),
+    "model.classes": Official(_sizes(16, 64), "model.rssm.discrete"),
+    "model.representation.name": Official("r2dreamer", "model.rep_loss"),
+    "model.representation.lambd": Official(5e-4, "model.r2dreamer.lambd"),
+    "model.loss_scales.barlow": Official(0.05, "model.loss_scales.barlow"),
+    "model.decoder": Official(False, "model.rep_loss", "no decoder"),
+}
+for key in [key for key in R2DREAMER if key.startswith("model.decoder.")]:
+    del R2DREAMER[key]
+del R2DREAMER["model.representation"]
+TABLES = {"dreamerv3": DREAMERV3, "tdmpc2": TDMPC2, "r2dreamer": R2DREAMER}

@@ -13,7 +13,7 @@ from worldloom.app.compose import compose_config
 from worldloom.app.forecast import FEWEST
 from worldloom.app.task import Task
 from worldloom.app.unsupported import require_family
-from worldloom.envs.suites import atari, crafter, dmc, metaworld
+from worldloom.envs.suites import atari, crafter, dmc, memory_maze, metaworld
 from worldloom.presets import choice_files
 from worldloom.trees import flatten_tree
 
@@ -30,6 +30,7 @@ NEEDS = {
     "crafter": ("crafter", "crafter"),
     "metaworld": ("metaworld", "metaworld"),
     "mujoco": ("mujoco", "mujoco"),
+    "memory_maze": ("memory_maze", "memory-maze"),
 }
 
 
@@ -41,6 +42,7 @@ def settings(*words):
     env = plain["env"]
     suite = env["_target_"].split(".")[-2]
     limits = {"dmc": dmc.LENGTH, "crafter": crafter.LENGTH, "metaworld": metaworld.LENGTH}
+    limits["memory_maze"] = memory_maze.LENGTHS["9x9"]
     if suite == "atari":
         rules = vars(atari.PROTOCOLS[env["protocol"]])
         env |= {key: rules[key] for key in rules if env[key] is None}
@@ -76,8 +78,8 @@ def test_every_setting_is_the_official_one(recipe):
     assert composed == table
 
 
-def test_both_families_have_their_protocols_and_sources():
-    expected = {"dreamerv3": 5, "tdmpc2": 4}
+def test_all_families_have_their_protocols_and_sources():
+    expected = {"dreamerv3": 5, "tdmpc2": 4, "r2dreamer": 6}
     assert {*SOURCES} == {*TABLES} == {*expected}
     for family, least in expected.items():
         assert sum(recipe.startswith(f"{family}/") for recipe in RECIPES) >= least
@@ -133,11 +135,13 @@ def test_a_missing_simulator_is_one_line(recipe, monkeypatch, tmp_path):
     assert len(explain_error(raised.value).splitlines()) == 1
 
 
+TINY = [
+    *("model.deter=16", "model.units=8", "model.hidden=8"),
+    *("model.classes=4", "model.stoch=4", "model.depth=2"),
+]
 SHORT = {
-    "dreamerv3": [
-        *("model=dreamerv3_size1m", "model.deter=16", "model.units=8", "model.hidden=8"),
-        *("model.classes=4", "model.stoch=4", "model.depth=2"),
-    ],
+    "dreamerv3": ["model=dreamerv3_size1m", *TINY],
+    "r2dreamer": ["model=r2dreamer_size1m", *TINY],
     "tdmpc2": [
         *("model=tdmpc2_1m", "model.enc_dim=8", "model.mlp_dim=8", "model.latent_dim=16"),
         *("model.num_channels=1", "model.num_samples=12", "model.num_elites=3"),
@@ -155,10 +159,10 @@ def test_a_protocol_trains_and_resumes(commands, tmp_path, recipe, request):
     """A few hundred steps of a tiny model, interrupted once."""
     family, _, name = recipe.partition("/")
     pytest.importorskip(NEEDS[name][0], reason=f"needs the extra {NEEDS[name][1]}")
-    if name in ("dmc_vision", "dmc_pixels"):
+    if "pixels" in name or official(recipe).get("env.pixels"):
         request.getfixturevalue("renderer")
     words = [f"experiment={recipe}", *SHORT[family], "threads=1", "evaluation.episodes=1"]
-    if family == "dreamerv3":
+    if family != "tdmpc2":
         words += [STEPS[official(recipe)["env.num_envs"]], "env.time_limit=400"]
     paused = commands.good([*words, "+trainer.max_steps=1"], tmp_path)
     (line,) = re.findall(r"^[\d,]+ updates to come.*$", paused["out"], re.MULTILINE)

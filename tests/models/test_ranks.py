@@ -58,7 +58,7 @@ def build(name, seed, **options):
     torch.manual_seed(seed)
     if name in CUSTOM:
         return CUSTOM[name]().double().train(), lambda p: torch.optim.SGD(p, 0.1)
-    small = DREAMERV3 if name.startswith("dreamerv3") else TDMPC2 | {"episode_length": 100}
+    small = TDMPC2 | {"episode_length": 100} if name.startswith("tdmpc2") else DREAMERV3
     spaces = dict(obs_shape=(5,), action_dim=3)
     warm = options.pop("warm", False)
     model = create_world_model(name, **spaces, **small | options).double().train()
@@ -105,6 +105,9 @@ def share_noise(rank, size, axis):
         noise = originals[kind](
             shape, generator=torch.Generator().manual_seed(calls[0]), dtype=dtype
         )
+        if rows == 2 * ROWS // size:  # both views of DreamerPro, one after the other
+            halves = noise.unflatten(axis, (2, size, -1)).select(axis + 1, rank)
+            return halves.flatten(axis, axis + 1)
         return noise.narrow(axis, rank * rows, rows)
 
     torch.rand_like = lambda x: draw(0, x.shape, x.dtype)
@@ -137,7 +140,7 @@ def train(rank, size, name, options, short, strategy="ddp"):
         {key: value[rows] for key, value in make_batch(seed, short).items()}
         for seed in range(UPDATES)
     ]
-    share_noise(rank, size, 0 if name.startswith("dreamerv3") else -2)
+    share_noise(rank, size, -2 if name.startswith("tdmpc2") else 0)
     torch.manual_seed(rank)  # of the two Q-functions; those of rank 0 count
     recorder = Recorder()
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
@@ -163,11 +166,16 @@ def distance(found, expected):
 
 
 MEANSTD = {"valnorm": {"impl": "meanstd"}, "advnorm": {"impl": "meanstd"}}
+PROTOTYPES = {"num_prototypes": 7, "proto_dim": 4, "freeze_prototypes_iters": 0}
 # Number of ranks, model, its options, number of rows that are cut short, and strategy.
 CASES = {
     "dreamerv3-cold": (2, "dreamerv3:size1m", {}, 3),
     "dreamerv3-warm": (2, "dreamerv3:size1m", {"warm": True, **MEANSTD}, 3),
     "dreamerv3-four": (4, "dreamerv3:size1m", {"warm": True}, 3),
+    "r2dreamer": (2, "r2dreamer:size1m", {}, 3),
+    "infonce": (2, "infonce:size1m", {}, 3),
+    "dreamerpro": (2, "dreamerpro:size1m", {"representation": PROTOTYPES}, 3),
+    "dreamerpro-four": (4, "dreamerpro:size1m", {"representation": PROTOTYPES}, 3),
     "tdmpc2-cold": (2, "tdmpc2:1m", {"episodic": "auto"}, 3),
     "tdmpc2-warm": (2, "tdmpc2:1m", {"episodic": True, "warm": True}, 3),
     "tdmpc2-tasks": (2, "tdmpc2:1m", {"action_dims": [3, 1, 2], "task_dim": 8}, 0),

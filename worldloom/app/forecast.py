@@ -3,7 +3,7 @@
 import copy
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from worldloom.acting import Actor
 from worldloom.app.task import Task
 from worldloom.devices import usable_devices
 from worldloom.errors import list_names
-from worldloom.factory import build_model, import_target
+from worldloom.factory import build_model
 from worldloom.presets import file_name, load_preset, preset_names
 from worldloom.protocol import split_result
 from worldloom.random_batches import RandomData
+from worldloom.records import import_target
+from worldloom.saving import get_config
 from worldloom.training.randomness import random_state, set_random_state
 
 LONG = 3.0  # hours after which smaller models are named, on a machine without a GPU
@@ -87,15 +89,23 @@ class Forecast(Callback):
     def _advise(self, model: Any) -> str:
         """Return the overrides that select smaller models of the same family, the largest first."""
         smaller = []
+        arguments = (get_config(model) or {}).get("arguments", {})
         for name in preset_names():
             preset = load_preset(name)
-            if isinstance(model, import_target(preset["_target_"])):
+            same = _represents(preset) == _represents(arguments)
+            if same and isinstance(model, import_target(preset["_target_"])):
                 with torch.device("meta"):
                     size = _size(build_model(preset, *self.task.spaces))
                 if size < 0.8 * _size(model):
                     smaller.append((size, f"model={file_name(name)}"))
         names = [name for _, name in sorted(smaller, reverse=True)]
         return f"faster: {list_names(names, 2)}" if names else "faster with a GPU: trainer=gpu"
+
+
+def _represents(arguments: Mapping[str, Any]) -> Any:
+    """Return the name of DreamerV3's representation; None for other models and a user's own."""
+    option = arguments.get("representation")
+    return option.get("name") if isinstance(option, Mapping) else option
 
 
 def _steps(actor: Actor, obs: Any, envs: int) -> Callable[[], None]:

@@ -22,7 +22,7 @@ from worldloom.app.tasks import MULTITASK
 from worldloom.envs.replayable import ReplayableEpisodes
 from worldloom.envs.suites.multitask import TaskSet
 from worldloom.envs.vector import make_single_env
-from worldloom.factory import import_target
+from worldloom.records import import_target
 
 
 class SavedRun:

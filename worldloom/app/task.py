@@ -35,10 +35,10 @@ from worldloom.envs.vector import (
 )
 from worldloom.envs.workers import choose_workers
 from worldloom.errors import escape, list_names
-from worldloom.factory import build_model, create_world_model, import_target
+from worldloom.factory import build_model, create_world_model
 from worldloom.protocol import REQUIRED, find_missing_methods
 from worldloom.ranks import rank, world_size
-from worldloom.records import REGISTERED
+from worldloom.records import REGISTERED, find_targets, import_target
 from worldloom.saving import get_config, read_weights
 from worldloom.training.precision import split_precision
 
@@ -321,9 +321,10 @@ def open_saved_run(path: Path, overrides: Overrides) -> tuple[dict[str, Any], di
             )
     section = compose_env(env_overrides, config["env"])
     require_same_tasks(path, config["env"], section)
-    if config["model"]["_target_"] not in REGISTERED:  # the name of a family in a saved model
-        require_trusted({"model": config["model"]}, overrides)
-    require_trusted({"env": section, "planner": config["planner"]}, overrides)
+    model = dict(config["model"])
+    if model["_target_"] in REGISTERED:  # the name of a family in a saved model
+        del model["_target_"]
+    require_trusted({"model": model, "env": section, "planner": config["planner"]}, overrides)
     return config, section
 
 
@@ -347,9 +348,7 @@ def load_actor(path: Path, config: Mapping[str, Any], task: Task, device: Any = 
     Raises:
         ValueError: the model has other observations or actions than the task.
     """
-    model: Any = create_world_model(
-        path, device=device, allow=(config["model"]["_target_"],)
-    ).eval()
+    model: Any = create_world_model(path, device=device, allow=find_targets(config["model"])).eval()
     built_with = (get_config(model) or {}).get("arguments", {})
     spaces = {"obs_shape": task.obs.shape, "action_dim": task.actions.action_dim}
     for name, value in spaces.items():

@@ -93,7 +93,7 @@ def require_strategy(trainer: Mapping[str, Any]) -> None:
 
     trainer: the section of the configuration; its strategy is a name, or a section.
     """
-    from worldloom.factory import import_target
+    from worldloom.records import import_target
 
     strategy = name = trainer.get("strategy") or "auto"
     supported = strategy in STRATEGIES if isinstance(strategy, str) else True

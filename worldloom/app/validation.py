@@ -253,7 +253,7 @@ def _check_call(name: str, part: Any, method: str = "") -> None:
 
     method: one that the class must have; otherwise it is not a Lightning logger or callback.
     """
-    from worldloom.factory import import_target
+    from worldloom.records import import_target
 
     if not isinstance(part, dict) or not isinstance(part.get("_target_"), str):
         held = "" if isinstance(part, dict) else f"{name} is {format_value(part)}; "
@@ -286,7 +286,7 @@ def _check_optimizer(section: Mapping[str, Any]) -> None:
     """Build the optimizer for one number, so that its own checks run before the model is built."""
     import torch
 
-    from worldloom.factory import import_target
+    from worldloom.records import import_target
 
     options = {key: value for key, value in section.items() if not key.startswith("_")}
     try:
@@ -321,8 +321,8 @@ def _check_devices(trainer: Mapping[str, Any]) -> None:
 
 def _check_model(section: Mapping[str, Any], choice: Any) -> None:
     """Check hyperparameters against the preset's values and, of a subclass, its signature."""
-    from worldloom.factory import find_own_parameters, import_target
-    from worldloom.records import list_parameters
+    from worldloom.factory import find_own_parameters
+    from worldloom.records import import_target, list_parameters
 
     if choice not in [file_name(str(name)) for name in (*preset_names(), *aliases())]:
         return

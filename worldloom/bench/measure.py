@@ -19,10 +19,11 @@ from worldloom.acting import Actor
 from worldloom.app.command_line import parse_settings
 from worldloom.app.compose import compose_config
 from worldloom.devices import require_device
-from worldloom.factory import create_world_model, import_target
+from worldloom.factory import create_world_model
 from worldloom.presets import file_name, load_preset
 from worldloom.protocol import Batch, context_rows, split_result
 from worldloom.random_batches import RandomData
+from worldloom.records import import_target
 from worldloom.replay.buffer import ReplayBuffer
 from worldloom.timing import REST, Timer, phase
 from worldloom.training.loggers import MetricsCSV, TensorBoard

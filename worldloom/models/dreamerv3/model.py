@@ -25,8 +25,10 @@ from worldloom.models.dreamerv3.behavior import (
 from worldloom.models.dreamerv3.heads import Actor, Head, Policy
 from worldloom.models.dreamerv3.latents import join_state, split_state
 from worldloom.models.dreamerv3.losses import name_losses
-from worldloom.models.dreamerv3.networks import Decoder, Encoder
-from worldloom.models.dreamerv3.rssm import RSSM
+from worldloom.models.dreamerv3.networks import Encoder, build_decoder
+from worldloom.models.dreamerv3.representation import Posterior
+from worldloom.models.dreamerv3.representations import build_representation, represent
+from worldloom.models.dreamerv3.rssm import RSSM, RSSM_OPTIONS
 from worldloom.models.dreamerv3.sequences import Sequences, align_batch
 from worldloom.models.extra_losses import ExtraLosses
 from worldloom.models.spaces import ActSpaces, ObsSpaces, check_rows, require_keys
@@ -36,12 +38,6 @@ from worldloom.nn.twohot import twohot_loss, twohot_mean
 from worldloom.protocol import Batch, LatentState, Obs, ReplayField, Trajectory
 from worldloom.saving import SavableModel
 from worldloom.timing import phase
-
-# Hyperparameters of the RSSM.
-RSSM_OPTIONS = (
-    *("deter", "hidden", "stoch", "classes", "blocks", "dyn_layers", "img_layers", "obs_layers"),
-    *("unimix", "absolute"),
-)
 
 # On a CPU, heads without gradient process this number of states at a time, to stay in the cache.
 HEAD_ROWS_ON_CPU = 1024
@@ -88,7 +84,7 @@ class DreamerV3(ExtraLosses, SavableModel):
         unimix: float,
         free_nats: float,
         encoder: Mapping[str, Any],
-        decoder: Mapping[str, Any],
+        decoder: Mapping[str, Any] | bool,
         reward_head: Mapping[str, Any],
         continue_head: Mapping[str, Any],
         actor: Mapping[str, Any],
@@ -110,6 +106,7 @@ class DreamerV3(ExtraLosses, SavableModel):
         repval_grad: bool,
         ac_grads: bool,
         replay_context: bool,
+        representation: str | Mapping[str, Any] = "decoder",
     ) -> None:
         options = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         super().__init__()
@@ -125,23 +122,22 @@ class DreamerV3(ExtraLosses, SavableModel):
         self._build_networks(options)
 
     def _build_networks(self, options: Mapping[str, Any]) -> None:
-        latent_width = options["stoch"] * options["classes"]
-        self.feature_dim = features = options["deter"] + latent_width
+        stoch = options["stoch"] * options["classes"]
+        self.feature_dim = features = options["deter"] + stoch
         require_memory(4 * self.imag_length * features, f"imag_length={self.imag_length}")
         units = {"units": options["units"]}
-        images = units | {"depth": options["depth"]}
-
-        self.encoder = Encoder(self.obs_spaces, **images | dict(options["encoder"]))
+        encoder = {**units, "depth": options["depth"], **options["encoder"]}
+        self.encoder = Encoder(self.obs_spaces, **encoder)
         core = {name: options[name] for name in RSSM_OPTIONS}
         self.rssm = RSSM(self.act_spaces.width, self.encoder.width, **core)
-        decoder = images | dict(options["decoder"])
-        self.decoder = Decoder(self.obs_spaces, options["deter"], latent_width, **decoder)
+        self.representation = build_representation(self, options["representation"])
+        probe = self.representation is not None
+        self.decoder = build_decoder(self.obs_spaces, stoch, probe, options)
         self.reward = Head(features, **units | dict(options["reward_head"]))
         self.cont = Head(features, **units | dict(options["continue_head"]))
         if not self.actor_critic:
             self.policy = self.value = None  # type: ignore[assignment, method-assign]
             return
-
         self.actor = Actor(features, self.act_spaces, **units | dict(options["actor"]))
         self.critic = Head(features, **units | dict(options["critic"]))
         self.slow = dict(options["slow_critic"])
@@ -179,13 +175,17 @@ class DreamerV3(ExtraLosses, SavableModel):
     def decode(self, state: LatentState) -> dict[str, Any]:
         """Predict observation, reward and continuation.
 
-        "obs" is [B, *obs_shape] in units of the observation (images as float32 from 0 to 255).
+        "obs" is [B, *obs_shape] in units of the observation (images as float32 from 0 to 255); it
+        is missing in a model without a decoder.
         "reward" [B, 1] is the reward for arriving at the state. "continue" [B, 1] is the
         probability that the episode continues, without the discount that `contdisc` adds.
         """
+        outcome = self._predict_outcome(state.features)
+        if self.decoder is None:
+            return outcome
         outs = self.decoder(*split_state(state))
         obs = {key: self.decoder.observation(key, out) for key, out in outs.items()}
-        return {"obs": self.obs_spaces.join(obs), **self._predict_outcome(state.features)}
+        return {"obs": self.obs_spaces.join(obs), **outcome}
 
     def imagine(self, initial_state: LatentState, actions: Tensor) -> Trajectory:
         """Roll out actions [T, B, A]; the heads process all steps at once."""
@@ -268,6 +268,8 @@ class DreamerV3(ExtraLosses, SavableModel):
 
     def after_update(self) -> None:
         """Move the slow critic towards the critic; to be called after each optimiser step."""
+        if self.representation is not None:
+            self.representation.after_update(self)
         if not self.actor_critic:
             return
         count: Tensor = self.slow_count  # type: ignore[assignment]
@@ -324,10 +326,7 @@ class DreamerV3(ExtraLosses, SavableModel):
             cont = cont * (1 - 1 / self.horizon)
         terms["con"] = binary_cross_entropy(self.cont(features).squeeze(-1), cont)
 
-        # Reconstruction of each observation.
-        for key, out in self.decoder(deter, stoch).items():
-            terms[f"rec/{key}"] = self.decoder.loss(key, out, seq.obs[key])
-
+        terms |= represent(self, Posterior(seq, tokens, features), deter, stoch)
         with torch.no_grad():
             stats = {
                 "dyn_ent": class_entropy(prior, self.unimix).mean(),

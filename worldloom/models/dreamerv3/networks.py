@@ -5,7 +5,9 @@ Axes: N stands for all leading axes flattened; images are [N, H, W, C] inside th
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -243,3 +245,30 @@ def module_name(key: str) -> str:
     """Return a valid module name for any key; torch rejects dots and names such as "keys"."""
     name = key.replace(".", "\N{MIDDLE DOT}")
     return name + "\N{MIDDLE DOT}" if name in _RESERVED else name
+
+
+def build_decoder(
+    spaces: ObsSpaces, latent_width: int, is_probe: bool, options: Mapping[str, Any]
+) -> Decoder | None:
+    """Build the decoder that the hyperparameters of DreamerV3 describe, or None for none.
+
+    latent_width: S * C. is_probe: whether another loss shapes the latents. A probe takes no random
+        numbers, so that all other weights start as without it.
+
+    Raises:
+        ValueError: there is to be none, but the latents are learned from reconstructions.
+    """
+    decoder = options["decoder"]
+    if not decoder and not is_probe:
+        raise ValueError(
+            f"decoder is {decoder}, but representation=decoder learns from reconstructions; "
+            "expected decoder=true, or another representation, such as r2dreamer"
+        )
+    if not decoder:
+        return None
+    if decoder is True:  # with the encoder's sizes
+        sizes = {name: options["encoder"][name] for name in ("layers", "mults", "kernel")}
+        decoder = {**sizes, "bspace": options["blocks"]}
+    decoder = {"units": options["units"], "depth": options["depth"], **decoder}
+    with torch.random.fork_rng([]) if is_probe else nullcontext():
+        return Decoder(spaces, options["deter"], latent_width, **decoder)

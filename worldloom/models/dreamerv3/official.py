@@ -78,7 +78,7 @@ def _official_name(model: DreamerV3, name: str, keys: Mapping[str, str]) -> str 
     if match := re.fullmatch(r"(reward|cont|critic|slow_critic)\.out", stem):
         return f"{_MODULES[match[1]]}/head/{'logit' if match[1] == 'cont' else 'logits'}/{part}"
     if match := re.fullmatch(r"decoder\.image\.stages\.(\d+)\.(conv|norm)", stem):
-        assert model.decoder.image is not None
+        assert model.decoder is not None and model.decoder.image is not None
         index = len(model.decoder.image.stages) - 1 - int(match[1])  # they count from the output
         stem = f"decoder.image.conv{index}.{match[2]}"
     for ours, theirs in _LAYERS.items():

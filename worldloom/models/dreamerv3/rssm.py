@@ -25,6 +25,12 @@ from worldloom.nn.layers import (
 )
 from worldloom.nn.products import is_tracing, product_type
 
+# Hyperparameters of the RSSM.
+RSSM_OPTIONS = (
+    *("deter", "hidden", "stoch", "classes", "blocks", "dyn_layers", "img_layers", "obs_layers"),
+    *("unimix", "absolute"),
+)
+
 
 class Kernels(NamedTuple):
     """Slices of kernels that read two inputs, taken once per loop over time.
