@@ -487,7 +487,8 @@ def test_wandb_has_the_run_in_the_files_of_both_starts(tracked):
             elif kind == "config":
                 settings |= {update.key: update.value_json for update in record.config.update}
     assert len(files) == 2 and charts == [("*", "step")] * 2
-    logged = [row for row in history if not any(name.startswith("imagination") for name in row)]
+    picture = "imagination/open_loop"
+    logged = [row for row in history if not any(name.startswith(picture) for name in row)]
     steps = [int(row["step"]) for row in logged]
     assert steps == [int(row["step"]) for row in rows(tracked)]  # the pause lost and repeated none
     final = float(rows(tracked)[-1]["final/return"])
