@@ -198,6 +198,18 @@ def test_about_ten_evaluations_of_a_run_are_shown(tmp_path):
     assert videos.due
 
 
+@pytest.mark.parametrize("mode", ["auto", False])
+def test_decisions_are_scored_in_these_evaluations(tmp_path, mode):
+    evaluator, videos = make(tmp_path, mode)  # of 100 steps
+    found = []
+    for step in (5, 10):
+        videos.start(step, every=5)
+        found.append({*evaluator(2)} & {"imagination/decision_loss"})
+    assert found == [set(), {"imagination/decision_loss"}]
+    evaluator.settings = {**evaluator.settings, "decisions": 0}
+    assert "imagination/decision_loss" not in evaluator(2)
+
+
 def test_every_task_of_several_has_a_video(tmp_path):
     target = {"_target_": SECTION["_target_"], "sees": "vector"}
     entries = [{**target, "name": "still"}, {**target, "name": "moving"}]
