@@ -12,9 +12,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.app.several_tasks import SHORT, TASKS, write_module
+from worldloom import create_world_model
 from worldloom.glossary import GLOSSARY, find_metric, format_glossary
+from worldloom.random_batches import RandomData
 from worldloom.training.dashboard import CHARTS, FIRST_SCREEN, RESULTS
-from worldloom.training.metrics import COUNTERS
+from worldloom.training.metrics import COUNTERS, group_metric
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "logging.md"
 ROWS = [row for rows in GLOSSARY.values() for row in rows]
@@ -83,6 +85,17 @@ def logged(commands, tmp_path_factory):
             _, *columns = next(csv.reader(file))
         names |= {f"counters/{name}" if name in COUNTERS else name for name in columns}
         names |= {*EventAccumulator(str(cwd / "r"), {"images": 0}).Reload().Tags()["images"]}
+    return names | representation_losses()
+
+
+def representation_losses():
+    """The names of what DreamerV3's models without a decoder return to a run."""
+    names = set()
+    for family in ("r2dreamer", "infonce", "dreamerpro"):
+        sizes = {"deter": 16, "hidden": 8, "units": 8, "classes": 4, "stoch": 4, "imag_length": 3}
+        model = create_world_model(f"{family}:size1m", (3,), 2, **sizes)
+        batch = RandomData.for_model(model, (3,), 2, False, 2, 4).batch(ends=True)
+        names |= {group_metric(name) for name in model.compute_loss(batch) if name != "replay"}
     return names
 
 

@@ -234,6 +234,26 @@ DREAMERV3 = (
         *("loss/replay_value_loss", "nats", "as loss/value_loss, on replayed states"),
         "falls, then follows the returns; CartPole: 8.7 to 2.8",
     ),
+    Metric(
+        *("loss/barlow_loss", "", "r2dreamer: distance of the correlation from the identity"),
+        "falls; never 0",
+    ),
+    Metric(
+        *("loss/infonce_loss", "nats", "infonce: cross entropy of a state's own tokens"),
+        "falls from log(rows of a batch)",
+    ),
+    Metric(
+        *("loss/swav_loss", "nats", "dreamerpro: prototypes of one view, from the other's tokens"),
+        "falls from log(prototypes)",
+    ),
+    Metric(
+        *("loss/temp_loss", "nats", "dreamerpro: the same, from states of the same view"),
+        "falls from log(prototypes)",
+    ),
+    Metric(
+        *("loss/norm_loss", "", "dreamerpro: distance of the projections from length 1"),
+        "falls towards 0",
+    ),
     Metric("stats/dyn_ent", "nats", "entropy of the prior", "CartPole: 43 to 33"),
     Metric(
         *("stats/rep_ent", "nats", "entropy of the posterior"),

@@ -23,11 +23,10 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from worldloom.app.build import prepare_process
+from worldloom.app.build import OWN, prepare_process
 from worldloom.app.compose import compose_config
 from worldloom.app.data import build_data, open_task
 from worldloom.protocol import Batch, split_result
-from worldloom.run import fit
 from worldloom.timing import Timer, phase
 from worldloom.training import WorldModelModule
 from worldloom.training.datamodule import ReplayStream
@@ -103,7 +102,8 @@ def measure(overrides: list[str], updates: int, rounds: int, folder: Path) -> Tu
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
     task, dataset = open_task(plain)
     model: Any = task.build_model(plain["model"])
-    data = build_data(plain, task, task.build_actor(model, plain["planner"]), dataset)
+    actor = task.build_actor(model, plain["planner"], plain["trainer"]["precision"])
+    data = build_data(plain, task, actor, dataset)
     module = WorldModelModule(
         model,
         instantiate(cfg.optimizer),
@@ -113,12 +113,13 @@ def measure(overrides: list[str], updates: int, rounds: int, folder: Path) -> Tu
     )
     turns = Turns(data, module, updates, rounds)
     data.train_dataloader = lambda: ReplayStream(turns.batches)
+    own = {key: value for key, value in cfg.trainer.items() if key not in OWN}
     trainer = instantiate(
-        cfg.trainer,
+        own,
         logger=[instantiate(logger) for logger in cfg.logger.values() if logger],
         callbacks=[instantiate(callback) for callback in cfg.callbacks.values() if callback],
     )
-    fit(trainer, module, data, None, Path(cfg.folder))
+    trainer.fit(module, datamodule=data)
     return turns
 
 
