@@ -395,7 +395,8 @@ def make_env(fault):
 def faulty(fault, cwd, *words):
     (cwd / "my_env.py").write_text(FAULTY)
     own = ["env=custom", "env._target_=my_env.make_env", f"+env.fault='{fault}'"]
-    words = [*words, "env.num_envs=2", "training.total_steps=100"]
+    # The evaluation's copies are to end before their 40th step.
+    words = [*words, "env.num_envs=2", "training.total_steps=100", "evaluation.decisions=0"]
     return [*DREAMER, *own, *words, f"hydra.run.dir={cwd / 'run'}"]
 
 

@@ -36,7 +36,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if MISSING:
         terminalreporter.write_line(f"reference: not in this folder: {', '.join(sorted(MISSING))}")
     for title, names in LEFT_OUT.items():
-        terminalreporter.write_line(f"reference {title}: not compared: {', '.join(names)}")
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        said = f"not compared: {', '.join(names[:5])}{more}"
+        terminalreporter.write_line(f"reference {title}: {said}")
     for title, names in NOISE.items():
         terminalreporter.write_line(
             f"reference {title}: one element is rounding noise in {', '.join(names)}"
