@@ -43,6 +43,8 @@ class Browser:
         command = [find_chromium(), *FLAGS, f"--user-data-dir={self._profile.name}", "about:blank"]
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
+        self._ready = select.poll()  # select() takes no descriptors above 1,023
+        self._ready.register(self._in, select.POLLIN)
         # The browser reads commands from descriptor 3 and writes to 4.
         script = f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}'
         self._process = subprocess.Popen(
@@ -101,7 +103,7 @@ class Browser:
         """Return the next message of the browser."""
         end = time.monotonic() + SECONDS
         while b"\0" not in self._buffer:
-            if not select.select([self._in], [], [], max(0.0, end - time.monotonic()))[0]:
+            if not self._ready.poll(1e3 * max(0.0, end - time.monotonic())):
                 raise TimeoutError(f"no answer of the browser in {SECONDS:g} seconds")
             if not (data := os.read(self._in, 2**20)):
                 raise RuntimeError("the browser has ended")
