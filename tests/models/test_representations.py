@@ -7,7 +7,7 @@ import torch
 
 from worldloom import check_world_model, create_world_model
 from worldloom.models.dreamerv3 import dreamerpro
-from worldloom.models.dreamerv3.dreamerpro import assign, shift_images
+from worldloom.models.dreamerv3.dreamerpro import assign, shift_sequences
 from worldloom.models.dreamerv3.representation import (
     Posterior,
     Representation,
@@ -146,8 +146,8 @@ def test_a_shifted_image_repeats_its_edge():
     image = torch.arange(12.0).reshape(1, 1, 1, 3, 4)
     shifts = torch.tensor([[3, 1]])  # two pixels to the left, none up or down, with a pad of 1
     padded = torch.nn.functional.pad(image[0], (1, 1, 1, 1), mode="replicate")
-    assert torch.equal(shift_images(image, torch.tensor([[2, 0]]), 1)[0], padded[..., 0:3, 2:6])
-    assert torch.equal(shift_images(image, torch.tensor([[1, 1]]), 1), image)
+    assert torch.equal(shift_sequences(image, torch.tensor([[2, 0]]), 1)[0], padded[..., 0:3, 2:6])
+    assert torch.equal(shift_sequences(image, torch.tensor([[1, 1]]), 1), image)
     assert shifts.shape == (1, 2)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from worldloom import create_world_model
 from worldloom.models.tdmpc2 import draws
-from worldloom.models.tdmpc2.encoder import shift_images
+from worldloom.models.tdmpc2.encoder import SHIFT
 from worldloom.models.tdmpc2.layers import (
     Ensemble,
     apply_all_at_once,
@@ -16,6 +16,7 @@ from worldloom.models.tdmpc2.layers import (
     drop,
     joint_linear,
 )
+from worldloom.nn.shifts import shift_images
 from worldloom.random_batches import RandomData
 from worldloom.training.optimizers import Adam
 
@@ -363,7 +364,7 @@ SHIFTS = torch.tensor([[0, 0], [6, 6], [3, 3], [0, 6], [5, 1], [2, 4]])
 def test_shifts_are_crops_of_what_bilinear_sampling_gives(dtype):
     torch.manual_seed(0)
     images = torch.randint(256, (len(SHIFTS), 2, 10, 10)).to(dtype)
-    found = shift_images(images, SHIFTS)
+    found = shift_images(images, SHIFTS, SHIFT)
     assert found.dtype == dtype
     padded = F.pad(images.double(), (3, 3, 3, 3), mode="replicate")
     for image, whole, (x, y) in zip(found, padded, SHIFTS.tolist(), strict=True):

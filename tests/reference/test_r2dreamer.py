@@ -24,7 +24,7 @@ from tests.reference.reference_format import (
 )
 from worldloom import create_world_model
 from worldloom.models.dreamerv3 import DreamerV3, dreamerpro
-from worldloom.models.dreamerv3.dreamerpro import Prototypes, assign, shift_images
+from worldloom.models.dreamerv3.dreamerpro import Prototypes, assign, shift_sequences
 from worldloom.models.dreamerv3.official import from_official, official_names, to_official
 from worldloom.models.dreamerv3.representation import (
     Posterior,
@@ -337,7 +337,7 @@ def sinkhorn(name: str, x: dict[str, Tensor], config: Any) -> dict[str, Any]:
 
 def shift(name: str, x: dict[str, Tensor], config: Any) -> dict[str, Any]:
     images = x["image"].movedim(-1, 1).unsqueeze(1)  # one step per row
-    crop = shift_images(images, x["shift"].long(), int(x["pad"]))
+    crop = shift_sequences(images, x["shift"].long(), int(x["pad"]))
     return {"crop": crop.squeeze(1).movedim(1, -1)}
 
 

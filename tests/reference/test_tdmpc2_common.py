@@ -11,12 +11,13 @@ from torch import Tensor
 from tests.reference.reference_format import ROOT, Recording, below, tensor
 from tests.reference.tdmpc2_format import FAMILY, drawing
 from worldloom.models.tdmpc2 import draws
-from worldloom.models.tdmpc2.encoder import SHIFT, shift_images
+from worldloom.models.tdmpc2.encoder import SHIFT
 from worldloom.models.tdmpc2.hyperparameters import compute_discount
 from worldloom.models.tdmpc2.layers import NormedLinear
 from worldloom.models.tdmpc2.losses import termination_stats
 from worldloom.models.tdmpc2.planner import LatentMPPI
 from worldloom.models.tdmpc2.policy import RunningScale, SquashedNormal, squash
+from worldloom.nn.shifts import shift_images
 from worldloom.nn.simnorm import simnorm
 from worldloom.nn.symlog import symexp, symlog
 from worldloom.nn.twohot import symlog_twohot_loss, symlog_twohot_mean
@@ -82,7 +83,7 @@ def scale(x: Inputs, recording: Recording) -> Inputs:
 
 def shift(x: Inputs, recording: Recording) -> Inputs:
     shifts = draws.draw_shifts(len(x["x"]), 2 * SHIFT, torch.device("cpu"))
-    return {"y": shift_images(x["x"], shifts)}
+    return {"y": shift_images(x["x"], shifts, SHIFT)}
 
 
 def simnormed(x: Inputs, recording: Recording) -> Inputs:

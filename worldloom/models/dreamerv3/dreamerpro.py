@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from worldloom.models.dreamerv3.representation import Posterior, Representation, in_float32
 from worldloom.models.dreamerv3.sequences import Sequences
 from worldloom.nn.layers import to_float32
+from worldloom.nn.shifts import draw_shifts, shift_images
 from worldloom.ranks import gather_rows, rank
 
 if TYPE_CHECKING:
@@ -138,29 +139,14 @@ class Prototypes(Representation):
             count = rows if self.same_across_time else rows * steps
             shifts = draw_shifts(count, 2 * self.max_delta, seq.rewards.device)
         for key in images:
-            obs[key] = shift_images(obs[key], shifts, self.max_delta)
+            obs[key] = shift_sequences(obs[key], shifts, self.max_delta)
         return Sequences(obs, **twice)
 
 
-def draw_shifts(count: int, most: int, device: torch.device) -> Tensor:
-    """Draw offsets (x, y) from 0 to `most`, [count, 2] int64."""
-    return torch.randint(most + 1, (count, 2), device=device)
-
-
-def shift_images(images: Tensor, shifts: Tensor, pad: int) -> Tensor:
-    """Pad images [R, T, C, H, W] by repeating their edges, and crop them at offsets (x, y).
-
-    shifts: [R, 2] for whole sequences or [R * T, 2] for each step; `pad` means no shift.
-    """
-    height, width = images.shape[-2:]
-    x = images.reshape(len(shifts), -1, height, width)
-    at = [torch.arange(n, device=x.device) - pad for n in (width, height)]
-    across, down = (
-        (offsets + shift.unsqueeze(1)).clamp(0, len(offsets) - 1)
-        for offsets, shift in zip(at, shifts.unbind(1), strict=True)
-    )
-    x = x.gather(2, down[:, None, :, None].expand_as(x))
-    return x.gather(3, across[:, None, None].expand_as(x)).view_as(images)
+def shift_sequences(images: Tensor, shifts: Tensor, pad: int) -> Tensor:
+    """Shift images [R, T, C, H, W], with shifts [R, 2] of sequences or [R * T, 2] of steps."""
+    planes = images.reshape(len(shifts), -1, *images.shape[-2:])
+    return shift_images(planes, shifts, pad).reshape(images.shape)
 
 
 def assign(scores: Tensor, epsilon: float, iterations: int) -> Tensor:

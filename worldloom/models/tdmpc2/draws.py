@@ -6,15 +6,14 @@ They are drawn in one place so that tests can replace them by those recorded fro
 import torch
 from torch import Tensor
 
+from worldloom.nn.shifts import draw_shifts
+
+__all__ = ["draw_dropped", "draw_exponential", "draw_shifts", "draw_two_heads"]
+
 
 def draw_two_heads(count: int, device: torch.device) -> Tensor:
     """Draw the indices of two of `count` Q-functions, [2] int64."""
     return torch.randperm(count, device=device)[:2]
-
-
-def draw_shifts(images: int, most: int, device: torch.device) -> Tensor:
-    """Draw the shift of each image, x and then y, [images, 2] int64 from 0 to `most`."""
-    return torch.randint(most + 1, (images, 2), device=device)
 
 
 def draw_dropped(count: int, probability: float) -> Tensor:

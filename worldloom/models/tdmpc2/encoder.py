@@ -15,6 +15,7 @@ from worldloom.models.tdmpc2 import draws
 from worldloom.models.tdmpc2.hyperparameters import Hyperparameters
 from worldloom.models.tdmpc2.layers import MLP
 from worldloom.models.tdmpc2.vector_order import arrange_vectors
+from worldloom.nn.shifts import shift_images
 from worldloom.nn.simnorm import simnorm
 from worldloom.nn.symlog import symexp, symlog
 
@@ -38,26 +39,10 @@ class ImageEncoder(nn.Module):
     def forward(self, images: Tensor, shifts: Tensor) -> Tensor:
         """Map uint8 [N, channels, 64, 64], shifted by [N, 2], to [N, 16 * width]."""
         dtype = next(self.parameters()).dtype
-        x = shift_images(images, shifts).to(dtype) / 255 - 0.5
+        x = shift_images(images, shifts, SHIFT).to(dtype) / 255 - 0.5
         for i, conv in enumerate(self.convs):
             x = conv(F.relu(x) if i else x)
         return x.flatten(1)
-
-
-def shift_images(images: Tensor, shifts: Tensor) -> Tensor:
-    """Pad images [N, C, H, W] by repeating their border, and crop at `shifts` [N, 2].
-
-    Yarats et al. 2021 (DrQ-v2). The official code crops with bilinear sampling at whole pixels,
-    which differs by rounding only.
-
-    shifts: x and then y of the crop in the image padded by `SHIFT`, from 0 to 2 * SHIFT.
-    """
-    height, width = images.shape[-2:]
-    rows = (torch.arange(height, device=images.device) + shifts[:, 1:] - SHIFT).clamp(0, height - 1)
-    cols = (torch.arange(width, device=images.device) + shifts[:, :1] - SHIFT).clamp(0, width - 1)
-    index = torch.arange(len(images), device=images.device)[:, None, None]
-    # Indexed axes come first: [N, H, W, C].
-    return images[index, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)
 
 
 class Encoder(nn.Module):
