@@ -194,7 +194,7 @@ def test_a_killed_search_ends_with_the_scores_of_an_undisturbed_one(start, tmp_p
 @pytest.mark.skipif(sys.platform != "linux", reason="the signals of the cluster need it")
 def test_the_script_of_the_documentation_requeues_itself(tmp_path, monkeypatch):
     page = (Path(__file__).parent.parent / "docs" / "clusters.md").read_text()
-    (script,) = re.findall(r"```\n(#!/bin/bash\n.*?)```", page, re.DOTALL)
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", page, re.DOTALL)
     words = [*TINY, "checkpoint.every=5updates"]
     folders = [tmp_path / "whole", tmp_path / "requeued"]
     for folder in folders:
