@@ -62,6 +62,16 @@ def test_a_command_is_the_same_by_all_names(shell, tmp_path, line):
     assert others == [first, first]
 
 
+def test_modules_in_the_current_folder_can_be_named(shell, tmp_path):
+    """As with `python -m worldloom.check`, which always searches the current folder."""
+    text = "from worldloom.envs.suites.catch import Catch\n\ndef make_env():\n    return Catch()\n"
+    (tmp_path / "found_here.py").write_text(text)
+    (tmp_path / "gymnasium.py").write_text("raise SystemExit('shadows an installed package')")
+    line = "worldloom check env._target_=found_here.make_env steps=20 2>&1"
+    code, out, _ = shell(line, tmp_path)
+    assert code == 0 and "no problems found" in out, out
+
+
 # runpy's warning; here, unlike in a command, the modules may have been imported.
 @pytest.mark.filterwarnings("ignore:.*prior to execution of 'worldloom")
 def test_every_command_has_a_module_with_usage_and_version(monkeypatch, capsys):

@@ -43,6 +43,7 @@ def main() -> None:
     """Run the command that the first argument names, as `python -m worldloom.COMMAND` does."""
     args = sys.argv[1:]
     starting.begin()
+    _find_modules_here()
     try:
         if "-sc" in args or "--shell-completion" in args:
             _complete(args)
@@ -60,6 +61,15 @@ def main() -> None:
             sys.exit(2)
     finally:
         starting.end()
+
+
+def _find_modules_here() -> None:
+    """Let arguments name modules in the current folder, as with `python -m worldloom`.
+
+    The folder comes last, so that its files replace no installed module.
+    """
+    if "" not in sys.path and not getattr(sys.flags, "safe_path", False):
+        sys.path.append("")
 
 
 def _explain(args: Sequence[str]) -> str:
