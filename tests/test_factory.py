@@ -10,7 +10,7 @@ import yaml
 from lightning import Trainer
 from torch import nn
 
-from worldloom import create_world_model, list_models
+from worldloom import create_world_model, factory, list_models
 from worldloom.factory import build_model
 from worldloom.presets import aliases
 from worldloom.training.module import WorldModelModule
@@ -507,3 +507,12 @@ def test_options_that_a_model_does_not_take(own):
     message = r"Own has no hyperparameter 'hiden' \(did you mean 'hidden'\?\); it takes obs_shape"
     with pytest.raises(ValueError, match=message):
         build_model({"_target_": "somebodys_models.Own", "hiden": 16}, (4,), 2)
+
+
+def test_a_family_may_have_no_official_weights(tmp_path, monkeypatch):
+    package = types.ModuleType("worldloom.models.plain")
+    package.__path__ = [str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "worldloom.models.plain", package)
+    monkeypatch.setattr(factory, "REGISTERED", {"plain": "of.no.interest", **factory.REGISTERED})
+    tiny().save_pretrained(tmp_path / "model")
+    assert type(create_world_model(tmp_path / "model")).__name__ == "DreamerV3"

@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +278,10 @@ def _load(
 def _find_official(path: Path) -> tuple[str, Any] | None:
     """Return the family and the module that reads official weights at a path, or None."""
     for family in REGISTERED:
-        module = importlib.import_module(f"worldloom.models.{family}.official")
+        name = f"worldloom.models.{family}.official"
+        if find_spec(name) is None:  # a family without official weights
+            continue
+        module = importlib.import_module(name)
         if module.is_official(path):
             return family, module
     return None
