@@ -1,4 +1,4 @@
-"""The glossary describes what runs of both families log, and nothing else; docs/logging.md has it.
+"""The glossary describes what runs of both families log, and nothing else; docs/glossary.md has it.
 
 UPDATE_DOCS=1 writes it into the page.
 """
@@ -18,7 +18,7 @@ from worldloom.random_batches import RandomData
 from worldloom.training.dashboard import CHARTS, FIRST_SCREEN, RESULTS
 from worldloom.training.metrics import COUNTERS, group_metric
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "logging.md"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "glossary.md"
 ROWS = [row for rows in GLOSSARY.values() for row in rows]
 
 # An environment with images, vectors and success, and a TD-MPC2 whose fifth loss is NaN.

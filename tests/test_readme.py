@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from worldloom.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
@@ -51,7 +50,7 @@ def test_links_lead_somewhere(page):
 
 def test_readme_is_short_and_links_every_page_of_docs():
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 250
+    assert len(text.splitlines()) <= 120
     assert [named(page) for page in DOCS if f"({named(page)}" not in text] == []
 
 
@@ -111,27 +110,3 @@ def test_overrides_exist():
         and not key.startswith("_")
         and not re.search(rf"^\s*{key}:", text, re.MULTILINE)
     ]
-
-
-def test_the_readmes_model_trains_and_its_snippet_acts(commands, tmp_path, monkeypatch):
-    """The subclass, its command and the snippet of `load_run` work as they are printed."""
-    text = (ROOT / "README.md").read_text()
-    source = re.search(r"```python\n(# my_pkg/__init__.py\n.*?)```", text, re.DOTALL)[1]
-    pattern = r"python -m worldloom.run (model=\S+ model._target_=.*?)\n```"
-    command = re.search(pattern, text, re.DOTALL)
-    snippet = re.search(r"```python\n(import worldloom\n.*?)```", text, re.DOTALL)[1]
-    (tmp_path / "my_pkg").mkdir()
-    (tmp_path / "my_pkg" / "__init__.py").write_text(source)
-    short = ["training.total_steps=100", "training.prefill=80", "training.batch_size=4"]
-    short += ["training.log_every=1", "evaluation.episodes=1", "hydra.run.dir=run"]
-    words = shlex.split(command[1].replace("\\\n", " "))
-    commands.good([*words, *short], tmp_path, path=tmp_path)
-    columns = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert "loss/probe_loss" in columns
-    monkeypatch.syspath_prepend(tmp_path)
-    path = '"runs/cartpole/2026-01-01_00-00-00"'
-    assert path in snippet
-    names = {}
-    exec(snippet.replace(path, f'{str(tmp_path / "run")!r}, allow="my_pkg.MyDreamer"'), names)
-    assert names["run"].model.clip == 0.5
-    assert names["env"].action_space.contains(names["action"])

@@ -1,6 +1,6 @@
 """Glossary of the metrics that runs log: name, unit, meaning and healthy range, in one table.
 
-TensorBoard shows the rows as descriptions and as a text, and docs/logging.md contains them. A test
+TensorBoard shows the rows as descriptions and as a text, and docs/glossary.md contains them. A test
 compares the table with the metrics that runs of both families log.
 """
 

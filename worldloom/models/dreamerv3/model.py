@@ -53,7 +53,8 @@ class DreamerV3(ExtraLosses, SavableModel):
             choices (multi-discrete); or a dict of named actions, sorted by name in action vectors.
         discrete: whether actions are choices (one-hot); a dict for named actions.
         obs_classes: number of classes of each integer-coded observation.
-        Other arguments are hyperparameters; conf/model/dreamerv3_base.yaml explains them.
+
+    Other arguments are hyperparameters; conf/model/dreamerv3_base.yaml explains them.
 
     feature_dim: width F of `state.features`, for layers of subclasses.
 

@@ -225,7 +225,7 @@ class TDMPC2(ExtraLosses, Networks):
         """Return "loss" and every term and statistic by name, all scalars.
 
         The batch has rows [B, T] with T - 1 transitions, which count up to the end of their
-        episode. A model of several tasks needs batch["task"] [B] (or "task" among its
+        episode. A model of several tasks needs the ids `batch["task"]`, [B] (or "task" among its
         observations). Terms are unweighted; "loss" is their sum with the official weights. In
         training mode the running scale of the Q-values is updated, as in the official code.
 
