@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 if starting.is_command():
     starting.begin()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 # Loaded on first use, so that environment workers, which need no torch, start fast.
 _HOME = {
     "Batch": "protocol",
