@@ -30,7 +30,10 @@ class NoHost(TorchFunctionMode):
         name, kwargs = function.__name__, kwargs or {}
         given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         on_device = any(x.is_meta for x in given)
-        if on_device and name in SIZED and "output_size" not in kwargs:
+        sized = name in SIZED and "output_size" not in kwargs
+        if name == "repeat_interleave":  # by a number, the size is known
+            sized &= isinstance(args[1], Tensor)
+        if on_device and sized:
             raise HostUse(f"{name}: its result has a size that depends on values{where()}")
         if on_device and name in INDEX and any(map(is_of_host, as_tuple(args[1]))):
             raise HostUse(f"{name}: an index from the host{where()}")

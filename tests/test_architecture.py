@@ -16,6 +16,7 @@ LAYERS = [
     {"errors", "starting", "trees", "timing", "memory", "glossary"},
     {"files"},
     {"protocol", "devices", "ranks"},
+    {"cuda_graphs"},
     {"random_batches"},
     {"nn"},
     {"records"},

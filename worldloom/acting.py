@@ -13,6 +13,7 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from worldloom.cuda_graphs import CapturedFunction, Recorder
 from worldloom.envs.spaces import ActionSpec, ObsSpec
 from worldloom.envs.spaces import Obs as NumpyObs
 from worldloom.envs.vector import RowStream
@@ -64,10 +65,16 @@ class Actor:
     precision: `trainer.precision` of the run. With bf16-mixed, actions are chosen in mixed bfloat16
         by a model on a CPU that has `plans_in_bfloat16` (TD-MPC2 when it plans, because a plan
         multiplies hundreds of rows); all others act in the precision of their weights.
+    record: on a GPU, record what follows from an observation, and the choice of an action, as CUDA
+        graphs with this function; None to compute them one kernel at a time.
     """
 
     def __init__(
-        self, model: WorldModel, planner: Planner | None = None, precision: str = "32-true"
+        self,
+        model: WorldModel,
+        planner: Planner | None = None,
+        precision: str = "32-true",
+        record: Recorder | None = None,
     ) -> None:
         if planner is None and not callable(getattr(model, "policy", None)):
             raise ValueError(
@@ -78,6 +85,12 @@ class Actor:
         self.model = model
         self.planner = planner
         self.precision = precision
+        self.record = record
+        self._observe: Callable[..., Any] = self._observe_eagerly
+        self._choose: Callable[..., Any] = self._choose_eagerly
+        if record is not None:
+            self._observe = CapturedFunction(model, "observe", self._observe, record)
+            self._choose = CapturedFunction(model, "the policy", self._choose, record)
 
     @property
     def device(self) -> torch.device:
@@ -112,6 +125,11 @@ class Actor:
         plan: that of the previous step, of a planner; it is discarded in rows is_first [N] bool.
         The returned states include what a policy adds for the next call.
         """
+        return self._choose(state, plan, is_first, deterministic)
+
+    def _choose_eagerly(
+        self, state: LatentState, plan: Tensor | None, is_first: Tensor, deterministic: bool
+    ) -> tuple[Tensor, LatentState, Tensor | None]:
         policy = getattr(self.model, "policy", None)
         if not callable(policy):
             assert self.planner is not None
@@ -131,8 +149,11 @@ class Actor:
         first = torch.as_tensor(is_first, dtype=torch.bool)
         if memory is None or bool(first.all()):
             return self.model.encode(tensors)
-        state = self.model.observe(memory.state, memory.action, tensors)
+        state = self._observe(memory.state, memory.action, tensors)
         return LatentState.where(first, self.model.encode(tensors), state) if first.any() else state
+
+    def _observe_eagerly(self, state: LatentState, action: Tensor, obs: Obs) -> LatentState:
+        return self.model.observe(state, action, obs)
 
     def _use_precision(self) -> AbstractContextManager[Any]:
         """Return the context in which the model's policy is called."""

@@ -1,10 +1,11 @@
 """Measure updates and decisions on a GPU, one kernel at a time and as recorded CUDA graphs.
 
 usage: python experiments/gpu/measure.py [--seconds 10] [--json FILE] [--device cuda]
-       [--cases NAME…] [--precisions 32-true bf16-mixed] [--no-reference]
+       [--cases NAME…] [--precisions 32-true bf16-mixed] [--ways eager captured] [--no-reference]
 
 Needs one GPU, installs nothing and takes about ten minutes. It first passes the reference arrays of
-the official implementations on the GPU, then times each case in turns and prints one table.
+the official implementations on the GPU, then times each case in turns and prints one table. The
+ways "compiled" and "both" (compiled, then captured) take minutes more to compile.
 """
 
 import argparse
@@ -23,8 +24,10 @@ from typing import Any
 import torch
 
 from worldloom.bench import BenchConfig, TrainedModel
+from worldloom.cuda_graphs import WARM_UP, record_graph
 from worldloom.protocol import split_result
-from worldloom.training.capture import WARM_UP, CapturedLoss, CapturedStep
+from worldloom.training.capture import CapturedLoss, CapturedStep
+from worldloom.training.compile import compile_networks
 from worldloom.training.precision import computing_in
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "size12m images": {"model": "dreamerv3:size12m", **IMAGES},
     "tdmpc2 5m": {"model": "tdmpc2:5m"},
 }
-WAYS = ("eager", "captured")
+WAYS = ("eager", "compiled", "captured", "both")
 
 
 @dataclass(frozen=True)
@@ -64,10 +67,12 @@ class Update:
 
     def __init__(self, config: BenchConfig, way: str) -> None:
         torch.manual_seed(0)
-        self.way, self.trained = way, TrainedModel(config)
+        self.trained, self.captures = TrainedModel(config), way in ("captured", "both")
+        if way in ("compiled", "both"):
+            compile_networks(self.trained.model)
         self.batch = self.trained.random_batch(config)
         self.loss = CapturedLoss(self.trained.model)
-        if way == "captured":
+        if self.captures:
             self.trained.optimizer.step = CapturedStep(self.trained.optimizer, self.loss)
 
     def __call__(self) -> float:
@@ -75,7 +80,7 @@ class Update:
         trained, start = self.trained, self.trained.clock()
         found = None
         with computing_in(trained.precision, trained.device):
-            if self.way == "captured":
+            if self.captures:
                 found = self.loss(self.batch)
             if found is None:
                 loss = split_result(trained.model.compute_loss(self.batch))[0]["loss"]
@@ -99,12 +104,14 @@ class Update:
         return sum(event.count for event in profile.key_averages() if event.key.startswith(names))
 
 
-def measure(case: str, precision: str, device: str, seconds: float, least: int) -> list[Row]:
-    """Time the updates of a case in both ways, in turns."""
+def measure(
+    case: str, precision: str, device: str, seconds: float, least: int, ways: Sequence[str]
+) -> list[Row]:
+    """Time the updates of a case in some ways, in turns, and then the decisions."""
     config = BenchConfig(**CASES[case], precision=precision, device=device)
-    spent: dict[str, list[float]] = {way: [] for way in WAYS}
+    spent: dict[str, list[float]] = {way: [] for way in ways}
     updates, peaks = {}, {}
-    for way in WAYS:
+    for way in ways:
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         updates[way] = Update(config, way)
@@ -112,10 +119,14 @@ def measure(case: str, precision: str, device: str, seconds: float, least: int) 
             updates[way]()
         peaks[way] = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(spent[WAYS[0]]) < least:
-        for way in WAYS:
+    while time.perf_counter() < end or len(spent[ways[0]]) < least:
+        for way in ways:
             spent[way].append(updates[way]())
-    decisions = median(updates["eager"].trained.act(config, 1, 5 if least > 1 else 1))
+    repeats = 5 if least > 1 else 1
+    decisions = {}
+    for way, update in updates.items():
+        record = record_graph if update.captures else None
+        decisions[way] = median(update.trained.act(config, 1, repeats, record))
     return [
         Row(
             case,
@@ -124,11 +135,11 @@ def measure(case: str, precision: str, device: str, seconds: float, least: int) 
             median(spent[way]) * 1e3,
             min(spent[way]) * 1e3,
             updates[way].launches(),
-            decisions * 1e3,
+            decisions[way] * 1e3,
             peaks[way],
             updates[way].loss.reason,
         )
-        for way in WAYS
+        for way in ways
     ]
 
 
@@ -167,6 +178,7 @@ def main(args: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--precisions", nargs="+", default=["32-true", "bf16-mixed"])
+    parser.add_argument("--ways", nargs="+", default=["eager", "captured"], choices=WAYS)
     parser.add_argument("--no-reference", action="store_true")
     options = parser.parse_args(args)
     reference = "" if options.no_reference else pass_reference(options.device)
@@ -174,14 +186,16 @@ def main(args: Sequence[str] | None = None) -> list[Row]:
     rows: list[Row] = []
     for case in options.cases:
         for precision in options.precisions:
-            rows += measure(case, precision, options.device, options.seconds, options.least)
-            print(table(rows[-2:]).splitlines()[-1], flush=True)
+            settings = options.device, options.seconds, options.least, options.ways
+            found = measure(case, precision, *settings)
+            print(*table(found).splitlines()[2:], sep="\n", flush=True)
+            rows += found
     name = torch.cuda.get_device_name() if options.device == "cuda" else options.device
     print(f"\n{name}, torch {torch.__version__}\n\n{table(rows)}")
     if options.json:
-        found = {"device": name, "torch": torch.__version__, "reference": reference}
-        found |= {"date": datetime.now(UTC).date().isoformat(), "rows": [asdict(r) for r in rows]}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        result = {"device": name, "torch": torch.__version__, "reference": reference}
+        result |= {"date": datetime.now(UTC).date().isoformat(), "rows": [asdict(r) for r in rows]}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
     return rows
 
 

@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from tests.reference.reference_format import (
-    DEVICE,
-    DTYPES,
     ROOT,
     UnsupportedOption,
     below,
     load,
+    prepare,
     tensor,
 )
 from worldloom.models.dreamerv3 import DreamerV3
@@ -55,7 +54,7 @@ class Agent:
         """Build the model and load its weights."""
         model = DreamerV3(**{**self.arguments, **overrides})
         load_arrays(model, self.params)
-        return model.to(DEVICE, DTYPES[precision])
+        return prepare(model, precision)
 
     @property
     def latent(self) -> tuple[int, int]:

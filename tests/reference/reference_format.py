@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.reference.report import COMPARED, FOLDER, LEFT_OUT, MISSING, NOISE
+from worldloom.training.compile import compile_networks
 
 HERE = Path(__file__).resolve().parent
 ROOT = Path(os.environ.get("WORLDLOOM_REFERENCE") or HERE / "data")
@@ -26,6 +27,8 @@ DEVICE = torch.device(os.environ.get("WORLDLOOM_DEVICE") or "cpu")
 if DEVICE.type != "cpu":
     torch.set_default_device(DEVICE)
     torch.backends.cudnn.allow_tf32 = False
+# WORLDLOOM_COMPILE=1 tests compiled networks.
+COMPILED = bool(os.environ.get("WORLDLOOM_COMPILE"))
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 # The README's table: the allowed deviation max|a - b| / max|b| of one array.
@@ -156,6 +159,15 @@ def tensor(value: np.ndarray, dtype: torch.dtype) -> Tensor:
 def array(value: np.ndarray) -> Tensor:
     """Return an array as a tensor on the tested device."""
     return torch.from_numpy(value).to(DEVICE)
+
+
+def prepare(model: nn.Module, precision: str) -> Any:
+    """Move a model to the tested device and precision, and compile its networks if asked to."""
+    model.to(DEVICE, DTYPES[precision])
+    if COMPILED:
+        torch._dynamo.reset()
+        compile_networks(model)
+    return model
 
 
 # Comparison --------------------------------------------------------------------------------------

@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from tests.reference.reference_format import (
-    DEVICE,
-    DTYPES,
     ROOT,
     Recording,
     UnsupportedOption,
     array,
     load,
+    prepare,
     tensor,
 )
 from worldloom.models.tdmpc2 import TDMPC2, draws
@@ -66,7 +65,7 @@ class Agent:
         """Build the model and load its weights."""
         model = TDMPC2(**self.arguments)
         load_arrays(model, self.params)
-        return model.to(DEVICE, DTYPES[precision]).eval()
+        return prepare(model, precision).eval()
 
     def observation(self, obs: np.ndarray, dtype: torch.dtype) -> dict[str, Tensor]:
         """Name the recorded observation as the model does."""

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from tests.reference.dreamerv3_format import Agent, sampling
 from tests.reference.reference_format import (
-    DEVICE,
     DTYPES,
     ROOT,
     Recording,
     agent_folders,
     load,
     norm,
+    prepare,
     tensor,
 )
 from worldloom import create_world_model
@@ -79,7 +79,7 @@ class Case:
                 if theirs != "proto/prototypes":
                     value = from_official(params[theirs])
                 state[ours].copy_(value)
-        self.model.to(DEVICE, self.dtype).train()
+        prepare(self.model, precision).train()
         batch, self.noise = load(folder, "batch.npz"), load(folder, "noise.npz")
         self.shifts = batch.get("shift")
         self.sequences = self.read(batch)

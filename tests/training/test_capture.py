@@ -303,9 +303,9 @@ def test_without_a_gpu_nothing_is_recorded_and_on_is_an_error():
 
 @pytest.mark.parametrize(("given", "mode"), [("auto", "auto"), (True, "on"), (False, "off")])
 def test_yaml_reads_on_and_off_as_booleans(given, mode):
-    assert capturing.require_mode(given) == mode
+    assert capturing.require_mode("capture", given) == mode
 
 
 def test_another_mode_is_an_error():
     with pytest.raises(ValueError, match="capture is maybe; expected one of auto, on, off"):
-        capturing.require_mode("maybe")
+        capturing.require_mode("capture", "maybe")

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from worldloom.acting import Actor
 from worldloom.app.auto_precision import resolve_precision
 from worldloom.app.data import build_data, open_task
 from worldloom.app.evaluator import Evaluator
@@ -22,12 +23,13 @@ from worldloom.app.task import Task
 from worldloom.app.tasks import require_known_tasks
 from worldloom.app.unsupported import require_supported
 from worldloom.app.videos import Videos
+from worldloom.cuda_graphs import record_graph
 from worldloom.envs.workers import count_cores
 from worldloom.errors import escape, quote
 from worldloom.factory import transfer
 from worldloom.ranks import Ranks, rank, world_size
 
-OWN = ("max_time", "max_steps", "capture")  # keys of trainer that are not Lightning's here
+OWN = ("max_time", "max_steps", "capture", "compile")  # keys of trainer that are not Lightning's
 
 
 @dataclass
@@ -77,7 +79,7 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
         require_known_tasks(plain["init_from"], plain["env"])
         print(transfer(model, plain["init_from"]).report(), flush=True)
     config = resolve_precision(config, before, model, ranks)
-    actor = task.build_actor(model, plain["planner"], config.plain["trainer"].get("precision"))
+    actor = _build_actor(config.plain, task, model)
     data = build_data(plain, task, actor, dataset)
     checkpoint = find_checkpoint(folder, data, model, limits, ranks) if resumes else None
     module = WorldModelModule(
@@ -88,6 +90,7 @@ def build_run(config: ResolvedConfig, resume: bool) -> Run:
         nonfinite=plain["nonfinite"],
         folder=folder,
         capture=plain["trainer"].get("capture", "auto"),
+        compile=plain["trainer"].get("compile", "auto"),
     )
     stops = lambda: asks_to_stop(data.check_interruption)  # noqa: E731
     videos = Videos(task, plain, folder, data.ranks)
@@ -231,6 +234,16 @@ def place_checkpoints(callbacks: Mapping[str, Any], folder: Path) -> None:
                 f"callbacks.{key}.dirpath is the folder of the checkpoints that resume the run; "
                 "choose another one, or leave it out"
             )
+
+
+def _build_actor(plain: Mapping[str, Any], task: Task, model: Any) -> Actor:
+    """Return the run's actor, whose decisions are recorded as its updates are."""
+    from worldloom.training.capture import require_mode
+
+    trainer = plain["trainer"]
+    records = require_mode("capture", trainer.get("capture", "auto")) != "off"
+    record = record_graph if records and not plain["data"].get("overlap") else None
+    return task.build_actor(model, plain["planner"], trainer.get("precision"), record)
 
 
 def instantiate(name: str, section: Mapping[str, Any], **arguments: Any) -> Any:

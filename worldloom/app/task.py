@@ -19,6 +19,7 @@ from worldloom.app.run_dir import CONFIG, describes_run, find_run, read_config
 from worldloom.app.saved_config import require_trusted, resolve_saved
 from worldloom.app.tasks import MULTITASK, TaskChoice, expand_tasks, require_same_tasks
 from worldloom.app.validation import RUNNING, check_arguments
+from worldloom.cuda_graphs import Recorder
 from worldloom.datasets import Dataset
 from worldloom.envs.contract import EnvError
 from worldloom.envs.spaces import ActionSpec, ObsSpec
@@ -176,16 +177,23 @@ class Task:
             )
         return model
 
-    def build_actor(self, model: Any, planner: Mapping[str, Any], precision: str) -> Actor:
+    def build_actor(
+        self,
+        model: Any,
+        planner: Mapping[str, Any],
+        precision: str,
+        record: Recorder | None = None,
+    ) -> Actor:
         """Return an actor that uses the model's policy, or plans with it if it has none.
 
-        precision: in which the model is trained; see `Actor`.
+        precision: in which the model is trained. record: see `Actor`.
         """
         if callable(getattr(model, "policy", None)):
-            return Actor(model, precision=precision)
+            return Actor(model, precision=precision, record=record)
         options = {k: v for k, v in planner.items() if k != "_target_"}
         cls = import_target(str(planner["_target_"]))
-        return Actor(model, cls(model, self.actions.action_dim, self.actions.discrete, **options))
+        chosen = cls(model, self.actions.action_dim, self.actions.discrete, **options)
+        return Actor(model, chosen, record=record)
 
     def describe(self, model: nn.Module) -> str:
         """Return a few lines about the model, its observations and its actions."""

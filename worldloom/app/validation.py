@@ -267,9 +267,8 @@ def _check_call(name: str, part: Any, method: str = "") -> None:
         raise ValueError(f"{name}._target_: {error}") from None
     if inspect.isclass(target) and not hasattr(target, method or "__init__"):
         raise ValueError(
-            f"{name}._target_ is {part['_target_']}, which has no {method}; expected a class "
-            "derived from lightning.pytorch's "
-            f"{'Callback' if method == 'on_fit_start' else 'Logger'}"
+            f"{name}._target_ is {part['_target_']}, which has no {method}; expected a subclass of "
+            f"lightning.pytorch's {'Callback' if method == 'on_fit_start' else 'Logger'}"
         )
     require_supported(name, target)
     arguments = {key: value for key, value in part.items() if not key.startswith("_")}
@@ -299,9 +298,10 @@ def _check_trainer(trainer: Mapping[str, Any]) -> None:
     """Reject arguments with which a run would silently train something else, and precisions."""
     from worldloom.training import capture, precision
 
-    _check_call("trainer", {k: v for k, v in trainer.items() if k != "capture"})
+    _check_call("trainer", {k: v for k, v in trainer.items() if k not in capture.KEYS})
     precision.require_precision(trainer.get("precision"))
-    capture.require_mode(trainer.get("capture", "auto"))
+    for key in capture.KEYS:
+        capture.require_mode(key, trainer.get(key, "auto"))
     for key, (harmless, instead) in TRAINER.items():
         if key in trainer and trainer[key] not in harmless:
             raise ValueError(

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from worldloom.acting import Actor
 from worldloom.app.command_line import parse_settings
 from worldloom.app.compose import compose_config
+from worldloom.cuda_graphs import WARM_UP, Recorder
 from worldloom.devices import require_device
 from worldloom.factory import create_world_model
 from worldloom.presets import file_name, load_preset
@@ -199,18 +200,24 @@ class TrainedModel:
         """Return whether the model has a policy."""
         return callable(getattr(self.model, "policy", None))
 
-    def act(self, config: BenchConfig, envs: int, repeats: int) -> list[float]:
-        """Act `repeats` times in the middle of episodes; return the seconds of each decision."""
+    def act(
+        self, config: BenchConfig, envs: int, repeats: int, record: Recorder | None = None
+    ) -> list[float]:
+        """Act `repeats` times in the middle of episodes; return the seconds of each decision.
+
+        record: see `Actor`; decisions before and during the recording are not returned.
+        """
         data = RandomData.for_model(self.model, *config.spaces, envs, 1)
-        actor, seconds = Actor(self.model.eval(), precision=self.precision), []
+        actor = Actor(self.model.eval(), precision=self.precision, record=record)
+        seconds: list[float] = []
         _, memory = actor(data.obs(envs), torch.ones(envs, dtype=torch.bool))
         no = torch.zeros(envs, dtype=torch.bool)
-        for _ in range(repeats):
+        for _ in range(repeats + (0 if record is None else WARM_UP + 1)):
             obs, start = data.obs(envs), self.clock()
             _, memory = actor(obs, no, memory)
             seconds.append(self.clock() - start)
         self.model.train()
-        return seconds
+        return seconds[-repeats:]
 
 
 def measure(config: BenchConfig, **overrides: Any) -> Measurement:

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from worldloom.nn.products import is_tracing
+
 
 def mish(x: Tensor) -> Tensor:
     """Return x * tanh(softplus(x))."""
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    if x.device.type != "cpu" or is_tracing() or x.dtype not in (torch.float32, torch.float64):
         return F.mish(x)  # one fused kernel on a GPU
     if torch.is_grad_enabled() and x.requires_grad:
         return _Mish.apply(x)

@@ -11,43 +11,28 @@ computed both ways, and the results must agree.
 """
 
 import logging
-import pickle
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from worldloom.errors import list_names
+from worldloom.cuda_graphs import (
+    WARM_UP,
+    CannotCaptureError,
+    Recorder,
+    host_state,
+    is_close,
+    record_graph,
+    require_device_only,
+)
 from worldloom.trees import flatten_tree, map_tree
 
 log = logging.getLogger(__name__)
 
-MODES = ("auto", "on", "off")
-WARM_UP = 3  # updates before the recording: they create state and let libraries choose kernels
-TOLERANCE = 1e-3  # of a recorded gradient, relative to its norm; kernels may add up in any order
-
-# Records what a function launches on a device: returns a function that launches it again, and the
-# function's result, which each launch overwrites.
-Record = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
-
-
+KEYS, MODES = ("capture", "compile"), ("auto", "on", "off")  # of trainer
 Gradients = list[tuple[nn.Parameter, Tensor]]
-
-
-class CannotCaptureError(Exception):
-    """An update cannot be recorded; the message says why."""
-
-
-def record_graph(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Record a function as a CUDA graph; see `Record`."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    return graph.replay, result
 
 
 class CapturedLoss:
@@ -57,7 +42,7 @@ class CapturedLoss:
     reason: why nothing is recorded; "" before that is known, and if it works.
     """
 
-    def __init__(self, model: nn.Module, record: Record = record_graph) -> None:
+    def __init__(self, model: nn.Module, record: Recorder = record_graph) -> None:
         self.model, self.record = model, record
         self.reason = ""
         self.gradients: Gradients = []  # that the graph overwrites
@@ -113,7 +98,7 @@ class CapturedLoss:
         return held == len(self.gradients) and all(p.grad is g for p, g in self.gradients)
 
     def _capture(self, batch: dict[str, Any]) -> None:
-        """Record the loss of a batch.
+        """Recorder the loss of a batch.
 
         Raises:
             CannotCaptureError: a graph would lack a part of the update.
@@ -131,9 +116,9 @@ class CapturedLoss:
 
         self._run = run
         with self._undone():
-            host = _host_state(self.model)
+            host = host_state(self.model)
             run()
-            require_device_only(host, _host_state(self.model))
+            require_device_only("compute_loss", host, host_state(self.model))
         with self._undone():
             self._replay, self._result = self.record(run)
             self.gradients = _gradients(self.model)
@@ -181,13 +166,12 @@ class CapturedLoss:
         pairs = [("loss", losses["loss"], self._result["loss"])]
         pairs += [(names[id(p)], g, found.get(id(p), torch.zeros_like(g))) for p, g in wanted]
         for name, right, graph in pairs:
-            off = (right.double() - graph.double()).norm()
-            if not off <= TOLERANCE * right.double().norm() + 1e-12:
+            if not is_close(graph, right):
                 raise CannotCaptureError(f"the recorded {name} differs from the computed one")
 
 
 def start_capture(
-    mode: str, trainer: Any, model: nn.Module, optimizer: Any, record: Record = record_graph
+    mode: str, trainer: Any, model: nn.Module, optimizer: Any, record: Recorder = record_graph
 ) -> CapturedLoss | None:
     """Prepare to record the updates of a run; return None if they are not to be recorded.
 
@@ -206,6 +190,8 @@ def start_capture(
         reason = "several processes exchange gradients while they are computed"
     elif trainer.accumulate_grad_batches > 1:
         reason = "gradients of several batches are accumulated"
+    elif getattr(trainer.datamodule, "sync_acting_copy", None) is not None:
+        reason = "data.overlap chooses actions in another thread while an update is recorded"
     elif trainer._detect_anomaly:
         reason = "trainer.detect_anomaly checks every operation"
     if reason and mode == "on":
@@ -218,15 +204,15 @@ def start_capture(
     return loss
 
 
-def require_mode(mode: Any) -> str:
-    """Return trainer.capture as "auto", "on" or "off"; YAML reads on and off as booleans.
+def require_mode(key: str, mode: Any) -> str:
+    """Return trainer.KEY as "auto", "on" or "off"; YAML reads on and off as booleans.
 
     Raises:
         ValueError: it is something else.
     """
     mode = {True: "on", False: "off"}.get(mode, mode)
     if mode not in MODES:
-        raise ValueError(f"trainer.capture is {mode}; expected one of {', '.join(MODES)}")
+        raise ValueError(f"trainer.{key} is {mode}; expected one of {', '.join(MODES)}")
     return mode
 
 
@@ -238,7 +224,7 @@ class CapturedStep:
     Others step as always.
     """
 
-    def __init__(self, optimizer: Any, loss: CapturedLoss, record: Record = record_graph) -> None:
+    def __init__(self, optimizer: Any, loss: CapturedLoss, record: Recorder = record_graph) -> None:
         self.optimizer, self.loss, self.record = optimizer, loss, record
         self.eager_step = optimizer.step
         self._replay: Callable[[], None] | None = None
@@ -269,7 +255,7 @@ class CapturedStep:
         return value
 
     def _record(self, parts: list[tuple[Any, ...]]) -> None:
-        """Record the application of parts; if that fails, apply them, now and ever after."""
+        """Recorder the application of parts; if that fails, apply them, now and ever after."""
         numbers = iter(self._numbers.unbind())
         recorded = [(*part[:-1], tuple(next(numbers) for _ in part[-1])) for part in parts]
 
@@ -284,32 +270,6 @@ class CapturedStep:
             log.warning("the optimiser's steps are not recorded as CUDA graphs: %s", error)
             for part in parts:
                 self.optimizer.apply(*part)
-
-
-def require_device_only(before: dict[str, Any], after: dict[str, Any]) -> None:
-    """Raise CannotCaptureError if the host's part of a model has changed; see `_host_state`."""
-    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    if changed:
-        raise CannotCaptureError(
-            f"compute_loss changes {list_names(changed)} on the host, which a graph does not repeat"
-        )
-
-
-def _host_state(model: nn.Module) -> dict[str, Any]:
-    """Return what a graph of the model's loss would not change, by name, as comparable values.
-
-    These are plain attributes of its modules, the tensors that its buffers are (a graph changes
-    them in place only), and the host's random states.
-    """
-    numbers = [pickle.dumps(np.random.get_state()), random.getstate()]
-    if next(model.parameters()).device.type != "cpu":
-        numbers.append(torch.get_rng_state().numpy().tobytes())
-    state: dict[str, Any] = {"the random numbers": numbers}
-    for path, module in model.named_modules():
-        dot = f"{path}." if path else ""
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, bool | int | float | str)}
-        state |= {f"{dot}{name}": value for name, value in plain.items()}
-    return state | {name: id(buffer) for name, buffer in model.named_buffers()}
 
 
 def _gradients(model: nn.Module) -> Gradients:

@@ -17,6 +17,7 @@ from worldloom.records import find_obstacle
 from worldloom.saving import get_config
 from worldloom.timing import phase
 from worldloom.training.capture import CapturedLoss, require_mode, start_capture
+from worldloom.training.compile import compile_networks
 from worldloom.training.metrics import RunningMeans
 from worldloom.training.nonfinite import NonFiniteGuard
 
@@ -36,6 +37,8 @@ class WorldModelModule(LightningModule):
             "stop" raises a FloatingPointError, "skip" skips the update.
         folder: run folder, where a rejected batch is saved for diagnosis; None to save nothing.
         capture: whether updates are recorded as CUDA graphs: "off", "on", or "auto", on for a GPU.
+        compile: whether networks are compiled: "off", "on", or "auto", on where this was measured
+            to be faster, which is nowhere so far.
 
     Counters: `updates` counts optimiser steps across resumes, including skipped ones, as do
     `trainer.global_step` and the data module. `guard.skipped` counts only the skipped ones.
@@ -52,6 +55,7 @@ class WorldModelModule(LightningModule):
         nonfinite: str = "stop",
         folder: Path | None = None,
         capture: str = "auto",
+        compile: str = "auto",
     ) -> None:
         super().__init__()
         self.model = model
@@ -61,7 +65,8 @@ class WorldModelModule(LightningModule):
         self.metrics = RunningMeans()
         self._changed_options: set[str] = set()  # of the optimiser, on resume
         self.guard = NonFiniteGuard(model, nonfinite, folder, config)
-        self.capture = require_mode(capture)
+        self.capture = require_mode("capture", capture)
+        self.compile_mode = require_mode("compile", compile)
         self.captured: CapturedLoss | None = None
         self._losses: dict[str, Tensor] = {}
         # Seconds of training before this process, and the time at which this one started to train.
@@ -89,6 +94,8 @@ class WorldModelModule(LightningModule):
         if isinstance(ddp, DistributedDataParallel) and not ddp.find_unused_parameters:
             parameters = self.model.named_parameters()
             self._averaged = {name: p for name, p in parameters if p.requires_grad}
+        if self.compile_mode == "on":
+            compile_networks(self.model)
         optimizer = self.trainer.optimizers[0]
         self.captured = start_capture(self.capture, self.trainer, self.model, optimizer)
 
