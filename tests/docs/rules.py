@@ -33,8 +33,12 @@ LEFT_OUT = {
     r'.*create_world_model\("(params\.npz|dog-run-1\.pt)"': "official files are loaded by "
     "tests/reference/test_reference_loading.py and test_tdmpc2_loading.py",
 }
-# Numbers in Python that are made smaller.
-SMALLER = {"range(1000)": "range(20)"}
+# Numbers that are made smaller where they are executed.
+SMALLER = {
+    "range(1000)": "range(20)",
+    "seed=0,1,2": "seed=0,1",
+    "train_ratio=32,128,512": "train_ratio=32,128",
+}
 # Names that Python blocks use without a definition: page -> code before its first block.
 GIVEN = {
     "README.md": """

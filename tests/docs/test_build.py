@@ -69,3 +69,12 @@ def test_a_broken_link_is_an_error(link, code, tmp_path):
     zensical = Path(sys.executable).with_name("zensical")
     command = [zensical, "build", "--strict"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == code
+
+
+def test_names_in_docstrings_become_a_list():
+    pytest.importorskip("griffe")
+    from docs.docstrings import list_names
+
+    text = "Do it.\n\na: one\n    more\nb, c: two\n\nArgs:\n    d: three\n\nIt does: this."
+    listed = "Do it.\n\n- `a`: one\n  more\n- `b, c`: two\n\nArgs:\n    d: three\n\nIt does: this."
+    assert list_names(text) == listed

@@ -100,10 +100,7 @@ class Page:
             path.parent.mkdir(exist_ok=True)
             path.write_text((MY_PKG if file[1].startswith("my_pkg/") else "") + block.text)
             forget(path.parent.name if "/" in file[1] else path.stem)
-        text = block.text
-        for number, smaller in SMALLER.items():
-            text = text.replace(number, smaller)
-        lines = text.splitlines()
+        lines = reduce_numbers(block.text).splitlines()
         for i, line in enumerate(lines):
             needs_run = not self.trains and re.search(r"\bRUN\b", line)
             lines[i] = "" if needs_run or find_rule(line, LEFT_OUT) else line
@@ -133,7 +130,7 @@ class Page:
         except ValueError as error:
             pytest.fail(f"{place}\n{error}")
         if self.trains and not find_rule(command.text, COMPOSED):
-            self.run(RUN, [*words, *shorten(cfg, words)], place)
+            self.run(RUN, [*map(reduce_numbers, words), *shorten(cfg, words)], place)
         elif SWEEPS & {*words}:
             name = Overrides(tuple(words)).with_implied().value("sweep")
             target = self.folder / "runs" / "sweeps" / name
@@ -150,6 +147,13 @@ class Page:
         if written:
             (self.folder / "RUN").unlink(missing_ok=True)
             (self.folder / "RUN").symlink_to(self.folder / written[-1])
+
+
+def reduce_numbers(text):
+    """Return a text with the smaller numbers of `SMALLER`."""
+    for number, smaller in SMALLER.items():
+        text = text.replace(number, smaller)
+    return text
 
 
 def compose(words):
