@@ -137,6 +137,6 @@ SIZES = {
 FEW = {
     "worldloom.eval": ["episodes=1", "num_envs=1", "decisions=0"],
     "worldloom.collect": ["episodes=2"],
-    "worldloom.bench": ["repeats=1", "batch=2", "matrix=64", "threads=1"],
+    "worldloom.bench": ["repeats=1", "batch=2", "length=4", "matrix=64", "threads=1"],
     "worldloom.view": ["episodes=1", "max_steps=20", "horizon=3"],
 }
