@@ -481,6 +481,19 @@ def started(data):
     return bar
 
 
+def test_no_time_is_left_once_the_steps_exceed_their_total(clock, monkeypatch):
+    monkeypatch.setattr(progress, "LOG_INTERVAL", 1e9)
+    data = online(total_steps=9)
+    bar = started(data)
+    data.collector.ticks = 5  # both environments step at once
+    clock.now += 1000.0
+    assert bar.line(data).startswith("env steps 10/9 |")
+    assert bar.line(data).endswith("| 0m00s left")
+    clock.now += 100.0
+    assert [bar.line(data) for _ in range(3)][-1].endswith("| 0 env steps/s | 0m00s left")
+    bar.teardown(None, None, "fit")
+
+
 def test_the_line_tells_position_speed_and_time_left(clock, monkeypatch):
     monkeypatch.setattr(progress, "LOG_INTERVAL", 1e9)
     data = online(total_steps=10_000)

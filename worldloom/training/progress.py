@@ -104,7 +104,8 @@ class Progress(Callback):
             mean = f"{sum(returns) / len(returns):.4g}" if returns else "none yet"
             parts = [f"updates {data.updates:,}", f"return (last {len(returns) or 20}) {mean}"]
         rate = self._measure_rate(data)
-        left = (data.total_steps - self._position(data)) / rate if rate else float("inf")
+        steps = max(data.total_steps - self._position(data), 0)  # the last steps may exceed total
+        left = steps / rate if rate else float("inf") if steps else 0.0
         unit = "env steps" if data.collector is not None else "updates"
         parts.append(f"{rate:,.0f} {unit}/s" if rate >= 10 else f"{rate:.2g} {unit}/s")
         return " | ".join([*parts, f"{_duration(left)} left"])
