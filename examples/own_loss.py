@@ -33,11 +33,12 @@ class InversePlanner(TDMPC2):
         self.inverse = nn.Sequential(first, nn.SiLU(), last)
 
     def auxiliary_losses(self, batch, features):
-        """Return the term for latents [B, T, L]; batch["actions"] is [B, T, A]."""
+        """Return the term for latents [B, T, L] of the last T rows of the batch."""
+        rows = slice(-features.shape[1], None)  # all; those of DreamerV3 begin at row 1
         predicted = self.inverse(torch.cat([features[:, :-1], features[:, 1:]], -1))
-        error = (predicted - batch["actions"][:, :-1]).square().mean(-1)  # [B, T - 1]
+        error = (predicted - batch["actions"][:, rows][:, :-1]).square().mean(-1)  # [B, T - 1]
         # TD-MPC2 predicts latents from row 0; after the end of its episode they mean nothing.
-        inside = (~batch["is_last"][:, :-1]).cumprod(1)
+        inside = (~batch["is_last"][:, rows][:, :-1]).cumprod(1)
         return {"inverse": error * inside}
 
 

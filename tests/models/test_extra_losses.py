@@ -1,5 +1,7 @@
 """Loss terms that subclasses add are weighted, added to the loss and named."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -17,6 +19,7 @@ SIZES = {
 }
 BASES = {"dreamerv3:size1m": DreamerV3, "tdmpc2:1m": TDMPC2}
 FAMILIES = list(SIZES)
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "own_loss.py"
 EXTRA = {"size_loss", "drift_loss", "none_loss"}
 
 
@@ -189,3 +192,24 @@ def test_a_subclass_passes_the_check(name):
     model = build(name, HOOKED[name])
     model.auxiliary_losses = lambda batch, features: {"size": features.square().mean()}
     assert model.has_auxiliary_losses and check_world_model(model) is None
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_example_pairs_latents_and_actions_of_the_same_rows(name, tmp_path, monkeypatch):
+    base = BASES[name]
+    text = EXAMPLE.read_text().replace("TDMPC2", base.__name__)
+    text = text.replace("models.tdmpc2", f"models.{name.partition(':')[0]}")
+    module = f"inverse_{base.__name__.lower()}"
+    (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = SIZES[name] | {"_target_": f"{module}.InversePlanner"}
+    model = create_world_model(name, (4,), 2, **options).train()
+    for parameter in model.inverse[-1].parameters():
+        torch.nn.init.zeros_(parameter)  # predicts no action at all
+    batch = batch_of(model)
+    first = 1 if name.startswith("dreamer") else 0  # row 0 of DreamerV3 is context
+    actions, is_last = batch["actions"][:, first:-1], batch["is_last"][:, first:-1]
+    inside = (is_last.cumsum(1) == 0).float()
+    expected = (actions.square().mean(-1) * inside).mean()
+    torch.testing.assert_close(model.compute_loss(batch)["inverse_loss"], expected)
+    assert expected > 0

@@ -15,7 +15,7 @@ is the time of single calls; "update" is the sum of the phases listed below it:
   loss                          the rest of compute_loss; all of it in a model without marks
   backward, optimizer           the optimiser's step, zero_grad and the model's after_update
   collect                       decisions per update at the preset's train ratio, one environment
-                                (`python -m worldloom.envs.check` times the environment's steps)
+                                (`worldloom check` times the environment's steps)
   sample                        drawing a batch from a replay in memory, writing fields back
   log                           writing all metrics, divided by training.log_every
   policy                        one decision, from observations to actions, of 1 and `envs` at once

@@ -1,4 +1,4 @@
-"""Check an environment before training on it: `python -m worldloom.envs.check env=…`.
+"""Check an environment before training on it: `worldloom check env=…`.
 
 usage: worldloom check env=<suite> [env.KEY=VALUE …] [steps=1000] [seed=0]
 
