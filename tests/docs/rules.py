@@ -9,6 +9,7 @@ that belongs to no program of worldloom and to no row fails.
 # Commands that are not executed: a regular expression of the command -> the reason.
 NOT_RUN = {
     r"pip install|git clone|cd worldloom": ".ci/run installs the package, its extras and its wheel",
+    r"apt install": "changes the system",
     r"pytest|bash \.ci/run|python docs/build\.py": ".ci/run, and what it runs",
     r"pre-commit install": "changes the git repository",
     r"tensorboard ": "serves until it is stopped; tests/training/test_dashboard.py reads its pages",
