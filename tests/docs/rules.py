@@ -122,16 +122,18 @@ RUNS = {
 }
 # What makes a run short: values of any run, and sizes by family.
 SHORT = [*("threads=1", "env.workers=0", "training.total_steps=100", "training.log_every=2")]
-SHORT += ["training.batch_size=4", "training.train_ratio=4", "evaluation.every=60"]
+SHORT += ["training.batch_size=4", "training.sequence_length=8", "training.prefill=40"]
+SHORT += ["training.train_ratio=4", "evaluation.every=60"]
 SHORT += ["evaluation.episodes=1", "evaluation.episodes_during=1", "evaluation.decisions=0"]
 SIZES = {
     "DreamerV3": [
         *("model.deter=16", "model.hidden=8", "model.units=8", "model.classes=4", "model.stoch=4"),
-        *("model.depth=2", "model.imag_length=3", "training.sequence_length=8"),
+        *("model.depth=2", "model.imag_length=3"),
     ],
     "TDMPC2": [
         *("model.num_samples=8", "model.num_elites=2", "model.num_pi_trajs=2", "model.mlp_dim=16"),
-        *("model.iterations=1", "training.seed_episodes=0", "training.random_steps=40"),
+        *("model.iterations=1", "training.sequence_length=4"),
+        *("training.seed_episodes=0", "training.random_steps=40"),
     ],
 }
 # The same for other commands.
