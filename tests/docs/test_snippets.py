@@ -204,6 +204,7 @@ def shorten(cfg, words):
     family = next((c.__name__ for c in target.__mro__ if c.__name__ in SIZES), None)
     short = [*SHORT, *SIZES.get(family, [])]
     if cfg.data.get("path"):
+        short = [word for word in short if not word.startswith("env.")]
         short += ["training.total_steps=4", "evaluation.every=0"]
     if any("search" in word for word in words):
         short += ["search.trials=2"]
