@@ -9,6 +9,9 @@ the precision). Results of the two libraries agree to float32 rounding.
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,6 +24,7 @@ from worldloom.devices import processor_field
 SETTING = "WORLDLOOM_PRODUCTS"  # environment variable: auto, torch or onednn
 # Multiplications below which the operator's own cost, 8 microseconds, exceeds its gain.
 FEWEST = 1 << 20
+_traced: ContextVar[bool] = ContextVar("traced", default=False)
 BLOCK_ROWS = 64  # rows per block from which on one product per block beats a batched product
 
 
@@ -32,8 +36,19 @@ def product_type(x: Tensor) -> torch.dtype:
 
 
 def is_tracing() -> bool:
-    """Return True under torch.compile or torch.func, which need native operations only."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Return True under torch.compile, torch.export or torch.func: use native operations only."""
+    tracing = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return tracing or _traced.get()
+
+
+@contextmanager
+def as_traced() -> Iterator[None]:
+    """Compute in a block as a traced function does; `is_tracing` returns True."""
+    token = _traced.set(True)
+    try:
+        yield
+    finally:
+        _traced.reset(token)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

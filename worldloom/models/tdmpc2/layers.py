@@ -15,7 +15,7 @@ from worldloom.nn.casts import cast, is_mixed_on_cpu
 from worldloom.nn.layers import to_float32
 from worldloom.nn.mish import mish
 from worldloom.nn.norm_mish import norm_mish
-from worldloom.nn.products import is_for_onednn, linear, multiply
+from worldloom.nn.products import is_for_onednn, is_tracing, linear, multiply
 
 Stacked = tuple[Tensor, ...]  # parameters of one layer of all members, [Q, ...]
 
@@ -201,7 +201,8 @@ class Ensemble(nn.Module):
         """
         layers: list[Stacked] = [layer.stacked for layer in self.layers]  # type: ignore[misc]
         on_cpu = parts[0].device.type == "cpu"
-        apply = apply_one_by_one if on_cpu else apply_all_at_once
+        unknown = members is not None and is_tracing()  # a graph has no numbers to loop over
+        apply = apply_one_by_one if on_cpu and not unknown else apply_all_at_once
         return apply(parts, layers, members, dropout)
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from worldloom.errors import require
+from worldloom.nn.products import is_tracing
 
 
 class Tasks(nn.Module):
@@ -66,7 +67,8 @@ class Tasks(nn.Module):
                 f"or one-hot [{rows}, {self.count}]"
             )
         # On a GPU this check would wait for the device; there the look-up fails instead.
-        if ids.device.type == "cpu" and not bool(((ids >= 0) & (ids < self.count)).all()):
+        checked = ids.device.type == "cpu" and not is_tracing()
+        if checked and not bool(((ids >= 0) & (ids < self.count)).all()):
             raise ValueError(
                 f"the task ids are {ids.tolist()}; expected integers from 0 to {self.count - 1}"
             )
