@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 # What the commands import, and what they import later, where they need it.
-COMMANDS = ("run", "eval", "collect", "bench", "diagnose", "envs.check")
+COMMANDS = ("run", "eval", "collect", "bench", "diagnose", "envs.check", "export")
 LATER = (
     "app.build",
     "app.forecast",

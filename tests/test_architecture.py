@@ -37,7 +37,14 @@ LAYERS = [
     {"sweep"},
     {
         *("run", "eval", "collect", "diagnose", "doctor", "bench", "plot", "view"),
-        *("view.__main__", "bench.__main__", "check.__main__", "models.__main__"),
+        *(
+            "export",
+            "export.__main__",
+            "view.__main__",
+            "bench.__main__",
+            "check.__main__",
+            "models.__main__",
+        ),
     },
     {"__main__"},
 ]

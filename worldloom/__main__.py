@@ -14,6 +14,7 @@ from worldloom.errors import find_similar, quote
 COMMANDS = {
     "run": "train a model, or continue a run (resume=...)",
     "eval": "score the model of a run in its environment",
+    "export": "write a policy to an .onnx or .pt2 file that runs without worldloom",
     "view": "write a page that plays what a model sees, imagines and plans",
     "sweep": "show the state and the scores of many runs, with statistics over seeds",
     "plot": "draw the curves and the scores of runs",

@@ -39,6 +39,7 @@ PARTS = {
     "datasets": {"HDF5": ("h5py", "offline"), "Minari": ("minari", "offline")},
     "videos": {".gif": ("PIL", ""), ".mp4": ("av", "video")},
     "figures": {"worldloom plot": ("matplotlib", "plot")},
+    "export": {".pt2": ("torch", ""), ".onnx": ("onnxscript", "export")},
     "loggers": {
         "TensorBoard": ("tensorboard", ""),
         "W&B": ("wandb", "wandb"),

@@ -134,6 +134,11 @@ CHECKS = {
         ),
         "runs/sweeps/seeds/seed1/scores.yaml",
     ),
+    "export": Check(
+        ("onnx", "onnxscript", "onnxruntime"),
+        (_trains(""), "-m worldloom export run policy.onnx"),
+        "policy.onnx",
+    ),
     "plot": Check(
         ("matplotlib",), (_trains(""), "-m worldloom plot run out=curves.png"), "curves.png"
     ),

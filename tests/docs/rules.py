@@ -15,6 +15,7 @@ NOT_RUN = {
     r"tensorboard ": "serves until it is stopped; tests/training/test_dashboard.py reads its pages",
     r".* --serve": "serves until it is stopped; tests/view starts it",
     r".*worldloom\.diagnose": "needs a broken update; tests/training/test_nonfinite.py makes one",
+    r"worldloom export|python examples/act_onnx\.py": "needs the extra export; tests/export",
     r"eval ": "tests/test_main.py presses the tab key in bash",
     r".*worldloom\.envs\.check env=dmc": "needs a simulator; tests/envs/suites check all of them",
 }

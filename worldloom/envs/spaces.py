@@ -197,7 +197,7 @@ def _encode_image(
 
 def _make_part(name: str, space: Space) -> _Part:
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
-        sizes, start = _get_groups(space)
+        sizes, start = get_groups(space)
         return _Part((sum(sizes),), "float32", partial(_encode_one_hot, sizes=sizes, start=start))
     if is_image(space):
         return _make_uint8_image(name, space.shape or ())
@@ -251,7 +251,7 @@ def _flatten_rows(values: np.ndarray) -> np.ndarray:
     return values.reshape(len(values), -1).astype(np.float32)
 
 
-def _get_groups(space: Space) -> tuple[tuple[int, ...], np.ndarray]:
+def get_groups(space: Space) -> tuple[tuple[int, ...], np.ndarray]:
     """Return the number of choices of each group, flattened, and the number of its first choice."""
     if isinstance(space, spaces.Discrete):
         return (int(space.n),), np.asarray([space.start])
@@ -288,7 +288,7 @@ class ActionSpec:
         if isinstance(space, spaces.Discrete):
             return cls(space, int(space.n), True)
         if isinstance(space, spaces.MultiDiscrete | spaces.MultiBinary):
-            return cls(space, _get_groups(space)[0], True)
+            return cls(space, get_groups(space)[0], True)
         if isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.floating):
             if not (np.isfinite(space.low).all() and np.isfinite(space.high).all()):
                 raise ValueError(
@@ -350,11 +350,11 @@ class ActionSpec:
         """Draw `num` uniform random model actions, [num, A] float32."""
         if not self.discrete:
             return rng.uniform(-1.0, 1.0, (num, self.width)).astype(np.float32)
-        sizes, start = _get_groups(self.space)
+        sizes, start = get_groups(self.space)
         return _encode_one_hot(rng.integers(sizes, size=(num, len(sizes))) + start, sizes, start)
 
     def _pick_choices(self, actions: np.ndarray) -> np.ndarray:
-        sizes, start = _get_groups(self.space)
+        sizes, start = get_groups(self.space)
         # Splitting off a single group costs as much as a step of a small environment.
         groups = [actions]
         if len(sizes) > 1:
@@ -363,7 +363,7 @@ class ActionSpec:
         return choices.reshape(len(actions), *(self.space.shape or ())).astype(self.space.dtype)
 
     def _encode_choices(self, actions: np.ndarray) -> np.ndarray:
-        sizes, start = _get_groups(self.space)
+        sizes, start = get_groups(self.space)
         if actions.dtype.kind not in "iub":
             raise ValueError(
                 f"The actions are {actions.dtype}; expected integers for {self.space}."

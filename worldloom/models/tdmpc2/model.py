@@ -181,6 +181,10 @@ class TDMPC2(ExtraLosses, Networks):
         action, plan = self.make_planner()(state, plan, deterministic=deterministic)
         return action, replace(state, extras={**state.extras, "plan": plan})
 
+    def use_prior(self) -> None:
+        """Choose actions with the policy prior from now on, instead of planning."""
+        self.options = replace(self.options, mpc=False)
+
     def value(self, state: LatentState) -> Tensor:
         """Return the discounted return of the policy prior after a state, [B, 1].
 

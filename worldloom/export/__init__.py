@@ -1,0 +1,1 @@
+"""Export of policies as graphs that run without worldloom, and without PyTorch."""
