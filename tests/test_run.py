@@ -209,7 +209,7 @@ def test_points_are_logged_in_the_order_of_their_steps(finished):
 
 
 def test_tensorboard_shows_the_same_and_pictures_and_settings(finished):
-    folder, _ = finished
+    folder, done = finished
     board = EventAccumulator(str(folder), {"scalars": 0, "images": 0, "tensors": 0})
     board.Reload()
     assert {*NAMES, *(f"counters/{x}" for x in COUNTERS)} <= set(board.Tags()["scalars"])
@@ -223,6 +223,8 @@ def test_tensorboard_shows_the_same_and_pictures_and_settings(finished):
     assert len(board.Images("imagination/open_loop")) == last // 10 + (last % 10 > 0)
     settings = read_hparams(board)
     assert settings.keys() == HPARAMS and settings["total_steps"].number_value == 400
+    printed = done.stdout.partition(" parameters on ")[0].rpartition(" ")[2]
+    assert settings["parameters"].number_value == int(printed.replace(",", ""))
     texts = ("config", "glossary")
     config, glossary = (
         board.Tensors(f"{name}/text_summary")[0].tensor_proto.string_val[0].decode()

@@ -256,7 +256,7 @@ def summarize_settings(run: "Run") -> dict[str, Any]:
         "seed": plain["seed"],
         **{name: plain["training"][name] for name in training},
         "num_envs": plain["env"].get("num_envs"),
-        "parameters": sum(tensor.numel() for tensor in run.model.parameters()),
+        "parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
     }
     differs = read_differs(run.folder)
     others = {name: v for name, v in settings.items() if f"training.{name}" not in differs}

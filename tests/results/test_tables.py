@@ -58,6 +58,10 @@ def test_groups_are_statistics_over_seeds(sweep, capsys):
     assert both["gap"] == pytest.approx((0.02 + 4 - 1.84) / 8)
 
 
+def test_one_run_is_counted_in_the_singular(sweep, capsys):
+    assert printed(capsys, sweep / "CartPole-v1-seed1").startswith("1 run: 1 finished\n")
+
+
 def test_unfinished_runs_count_only_if_that_is_asked_for(sweep, make_run, capsys):
     """A killed run with a high score, and a group that has no finished run yet."""
     make_run("killed", *TINY, "env.id=CartPole-v1", seed=9, rows=[(50, {"eval/return": 1e6})])

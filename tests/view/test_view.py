@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.view.conftest import BALL, DRIFT, HERE, read_data
+from worldloom import create_world_model
 from worldloom.view import __main__ as view_module
 
 RUN = Path(__file__).parent.parent / "fixtures" / "run"
@@ -39,7 +40,10 @@ def test_a_run_of_dreamerv3_is_written_into_its_folder(commands, run):
     assert sorted(run.rglob("*")) == sorted([*before, file])
     data = read_data(file)
     assert len(data["episodes"]) == 2 and data["run"]["title"] == "CartPole-v1, DreamerV3"
-    assert dict(data["run"]["facts"])["final return"] == "9.00 ± 0.00"
+    facts = dict(data["run"]["facts"])
+    assert facts["final return"] == "9.00 ± 0.00"
+    weights = create_world_model(run).parameters()  # of which the slow critic is not trained
+    assert facts["parameters"] == f"{sum(p.numel() for p in weights if p.requires_grad):,}"
     words = ["checkpoint=run", "num_envs=1", "episodes=2"]
     scored = commands.good(words, run.parent, module="worldloom.eval")["out"]
     returns = [episode["return"] for episode in data["episodes"]]

@@ -136,7 +136,8 @@ def describe_progress(jobs: Sequence[Job]) -> str:
     counts = Counter(job.state for job in jobs)
     order = (FINISHED, RUNNING, WAITING, INTERRUPTED, FAILED)
     states = sorted(counts, key=lambda state: order.index(state) if state in order else len(order))
-    return escape(f"{len(jobs)} runs: " + ", ".join(f"{counts[name]} {name}" for name in states))
+    noun = "run" if len(jobs) == 1 else "runs"
+    return escape(f"{len(jobs)} {noun}: " + ", ".join(f"{counts[name]} {name}" for name in states))
 
 
 def describe_errors(jobs: Sequence[Job]) -> list[str]:

@@ -42,7 +42,7 @@ def describe_run(run: Path, config: Mapping[str, Any], model: Any) -> dict[str, 
         ("run", run.resolve().name),
         ("environment", _name_env(env)),
         ("model", type(model).__name__),
-        ("parameters", f"{sum(p.numel() for p in model.parameters()):,}"),
+        ("parameters", f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}"),
         ("seed", config.get("seed")),
     ]
     if len(steps):
