@@ -46,13 +46,22 @@ class Policy:
         return getattr(self.rng, entry["numpy"])(shape, dtype)
 
 
+def play(policy, env, seed):
+    """Return the sum of rewards of one episode; each action is repeated as in the run."""
+    (obs, _), total, ended = env.reset(seed=seed), 0.0, False
+    policy.reset()
+    while not ended:
+        action = policy.act(obs)
+        for _ in range(policy.metadata["environment"].get("action_repeat", 1)):
+            obs, reward, terminated, truncated, _ = env.step(action)
+            total, ended = total + float(reward), terminated or truncated
+            if ended:
+                break
+    return total
+
+
 if __name__ == "__main__":
     policy = Policy(sys.argv[1])
     env = gym.make(policy.metadata["environment"]["id"])
     for seed in range(3):
-        (obs, _), total, ended = env.reset(seed=seed), 0.0, False
-        policy.reset()
-        while not ended:
-            obs, reward, terminated, truncated, _ = env.step(policy.act(obs))
-            total, ended = total + float(reward), terminated or truncated
-        print(f"seed {seed}: return {total:.2f}")
+        print(f"seed {seed}: return {play(policy, env, seed):.2f}")

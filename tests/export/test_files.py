@@ -1,10 +1,12 @@
 """Exported files act as the model does: for 1,000 steps without PyTorch, in real environments."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -110,6 +112,27 @@ def test_the_example_takes_the_models_actions_for_1000_steps_without_torch(
     assert max(differences) <= 1e-5
     assert rows["first"].sum() > 1
     assert len(np.unique(rows["action"].round(3))) >= (2 if name == "dreamerv3" else 100)
+
+
+def test_the_example_repeats_each_action_as_the_run_did(monkeypatch):
+    pytest.importorskip("onnxruntime", reason="needs the extra export")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    play = importlib.import_module("act_onnx").play
+    seen = []
+
+    class Env:
+        def reset(self, seed):
+            self.steps = 0
+            return 0, {}
+
+        def step(self, action):
+            self.steps += 1
+            return self.steps, 1.0, self.steps == 7, False, {}
+
+    metadata = {"environment": {"action_repeat": 3}}
+    policy = SimpleNamespace(metadata=metadata, reset=seen.clear, act=seen.append)
+    assert play(policy, Env(), seed=0) == 7
+    assert seen == [0, 3, 6]  # and an episode ends within a repeat
 
 
 def test_a_pt2_file_acts_as_the_model_and_describes_itself(make_run, tmp_path):
