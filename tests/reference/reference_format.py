@@ -43,6 +43,10 @@ TOLERANCES = {
     "moment": {"float64": 1e-6, "float32": 5e-2},
     "float32 mean": {"float64": 1e-6, "float32": 1e-5},  # of the official code, in both
 }
+# Of image encoders: where two pixels that max pooling compares are equal up to rounding, the
+# processor decides which of them gets the gradient. On one without AVX-512 that is one of 110,592
+# squares of dreamerv3/image, whose pixels differ by 1e-8 of the largest value.
+POOLED = {"gradient": 5e-3, "moment": 1e-1}
 ZERO_GRADIENT = 1e-7  # allowed, absolutely, of a gradient that is zero in exact arithmetic
 
 FOLDER[str(ROOT)] = None
@@ -196,6 +200,8 @@ def compare(
                 problems.append(f"{name}: nothing of ours is compared with it")
             continue
         limit = ZERO_GRADIENT if zero(name) else TOLERANCES[kind(name)][precision]
+        if precision == "float32" and "enc/cnn" in name:
+            limit = max(limit, POOLED.get(kind(name), limit))
         error = deviation(ours[name], theirs, absolute=zero(name))
         if not error <= limit and name in noise and noise[name].explains(ours[name], theirs, limit):
             NOISE.setdefault(title, []).append(f"{name} ({error:.2e})")
