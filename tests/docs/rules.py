@@ -17,7 +17,7 @@ NOT_RUN = {
     r".*worldloom\.diagnose": "needs a broken update; tests/training/test_nonfinite.py makes one",
     r"worldloom export|python examples/act_onnx\.py": "needs the extra export; tests/export",
     r"eval ": "tests/test_main.py presses the tab key in bash",
-    r".*worldloom\.envs\.check env=dmc": "needs a simulator; tests/envs/suites check all of them",
+    r".*worldloom check env=dmc": "needs a simulator; tests/envs/suites check all of them",
 }
 # Commands `worldloom run` that are composed and validated, never executed, and why.
 COMPOSED = {

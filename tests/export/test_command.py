@@ -33,8 +33,8 @@ def test_a_subclass_is_exported_if_it_is_named_and_can_be_traced(commands, make_
         (tmp_path / "mine.py").write_text(MODEL.replace("FLAG", flag))
         if flag == "True":
             words = [*DREAMER, *CARTPOLE, named, "folder=runs", "hydra.run.dir=run"]
-            words += ["training.total_steps=20", "evaluation.episodes=1", "training.prefill=20"]
-            words += ["training.batch_size=2"]
+            words += ["training.total_steps=40", "evaluation.episodes=1", "env.num_envs=1"]
+            words += ["training.batch_size=2", "training.sequence_length=4"]
             commands.good(words, tmp_path, path=tmp_path)
             done = commands.run(["run", "a.pt2"], tmp_path, module=MODULE)
             assert done["code"] == 1 and named in done["err"]

@@ -173,7 +173,12 @@ def _explain(model: Any, what: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Hide the notes of torch's exporters, which are not about the model."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    notes = io.StringIO()
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(notes),
+        contextlib.redirect_stderr(notes),
+    ):
         warnings.simplefilter("ignore")
         level = logging.root.manager.disable
         logging.disable(logging.ERROR)
