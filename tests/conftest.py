@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import time
 
 import pytest
 
@@ -18,6 +19,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A shell lets jobs in the background ignore Ctrl-C, and nohup SIGHUP; tests send both to commands.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_addoption(parser):
+    """Add the time limit of CI."""
+    parser.addoption("--until", type=float, help="Unix time after which no further test starts")
+
+
+def pytest_runtest_setup(item):
+    """Skip a test if its time is over."""
+    until = item.config.getoption("until")
+    if until is not None and time.time() > until:
+        pytest.skip("no time left")
 
 
 def pytest_configure():
