@@ -85,7 +85,6 @@ class Actor:
         self.model = model
         self.planner = planner
         self.precision = precision
-        self.record = record
         self._observe: Callable[..., Any] = self._observe_eagerly
         self._choose: Callable[..., Any] = self._choose_eagerly
         if record is not None:

@@ -29,7 +29,7 @@ class CannotCaptureError(Exception):
 
 
 def record_graph(run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Recorder a function as a CUDA graph; see `Recorder`."""
+    """Record a function as a CUDA graph; see `Recorder`."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = run()
@@ -86,7 +86,7 @@ class CapturedFunction:
         return _map(torch.clone, result)
 
     def _capture(self, args: Any) -> tuple[list[Tensor], Callable[[], None], Any]:
-        """Recorder a call and compare its result with a computed one.
+        """Record a call and compare its result with a computed one.
 
         Raises:
             CannotCaptureError: they differ.

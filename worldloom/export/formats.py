@@ -16,7 +16,6 @@ from gymnasium import spaces
 from worldloom.export.step import PolicyStep, to_output
 from worldloom.files import atomic_write
 
-SUFFIXES = (".onnx", ".pt2")
 METADATA = "worldloom"  # key of the metadata of an .onnx file; a .pt2 file has worldloom.json
 LARGEST = 2**31 - 1  # bytes of an .onnx file
 # What torch notes about the code that was traced: paths of this machine, half of a small file.

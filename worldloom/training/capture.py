@@ -98,7 +98,7 @@ class CapturedLoss:
         return held == len(self.gradients) and all(p.grad is g for p, g in self.gradients)
 
     def _capture(self, batch: dict[str, Any]) -> None:
-        """Recorder the loss of a batch.
+        """Record the loss of a batch.
 
         Raises:
             CannotCaptureError: a graph would lack a part of the update.
@@ -255,7 +255,7 @@ class CapturedStep:
         return value
 
     def _record(self, parts: list[tuple[Any, ...]]) -> None:
-        """Recorder the application of parts; if that fails, apply them, now and ever after."""
+        """Record the application of parts; if that fails, apply them, now and ever after."""
         numbers = iter(self._numbers.unbind())
         recorded = [(*part[:-1], tuple(next(numbers) for _ in part[-1])) for part in parts]
 
