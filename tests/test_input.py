@@ -121,7 +121,7 @@ CASES = {
     "run env.workers=0 model=custom model._target_=my_code.NoMethods": "has no encode, predict, ob",
     "run env.workers=0 model.blocks=7": "7 blocks; blocks must divide both: change blocks or",
     "run env.workers=0 model=tdmpc2_1m model.num_elites=999": "num_elites is 999; expected at most",
-    "run +callbacks.mine._target_=my_code.Plain": "no on_fit_start; expected a class derived from",
+    "run +callbacks.mine._target_=my_code.Plain": "no on_fit_start; expected a subclass of",
     "run +callbacks.mine._target_=no_such.Thing": "callbacks.mine._target_: cannot import 'no_such",
     "run env.workers=0 trainer.accelerator=abc": "trainer.accelerator is 'abc'; expected one of",
     # environments
