@@ -90,6 +90,9 @@ CASES = {
     "run optimizer.eps=nan": "optimizer.eps is nan; expected a finite number such as 1e-20",
     "run training.sequence_length=1": "training.sequence_length is 1; expected at least 2",
     "run training.random_steps=9000": "random_steps is 9000; expected fewer than total_steps = 400",
+    "run training.random_steps=9000 training.prefill=8000": (
+        "training.random_steps is 9000 and training.prefill is 8000; expected fewer than"
+    ),
     "run training.warmup=5000": "optimizer: anneal=1900; expected 0 for none, or more than warmup=",
     "run evaluation.seed=-5": "evaluation.seed is -5; expected from 0 to 4294967295",
     "run model.unimix=2": "hyperparameter 'unimix' is 2; expected a number in [0, 1]",

@@ -275,7 +275,8 @@ def test_it_ends_with_what_came_out_and_what_to_do_with_it(finished):
     (step, mean), (_, std) = (curve(folder, f"final/{x}")[-1] for x in ("return", "return_std"))
     assert step >= 400
     assert lines[0].startswith(f"final return {mean:.1f} ± {std:.1f} (3 episodes)")
-    assert re.fullmatch(r"trained in \d+\.\d minutes", lines[1])
+    minutes = float(re.fullmatch(r"trained in (\d+\.\d) minutes", lines[1])[1])
+    assert minutes == pytest.approx(float(metrics(folder)[-1]["seconds"]) / 60, abs=0.1)
     assert lines[2:] == [
         f"results:     {folder}",
         f"watch it:    tensorboard --logdir {folder}",

@@ -19,6 +19,7 @@ from worldloom.presets import (
     override_preset,
     preset_names,
 )
+from worldloom.protocol import count_parameters
 from worldloom.records import (
     REGISTERED,
     build_bounded,
@@ -106,7 +107,7 @@ def _describe(name: str) -> dict[str, Any]:
         model: Any = build_model(load_preset(name), (3, 64, 64), 6)
     return {
         "description": describe_preset(name),
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "parameters": count_parameters(model),
         "observations": model.takes[0],
         "actions": model.takes[1],
         "aliases": [alias for alias, preset in aliases().items() if preset == name],

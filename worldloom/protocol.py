@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Obs = Tensor | dict[str, Tensor]
 
@@ -242,6 +242,11 @@ REQUIRED = tuple(name for name in SIGNATURES if name not in OPTIONAL)
 def find_missing_methods(model: Any) -> list[str]:
     """Return the names of the required methods that a model does not have."""
     return [name for name in REQUIRED if not callable(getattr(model, name, None))]
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of trained values; slow targets and frozen parts do not count."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def format_signature(method: str) -> str:

@@ -4,7 +4,6 @@ import copy
 import logging
 import signal
 import sys
-import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -98,7 +97,6 @@ def finish(run: "Run") -> dict[str, float]:
         sep="\n",
         flush=True,
     )
-    start = time.monotonic()
     with finishing_wandb():
         differs = read_differs(run.folder)
         for logger in run.trainer.loggers:
@@ -109,7 +107,7 @@ def finish(run: "Run") -> dict[str, float]:
         if not fit(run):
             return {}
         scores = evaluate_last(run)
-    report(run, scores, time.monotonic() - start)
+    report(run, scores)
     return scores
 
 
@@ -245,6 +243,7 @@ def summarize_settings(run: "Run") -> dict[str, Any]:
     In a sweep those that differ come first. The whole configuration would have 150 columns.
     """
     from worldloom.app.sweep_folder import read_differs
+    from worldloom.protocol import count_parameters
     from worldloom.results.labels import name_task
     from worldloom.trees import flatten_tree
 
@@ -256,14 +255,14 @@ def summarize_settings(run: "Run") -> dict[str, Any]:
         "seed": plain["seed"],
         **{name: plain["training"][name] for name in training},
         "num_envs": plain["env"].get("num_envs"),
-        "parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
+        "parameters": count_parameters(run.model),
     }
     differs = read_differs(run.folder)
     others = {name: v for name, v in settings.items() if f"training.{name}" not in differs}
     return {**differs, **others}
 
 
-def report(run: "Run", scores: dict[str, float], seconds: float) -> None:
+def report(run: "Run", scores: dict[str, float]) -> None:
     """Print the final score, and the commands to look at, score and use the model."""
     from worldloom.app.saved_config import format_allow, format_command
 
@@ -277,7 +276,11 @@ def report(run: "Run", scores: dict[str, float], seconds: float) -> None:
         final = f"final return {mean:.1f} ± {std:.1f} ({episodes} episodes{each}){which}"
         if "final/normalized_score" in scores:
             final += f"\nnormalized score {scores['final/normalized_score']:.2f}"
-    lines = [f"\n{final}", f"trained in {seconds / 60:.1f} minutes", f"results:     {folder}"]
+    lines = [
+        f"\n{final}",
+        f"trained in {run.module.seconds / 60:.1f} minutes",
+        f"results:     {folder}",
+    ]
     if any(folder.rglob("events.out.tfevents.*")):
         lines.append(f"watch it:    {quote('tensorboard', '--logdir', folder)}")
     path = f"{str(folder)!r}{format_allow(plain)}"

@@ -13,6 +13,7 @@ from torch import nn
 
 from worldloom.app.launch import probe_trainer
 from worldloom.app.saved_config import ResolvedConfig
+from worldloom.protocol import count_parameters
 from worldloom.ranks import Ranks
 from worldloom.training.precision import AUTO, choose_precision, split_precision
 
@@ -33,10 +34,10 @@ def resolve_precision(
     if recorded := split_precision(before.get("trainer", {}).get("precision"))[1] or chosen:
         choice = recorded, "chosen when the run started"
     else:
-        trained = [p for p in model.parameters() if p.requires_grad]
-        dtype = next((p.dtype for p in trained if p.dtype != torch.float32), torch.float32)
+        dtypes = (p.dtype for p in model.parameters() if p.requires_grad)
+        dtype = next((dtype for dtype in dtypes if dtype != torch.float32), torch.float32)
         device = probe_trainer(config.plain["trainer"]).strategy.root_device
-        choice = choose_precision(sum(p.numel() for p in trained), device, dtype)
+        choice = choose_precision(count_parameters(model), device, dtype)
     chosen, reason = ranks.gather(choice)[0]
     print(f"trainer.precision=auto is {chosen}: {reason}", flush=True)
     saved, plain = (

@@ -37,7 +37,7 @@ from worldloom.envs.vector import (
 from worldloom.envs.workers import choose_workers
 from worldloom.errors import escape, list_names
 from worldloom.factory import build_model, create_world_model
-from worldloom.protocol import REQUIRED, find_missing_methods
+from worldloom.protocol import REQUIRED, count_parameters, find_missing_methods
 from worldloom.ranks import rank, world_size
 from worldloom.records import REGISTERED, find_targets, import_target
 from worldloom.saving import get_config, read_weights
@@ -201,7 +201,7 @@ class Task:
         lines += [f"  {escape(key):<16} not used" for key in self.obs.dropped]
         lines += [f"  {escape(remark)}" for remark in self.obs.remarks]
         kind = "one-hot choices" if self.actions.discrete else "continuous in [-1, 1]"
-        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        count = count_parameters(model)
         return "\n".join(
             [
                 f"{type(model).__name__} with {count:,} parameters on "

@@ -240,11 +240,11 @@ def _check_collection(plain: Mapping[str, Any]) -> None:
             f"environments with a sequence of {length} steps each; raise it, or lower "
             "training.sequence_length or env.num_envs"
         )
-    steps, total = training["random_steps"], training["total_steps"]
-    if steps >= total:
+    total = training["total_steps"]
+    if long := [x for x in ("random_steps", "prefill") if (training[x] or 0) >= total]:
         raise ValueError(
-            f"training.random_steps is {steps}; expected fewer than total_steps = {total}; lower "
-            "it, or raise training.total_steps"
+            f"{' and '.join(f'training.{name} is {training[name]}' for name in long)}; expected "
+            f"fewer than total_steps = {total}; lower them, or raise training.total_steps"
         )
 
 

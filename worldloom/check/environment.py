@@ -318,7 +318,7 @@ class _Check:
         low, mean, high = min(self.rewards), float(np.mean(self.rewards)), max(self.rewards)
         facts["rewards"] = f"{low:.4g} to {high:.4g} per step, {mean:.4g} on average"
         limit = episode_length(self.env)
-        limit_text = f"time limit {limit:,} steps" if limit else "no time limit"
+        limit_text = f"time limit {limit:,} steps" if limit else "no time limit is known"
         ends = f"{self.terminated} terminated, {len(self.lengths) - self.terminated} truncated"
         if self.lengths:
             ends += f" after {min(self.lengths):,} to {max(self.lengths):,} steps"

@@ -23,6 +23,7 @@ from worldloom.export.formats import describe_step, make_file, open_file, write_
 from worldloom.export.step import PolicyStep, name_obs
 from worldloom.export.verify import compare
 from worldloom.factory import create_world_model
+from worldloom.protocol import count_parameters
 from worldloom.records import REGISTERED
 from worldloom.saving import get_config, read_weights
 from worldloom.trees import flatten_tree
@@ -187,10 +188,9 @@ def use_prior(actor: Actor) -> None:
 
 def describe_model(model: Any) -> dict[str, Any]:
     """Return the part of the metadata about a model."""
-    parameters = sum(p.numel() for p in model.parameters())
     config = get_config(model) or {}
     found = {"class": type(model).__name__, "built_from": config.get("model")}
-    return {"model": {**found, "parameters": parameters}}
+    return {"model": {**found, "parameters": count_parameters(model)}}
 
 
 def record_observations(

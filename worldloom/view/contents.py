@@ -15,7 +15,7 @@ from worldloom.app.metrics_csv import read_columns
 from worldloom.app.run_dir import SCORES, read_scores
 from worldloom.envs.spaces import ActionSpec
 from worldloom.errors import escape, list_names
-from worldloom.protocol import LatentState
+from worldloom.protocol import LatentState, count_parameters
 from worldloom.trees import flatten_tree
 from worldloom.view.encoding import encode_array, encode_images
 from worldloom.view.episodes import Recording, to_rgb
@@ -42,7 +42,7 @@ def describe_run(run: Path, config: Mapping[str, Any], model: Any) -> dict[str, 
         ("run", run.resolve().name),
         ("environment", _name_env(env)),
         ("model", type(model).__name__),
-        ("parameters", f"{sum(p.numel() for p in model.parameters() if p.requires_grad):,}"),
+        ("parameters", f"{count_parameters(model):,}"),
         ("seed", config.get("seed")),
     ]
     if len(steps):
