@@ -10,6 +10,7 @@ import pytest
 from worldloom.app.compose import Overrides
 from worldloom.plot import plot_command
 from worldloom.results.curves import choose_metric, compute_curves
+from worldloom.results.figures import find_end
 from worldloom.results.labels import label_jobs
 from worldloom.results.runs import read_jobs
 
@@ -124,6 +125,15 @@ def test_published_curves_are_those_of_the_tasks(sweep, tmp_path):
         plot(sweep, f"out={tmp_path}/p.csv", "published=ppo")
     with pytest.raises(ValueError, match="x is 'hours'; expected frames"):
         plot(sweep, "published=tdmpc2", "x=hours")
+
+
+def test_a_panel_ends_at_the_next_published_point():
+    runs = [{"group": "mine", "x": x} for x in (1_000.0, 17_000.0)]
+    official = [{"group": "tdmpc2, published evaluations", "x": 1e5 * i} for i in range(4)]
+    assert find_end(runs) == 17_000
+    assert find_end([*runs, *official]) == 100_000
+    assert find_end([*official, {"group": "mine", "x": 2.5e5}]) == 300_000
+    assert find_end([*official, {"group": "mine", "x": 9e5}]) == 900_000
 
 
 def test_scores_are_compared(sweep, tmp_path):
