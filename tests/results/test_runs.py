@@ -104,6 +104,24 @@ def test_names_are_what_differs(tmp_path, make_run):
     assert jobs["tdmpc2-seed2"].name == "CartPole-v1 tdmpc2_1m seed=2"
 
 
+def test_a_model_keeps_its_name_when_its_numbers_change(tmp_path, make_run):
+    """Two changed weights make r2dreamer no infonce; and a run's name is no setting."""
+    short = ["model.imag_length=8", "model.imag_last=8"]
+    weights = ["model.loss_scales.barlow=0.8", "model.representation.lambd=8e-3"]
+    make_run("s/infonce", "experiment=catch", "model=infonce_size1m", *short)
+    own = ["experiment=catch", "model=r2dreamer_size1m", "training.total_steps=8000", *short]
+    for seed in (0, 1):
+        make_run(f"s/a{seed}", *own, seed=seed)
+    make_run("s/b0", *own, *weights)
+    make_run("s/b1", "experiment=r2dreamer_catch", seed=1)
+    groups = {name: job.group for name, job in read(tmp_path).items()}
+    assert groups == {
+        "infonce": "infonce_size1m",
+        **dict.fromkeys(("a0", "a1"), "r2dreamer_size1m lambd=0.0005"),
+        **dict.fromkeys(("b0", "b1"), "r2dreamer_size1m lambd=0.008"),
+    }
+
+
 def test_long_values_are_cut_and_stay_different(tmp_path, make_run):
     for end in (1, 2):
         values = ",".join(map(str, [*range(100_000, 100_020), end]))

@@ -12,7 +12,7 @@ from worldloom.trees import flatten_tree
 
 # Settings that do not change what is learned, or that differ between the seeds of one group.
 IGNORED = re.compile(
-    r"(seed|folder|resume|threads|format|sweep)$|(logger|callbacks|checkpoint|hydra)\."
+    r"(seed|name|folder|resume|threads|format|sweep)$|(logger|callbacks|checkpoint|hydra)\."
     r"|env\.(workers|timeout)$"
 )
 
@@ -96,6 +96,12 @@ def _read_presets() -> dict[str, dict[str, Any]]:
     return {file_name(name): flatten_tree(load_preset(name), ".") for name in preset_names()}
 
 
+def _count_differences(model: Mapping[str, Any], preset: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many words differ, such as the name of a loss, and how many settings."""
+    differing = [value for key, value in preset.items() if model.get(key) != value]
+    return sum(isinstance(value, str) for value in differing), len(differing)
+
+
 def name_models(configs: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the most similar preset of each run's model, such as dreamerv3_tiny, or its class."""
     presets = _read_presets()
@@ -106,7 +112,7 @@ def name_models(configs: Sequence[Mapping[str, Any]]) -> list[str]:
         if (shown := str(model)) not in named:
             target = model.get("_target_")
             differences = {
-                name: sum(model.get(key) != value for key, value in preset.items())
+                name: _count_differences(model, preset)
                 for name, preset in presets.items()
                 if preset["_target_"] == target
             }
