@@ -130,7 +130,7 @@ def test_published_curves_are_those_of_the_tasks(sweep, tmp_path):
 def test_a_panel_ends_at_the_next_published_point():
     runs = [{"group": "mine", "x": x} for x in (1_000.0, 17_000.0)]
     official = [{"group": "tdmpc2, published evaluations", "x": 1e5 * i} for i in range(4)]
-    assert find_end(runs) == 17_000
+    assert find_end(official) == 0 and find_end(runs) == 17_000
     assert find_end([*runs, *official]) == 100_000
     assert find_end([*official, {"group": "mine", "x": 2.5e5}]) == 300_000
     assert find_end([*official, {"group": "mine", "x": 9e5}]) == 900_000

@@ -71,17 +71,21 @@ def draw_curves(figure: Any, rows: Rows, xlabel: str, ylabel: str) -> None:
         axis.set(xlabel=xlabel if place + columns >= len(tasks) else None)
         axis.set(ylabel=ylabel if place % columns == 0 else None)
         axis.xaxis.set_major_formatter(_shorten_tick)
-        end = find_end([row for row in rows if row["task"] == task])
-        axis.set_xlim(-0.02 * end, 1.02 * end)
+        if end := find_end([row for row in rows if row["task"] == task]):
+            axis.set_xlim(-0.02 * end, 1.02 * end)
     for axis in grid[len(tasks) :]:
         axis.set_visible(False)
     _add_legend(figure, len(tasks))
 
 
 def find_end(rows: Rows) -> float:
-    """Return where a panel ends: published curves go on to their first point after all runs."""
-    own = [row["x"] for row in rows if PUBLISHED not in row["group"]]
-    last = max(own, default=0.0)
+    """Return where a panel ends: published curves go on to their first point after all runs.
+
+    It is 0 if no run has a point.
+    """
+    last = max((row["x"] for row in rows if PUBLISHED not in row["group"]), default=0.0)
+    if not last:
+        return 0.0
     later: dict[str, float] = {}
     for row in rows:
         if PUBLISHED in row["group"] and row["x"] >= last:
