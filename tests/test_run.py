@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from worldloom import create_world_model, planning
 from worldloom.glossary import format_glossary
+from worldloom.run import report
 from worldloom.training.metrics import COUNTERS
 
 TINY_MODEL = [f"model.{name}={size}" for name, size in dict(deter=32, hidden=8, units=8).items()]
@@ -263,6 +265,15 @@ def test_the_saved_model_acts(finished):
     assert (model.obs_shape, model.action_dim, model.discrete) == ((4,), 2, True)
     action = model.policy(model.encode(torch.zeros(3, 4)), deterministic=True)
     assert action.shape == (3, 2) and (action.sum(-1) == 1).all()
+
+
+def test_the_training_time_of_all_sessions_is_reported(tmp_path, capsys):
+    """`seconds` of the module goes on after a resume."""
+    plain = {"model": {}, "planner": {}, "env": {}}
+    run = SimpleNamespace(config=SimpleNamespace(plain=plain), folder=tmp_path)
+    run.evaluation, run.module = SimpleNamespace(best=None), SimpleNamespace(seconds=5400.0)
+    report(run, {})
+    assert "\ntrained in 90.0 minutes\n" in capsys.readouterr().out
 
 
 def test_it_ends_with_what_came_out_and_what_to_do_with_it(finished):
